@@ -1,0 +1,97 @@
+"""Checkpoints: the latest and the best training state of a run, saved and restored through Orbax.
+
+A checkpoint holds plain arrays only, so it restores onto any number of devices: the caller gives the target shapes.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from bsvae_jax.errors import UserError
+
+Warn = Callable[[str], None]
+
+
+class Checkpoints:
+    """The checkpoints under `folder`, one per step; keeps the latest two and the one of the least objective.
+
+    Two, so that a damaged newest one leaves another. Saving is asynchronous; `wait` (or the end of the `with` block) makes it
+    final. Orbax writes to a temporary folder and renames it, so a kill never leaves a half-written step.
+    """
+
+    def __init__(self, folder: Path, read_only: bool = False):
+        """`folder` is made if absent, unless `read_only`."""
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every internal step at INFO and WARNING
+        self._folder = folder.resolve()
+        best = BestN(get_metric_fn=lambda metrics: -metrics["objective"], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+        )
+        self._manager = ocp.CheckpointManager(epath.Path(self._folder), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        """Nothing to open."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Finish pending writes."""
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps saved, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step of the least held-out objective, None when nothing is saved."""
+        scored = [(self._manager.metrics(step), step) for step in self.steps()]
+        scored = [(metrics["objective"], step) for metrics, step in scored if metrics is not None]
+        return min(scored)[1] if scored else None
+
+    def save(self, step: int, state: Any, objective: float) -> None:
+        """Save a pytree of arrays; `objective` (held-out, nats) ranks it."""
+        self._manager.save(step, args=ocp.args.StandardSave(state), metrics={"objective": objective})
+
+    def wait(self) -> None:
+        """Block until everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def path(self, step: int) -> Path:
+        """Folder of a step."""
+        return self._folder / str(step)
+
+    def restore(self, target: Any, step: int | None = None, warn: Warn = lambda message: None) -> tuple[int, Any]:
+        """The state saved at `step`, or the newest that loads.
+
+        Args:
+          target: pytree of arrays or `ShapeDtypeStruct` with the shapes, types and shardings to restore to.
+          step: None: the newest; one that does not load is reported through `warn`, and the one before is used.
+
+        Returns:
+          `(step, state)`.
+
+        Raises:
+          UserError: nothing is saved, or no checkpoint loads.
+        """
+        candidates = self.steps()[::-1] if step is None else [step]
+        if not candidates:
+            raise UserError(f"There is no checkpoint in {self._folder}.")
+        target = jax.tree.map(ocp.tree.to_shape_dtype_struct, target)
+        failures = []
+        for candidate in candidates:
+            try:
+                return candidate, self._manager.restore(candidate, args=ocp.args.StandardRestore(target))
+            except Exception as error:  # a damaged file surfaces as any of Orbax's, TensorStore's or JSON's errors
+                reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+                failures.append(f"{self.path(candidate)} does not load ({reason})")
+                if candidate != candidates[-1]:
+                    warn(f"{failures[-1]}; using the checkpoint before it.")
+        raise UserError(f"No checkpoint loads: {'; '.join(failures)}. Move the folder away to start again.")

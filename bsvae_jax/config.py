@@ -1,0 +1,334 @@
+"""An experiment as one frozen, typed value, checked when it is made.
+
+Every field can be overridden on the command line by its dotted name (`--optimizer.learning-rate 3e-4`); fields that are
+one of several kinds (`data`, `network`, `decoder_variance`, `prior`) are chosen by name (`--decoder-variance constant`).
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bsvae_jax.errors import UserError, nearest
+from bsvae_jax.objective import Constant, DecoderVariance, Learned, Optimal, Predicted
+
+
+def _check_number(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    wrong_type = isinstance(value, bool) or not isinstance(value, int | float)
+    if wrong_type or not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        lower = f"{'>' if open_low else '>='} {low:g}"
+        upper = "" if high == math.inf else f" and <= {high:g}"
+        raise UserError(f"{name} must be a finite number {lower}{upper}, got {value!r}.")
+
+
+def _check_count(name: str, value: Any, low: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UserError(f"{name} must be a whole number >= {low}, got {value!r}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}.")
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The 1,797 real handwritten 8x8 digits (17 grey levels) that scikit-learn carries: no download."""
+
+
+@dataclass(frozen=True)
+class MNIST:
+    """MNIST from its four canonical idx files, gzipped or not, in a folder."""
+
+    folder: str = "data/mnist"
+    """Holds train-images-idx3-ubyte[.gz], train-labels-..., t10k-images-... and t10k-labels-..."""
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images of one's own: a `.npz` with `train` (and optionally `test`), or a `.npy`; see `bsvae_jax.data`."""
+
+    path: str = ""
+    """A `.npz` or `.npy` of shape [N, H, W] or [N, H, W, C]: uint8, or floats in [0, 1]."""
+    holdout: float = 0.1
+    """Share of the images kept for testing (at random, by seed) when the file has no `test`."""
+
+    def __post_init__(self) -> None:
+        _check_number("data.holdout", self.holdout, low=0.0, high=0.9, open_low=True)
+
+
+@dataclass(frozen=True)
+class TFDS:
+    """A TFDS image set already prepared as array_record; read without TensorFlow."""
+
+    name: str = "mnist"
+    """TFDS name, also `name/config:version`."""
+    data_dir: str | None = None
+    """TFDS data directory; None: TFDS's own default."""
+    train_split: str = "train"
+    """Split trained on."""
+    test_split: str = "test"
+    """Split held out."""
+
+
+DataSource = Digits | MNIST | Arrays | TFDS
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training image, on the device. Evaluation data is never augmented."""
+
+    rotation_degrees: float = 0.0
+    """Rotation uniform in +- this many degrees."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Random resized crop: range of the cropped share of the area."""
+    crop_ratio: tuple[float, float] = (1.0, 1.0)
+    """Random resized crop: range of the width-to-height ratio (log-uniform)."""
+    flip: bool = False
+    """Mirror left-right with probability one half."""
+
+    def __post_init__(self) -> None:
+        _check_number("augmentation.rotation_degrees", self.rotation_degrees, low=0.0, high=180.0)
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            _check_number(f"augmentation.{name}", low, low=0.0, open_low=True)
+            _check_number(f"augmentation.{name}", high, low=low, high=1.0 if name == "crop_scale" else math.inf)
+
+
+# --- Networks and prior -----------------------------------------------------------------------------------------------
+
+
+def _check_widths(name: str, widths: tuple[int, ...]) -> None:
+    if not widths:
+        raise UserError(f"{name} must name at least one layer, got ().")
+    for width in widths:
+        _check_count(name, width)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Linear encoder (one posterior variance per latent) and linear decoder: the model that `theory` solves exactly."""
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Fully connected encoder and mirrored decoder with SiLU."""
+
+    hidden: tuple[int, ...] = (512, 256)
+    """Width of each hidden layer of the encoder; the decoder mirrors them."""
+
+    def __post_init__(self) -> None:
+        _check_widths("network.hidden", self.hidden)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The paper's convolutional residual network; any image size and channel count."""
+
+    widths: tuple[int, ...] = (32, 64, 128)
+    """Channels per stage; every stage halves the image (rounded up). The paper: 32 64 128 (MNIST), 32 64 128 256 (CelebA)."""
+
+    def __post_init__(self) -> None:
+        _check_widths("network.widths", self.widths)
+
+
+Network = Linear | MLP | Residual
+
+
+@dataclass(frozen=True)
+class StandardNormal:
+    """p(z) = N(0, I); the rate is in closed form."""
+
+
+Prior = StandardNormal
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW and its schedule, in steps of the whole run."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 1e-5
+    """Decoupled weight decay, multiplied by the learning rate (as in AdamW of PyTorch and optax)."""
+    schedule: Literal["cosine_restarts", "cosine", "constant"] = "cosine"
+    """cosine_restarts: `cycles` equal cosine cycles from the peak to 0 (the paper: two); cosine: one, after the warm-up."""
+    cycles: int = 2
+    """Number of cycles of cosine_restarts."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0, for cosine and constant."""
+    gradient_clip: float | None = None
+    """Largest global norm of the gradient; None: no clipping."""
+    ema_decay: float | None = None
+    """Decay per step of an exponential moving average of the parameters, used for evaluation; None: none."""
+
+    def __post_init__(self) -> None:
+        _check_number("optimizer.learning_rate", self.learning_rate, low=0.0, open_low=True)
+        _check_number("optimizer.weight_decay", self.weight_decay, low=0.0)
+        _check_choice("optimizer.schedule", self.schedule, ("cosine_restarts", "cosine", "constant"))
+        _check_count("optimizer.cycles", self.cycles)
+        _check_count("optimizer.warmup_steps", self.warmup_steps, low=0)
+        if self.warmup_steps and self.schedule == "cosine_restarts":
+            raise UserError("optimizer.warmup_steps needs schedule cosine or constant; cosine_restarts starts at the peak.")
+        if self.gradient_clip is not None:
+            _check_number("optimizer.gradient_clip", self.gradient_clip, low=0.0, open_low=True)
+        if self.ema_decay is not None:
+            _check_number("optimizer.ema_decay", self.ema_decay, low=0.0, high=1.0 - 1e-9)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment: data, model, objective and training."""
+
+    data: DataSource = field(default_factory=Digits)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    network: Network = field(default_factory=MLP)
+    latent_size: int = 16
+    """L, the number of latent variables."""
+    prior: Prior = field(default_factory=StandardNormal)
+    decoder_variance: DecoderVariance = field(default_factory=Optimal)
+    beta: float = 1.0
+    """Weight of the rate; 1 is the ELBO."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    epochs: int = 50
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Images per step, over all devices together."""
+    evaluate_every: int = 1
+    """Epochs between evaluations on held-out data, each followed by a checkpoint; the last epoch always ends with one."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of matrix products and activations; parameters, statistics, sums and logs are float32 always."""
+    steps_per_dispatch: int | None = None
+    """Steps in one compiled call; None: one for convolutions on a CPU, up to 100 otherwise (measured to be fastest)."""
+    devices: int | None = None
+    """Devices to share the batch; None: all of this host."""
+    seed: int = 0
+    """Decides the initial parameters, the order of the data, augmentation and posterior samples."""
+
+    def __post_init__(self) -> None:
+        kinds = (("data", DataSource), ("network", Network), ("decoder_variance", DecoderVariance), ("prior", Prior))
+        for name, kind in kinds:
+            if not isinstance(getattr(self, name), kind):
+                names = ", ".join(option.__name__ for option in _options(kind))
+                raise UserError(f"{name} must be one of {names}, got {getattr(self, name)!r}.")
+        _check_count("latent_size", self.latent_size)
+        _check_number("beta", self.beta, low=0.0)
+        _check_count("epochs", self.epochs)
+        _check_count("batch_size", self.batch_size)
+        _check_count("evaluate_every", self.evaluate_every)
+        _check_choice("precision", self.precision, ("float32", "bfloat16"))
+        for name in ("steps_per_dispatch", "devices"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        _check_count("seed", self.seed, low=0)
+
+
+def _options(kind: Any) -> tuple[type, ...]:
+    """The classes of a union of dataclasses, or of a single one."""
+    return tuple(k for k in (typing.get_args(kind) or (kind,)) if dataclasses.is_dataclass(k))
+
+
+CHOICES: dict[str, dict[str, type]] = {
+    "data": {"digits": Digits, "mnist": MNIST, "arrays": Arrays, "tfds": TFDS},
+    "network": {"linear": Linear, "mlp": MLP, "residual": Residual},
+    "decoder_variance": {"constant": Constant, "optimal": Optimal, "learned": Learned, "predicted": Predicted},
+    "prior": {"standard_normal": StandardNormal},
+}
+"""The names by which the command line and `config.json` call the kinds of each field."""
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path) -> Config:
+    """The `Config` returned by `get_config()` of a Python file. A config file is code: run only those you trust.
+
+    Raises:
+      UserError: no such file, no `get_config`, an unknown field (the nearest name is offered), or a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UserError(f"There is no config file {path}{nearest(str(path), siblings)}.")
+    spec = importlib.util.spec_from_file_location(f"bsvae_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file; a config is a .py file with get_config().")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{path} has no function get_config() returning a bsvae_jax Config.")
+        config = module.get_config()
+    except TypeError as error:
+        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        raise UserError(f"{path}: {_unknown_field(*unknown.groups())}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"get_config() of {path} must return a bsvae_jax Config, got {type(config).__name__}.")
+    return config
+
+
+def _unknown_field(class_name: str, name: str) -> str:
+    known_classes = [Config, Optimizer, Augmentation, *(c for choice in CHOICES.values() for c in choice.values())]
+    known = [f.name for c in known_classes if c.__name__ == class_name for f in dataclasses.fields(c)]
+    return f"{class_name} has no field {name!r}{nearest(name, known)}."
+
+
+def to_dict(config: Any) -> Any:
+    """A config as plain JSON values; kinds are written under `"kind"` by their command-line name."""
+    if isinstance(config, tuple):
+        return list(config)
+    if not dataclasses.is_dataclass(config):
+        return config
+    fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    names = [name for choice in CHOICES.values() for name, kind in choice.items() if type(config) is kind]
+    return {"kind": names[0], **fields} if names else fields
+
+
+def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
+    """The inverse of `to_dict`.
+
+    Raises:
+      UserError: a field is unknown, or a kind is.
+    """
+    values = dict(values)
+    if "kind" in values:
+        options = {name: option for choice in CHOICES.values() for name, option in choice.items() if option in _options(kind)}
+        name = values.pop("kind")
+        if name not in options:
+            raise UserError(f"Unknown kind {name!r}{nearest(name, options)}; known: {', '.join(options)}.")
+        kind = options[name]
+    known = typing.get_type_hints(kind)
+    result = {}
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(_unknown_field(kind.__name__, name))
+        if isinstance(value, dict):
+            value = from_dict(value, known[name])
+        result[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**result)
+
+
+def differences(one: Config, other: Config) -> list[str]:
+    """`"beta: 1.0 -> 2.0"` for every field, by dotted name, in which two configs differ."""
+
+    def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(values, dict):
+            return {prefix: values}
+        return {k: v for name, value in values.items() for k, v in flatten(value, f"{prefix}.{name}".strip(".")).items()}
+
+    a, b = flatten(to_dict(one)), flatten(to_dict(other))
+    return [f"{name}: {a.get(name, 'absent')} -> {b.get(name, 'absent')}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+
+

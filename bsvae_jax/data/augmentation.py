@@ -1,0 +1,55 @@
+"""Random changes of training images, on the device, each image by its own key.
+
+Rotation and random resized crop are composed into one affine map and sampled once, bilinearly, with half-pixel centres and
+zeros outside. (torchvision resamples twice, and rotates with nearest-neighbour interpolation by default.)
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from bsvae_jax.config import Augmentation
+
+Image = Float[Array, "height width channels"]
+
+
+def augment(
+    images: Float[Array, "batch height width channels"], keys: Key[Array, " batch"], config: Augmentation
+) -> Float[Array, "batch height width channels"]:
+    """Images [B, H, W, C] in [0, 1] changed at random; the identity where the config asks for nothing."""
+    if config == Augmentation():
+        return images
+    return jax.vmap(lambda image, key: _augment_one(image, key, config))(images, keys)
+
+
+def _augment_one(image: Image, key: Key[Array, ""], config: Augmentation) -> Image:
+    affine_key, flip_key = jax.random.split(key)
+    if config.rotation_degrees or config.crop_scale != (1.0, 1.0) or config.crop_ratio != (1.0, 1.0):
+        image = _rotate_and_crop(image, affine_key, config)
+    if config.flip:
+        image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+    return image
+
+
+def _rotate_and_crop(image: Image, key: Key[Array, ""], config: Augmentation) -> Image:
+    height, width, _ = image.shape
+    angle_key, scale_key, ratio_key, row_key, column_key = jax.random.split(key, 5)
+    limit = jnp.deg2rad(config.rotation_degrees)
+    angle = jax.random.uniform(angle_key, minval=-limit, maxval=limit)
+    scale = jax.random.uniform(scale_key, minval=config.crop_scale[0], maxval=config.crop_scale[1])
+    low, high = (jnp.log(jnp.asarray(bound)) for bound in config.crop_ratio)
+    ratio = jnp.exp(jax.random.uniform(ratio_key, minval=low, maxval=high))
+    # Height and width of the crop as shares of the image's, at most all of it.
+    crop_height, crop_width = jnp.minimum(jnp.sqrt(scale / ratio), 1.0), jnp.minimum(jnp.sqrt(scale * ratio), 1.0)
+    top = jax.random.uniform(row_key) * (1.0 - crop_height) * height
+    left = jax.random.uniform(column_key) * (1.0 - crop_width) * width
+    rows, columns = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
+    # Output pixel -> pixel of the rotated image (crop) -> pixel of the source (rotation about the centre).
+    rows, columns = top + crop_height * rows - height / 2, left + crop_width * columns - width / 2
+    source_rows = jnp.cos(angle) * rows - jnp.sin(angle) * columns + height / 2 - 0.5
+    source_columns = jnp.sin(angle) * rows + jnp.cos(angle) * columns + width / 2 - 0.5
+    return jax.vmap(
+        lambda channel: jax.scipy.ndimage.map_coordinates(channel, [source_rows, source_columns], order=1, mode="constant"),
+        in_axes=-1,
+        out_axes=-1,
+    )(image)

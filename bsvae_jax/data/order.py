@@ -1,0 +1,38 @@
+"""The order in which training sees the data: a fresh permutation every epoch, cut into batches without a remainder."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+
+class ShuffledOrder:
+    """Indices of the examples of every step, on the device; depends on the key and the step alone.
+
+    Epochs are permutations laid end to end and cut into batches, so a batch may straddle two epochs, every example is seen
+    exactly once an epoch, and nothing is dropped. Any step can be asked for, so a resumed run needs no replay.
+    """
+
+    def __init__(self, key: Key[Array, ""], examples: int, batch_size: int):
+        """`examples` in the training set, `batch_size` over all devices together."""
+        self._key, self._examples, self._batch_size = key, examples, batch_size
+        self._epochs: dict[int, Int[Array, " examples"]] = {}
+
+    def _epoch(self, epoch: int) -> Int[Array, " examples"]:
+        if epoch not in self._epochs:
+            self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}  # keep two at most
+            self._epochs[epoch] = jax.random.permutation(jax.random.fold_in(self._key, epoch), self._examples)
+        return self._epochs[epoch]
+
+    def __call__(self, step: int, count: int) -> Int[Array, "count batch"]:
+        """Indices for steps `step ... step + count - 1`, [count, batch_size]."""
+        start, stop = step * self._batch_size, (step + count) * self._batch_size
+        pieces = []
+        for epoch in range(start // self._examples, (stop - 1) // self._examples + 1):
+            first = epoch * self._examples
+            pieces.append(self._epoch(epoch)[max(start - first, 0) : stop - first])
+        return jnp.concatenate(pieces).reshape(count, self._batch_size)
+
+
+def steps_through(epochs: int, examples: int, batch_size: int) -> int:
+    """Steps after which every example has been seen `epochs` times: `ceil(epochs * examples / batch_size)`."""
+    return -(-epochs * examples // batch_size)

@@ -1,0 +1,360 @@
+"""Negative log-likelihoods, optimal decoder variance, KL divergence and the ELBO: pure functions of arrays.
+
+Conventions, settled once for the whole package:
+
+* `x` and `mean` have the same shape `[B, ...]`; the trailing axes are one example's D pixels (usually `[B, H, W, C]`).
+* Every value is in **nats per example**, shape `[B]`: summed over pixels, never averaged over them.
+* The one-half and the 2 pi are always kept, so a distortion is a true negative log density.
+* `floor` is v0, the variance of the uniform noise that turns quantised data into continuous data: `step**2 / 12`
+  (`quantization_variance`). Where it enters, the distortion is the exact expectation over that noise,
+  `E_u ||x + u - mean||^2 = SSE + D v0`; it bounds every learned variance model from below.
+* Inputs of less than 32 bits are promoted to float32 before anything is squared, summed or logged.
+
+All functions work under `jit`, `grad`, `hessian` and `vmap`, and in float64 under `jax_enable_x64`; `beta` and variances
+may be traced. With `axis_name`, `x` is one device's share of a global batch (equal shares), and every average that
+defines a shared variance is taken over all devices *before* the logarithm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bsvae_jax.errors import UserError, nearest
+
+LOG_2PI = float(np.log(2.0 * np.pi))
+
+Shared = Literal["example", "batch", "pixel"]
+"""Which entries share one optimal variance: the pixels of one example, the global batch, or one pixel over the batch."""
+
+Tree = TypeVar("Tree")
+
+
+def quantization_variance(step: float) -> float:
+    """Variance `step**2 / 12` of uniform dequantisation noise for data on a grid of spacing `step` in [0, 1].
+
+    >>> f"{quantization_variance(1 / 255):.3e}"
+    '1.282e-06'
+    """
+    return step**2 / 12.0
+
+
+QUANTIZATION_VARIANCE = quantization_variance(1.0 / 255.0)
+"""v0 of 8-bit images, 1/(12 * 255^2) = 1.28e-6: the default floor of every variance."""
+
+PAPER_FLOOR = 1e-5 / (2.0 * np.pi)
+"""v0 that equals the 1e-5 which the code of Kim & Lee (2024) adds inside the logarithm, log(2 pi MSE + 1e-5)."""
+
+
+def mean_over_devices(tree: Tree, axis_name: str | None) -> Tree:
+    """Mean of every leaf over the named device axis; the identity when there is none."""
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+# --- Decoder-variance models ------------------------------------------------------------------------------------------
+
+
+def _check_positive(what: str, value: Any, allow_zero: bool = False) -> None:
+    """Reject a wrong number; a traced value cannot be looked at and passes."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return
+    if not np.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
+        bound = "a finite number >= 0" if allow_zero else "a finite number > 0"
+        raise UserError(f"{what} must be {bound}, got {value}.")
+
+
+def _check_shared(over: str) -> None:
+    if over in ("example", "batch", "pixel"):
+        return
+    if "pixel" in over and "example" in over:
+        raise UserError(
+            "A variance per pixel and per example is unbounded below (each residual gets its own variance, which may go "
+            "to zero); share it over 'example', 'batch' or 'pixel'."
+        )
+    known = ("example", "batch", "pixel")
+    raise UserError(f"over must be one of {', '.join(map(repr, known))}, got {over!r}{nearest(over, known)}.")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One fixed variance: the conventional beta-VAE. Distortion `D/2 log(2 pi v) + SSE/(2v)`."""
+
+    variance: Any = 0.5
+    """sigma^2 > 0, in squared units of the [0, 1] intensity; 0.5 is the paper's SSE + beta*KL up to a constant."""
+
+    def __post_init__(self) -> None:
+        _check_positive("Constant.variance", self.variance)
+
+
+@dataclass(frozen=True)
+class Optimal:
+    """The closed-form optimal variance `v* = MSE + v0` (Kim & Lee 2024): BS-VAE."""
+
+    over: Shared = "example"
+    """What shares one variance: 'example' (BS-VAE, sigma^2*(x)), 'batch' (Rybkin et al. 2021) or 'pixel'."""
+    floor: float | None = None
+    """v0 in squared intensity; None: the quantisation variance of the data (8 bits where no data set says otherwise)."""
+
+    def __post_init__(self) -> None:
+        _check_shared(self.over)
+        _check_positive("Optimal.floor", self.floor, allow_zero=True)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One trained log-variance for all pixels and examples (sigma-VAE, Rybkin et al. 2021)."""
+
+    initial_variance: float = 1.0
+    """Where training starts, > 0."""
+    floor: float | None = None
+    """v0, as in `Optimal`; with it the variance converges to the batch-optimal `MSE + v0`."""
+
+    def __post_init__(self) -> None:
+        _check_positive("Learned.initial_variance", self.initial_variance)
+        _check_positive("Learned.floor", self.floor, allow_zero=True)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The decoder returns a log-variance per pixel besides the mean; v0 > 0 keeps its likelihood bounded."""
+
+    floor: float | None = None
+    """v0, as in `Optimal`."""
+
+    def __post_init__(self) -> None:
+        _check_positive("Predicted.floor", self.floor)
+
+
+DecoderVariance = Constant | Optimal | Learned | Predicted
+
+
+def floor_of(decoder_variance: DecoderVariance) -> float:
+    """v0 of a decoder-variance model: 0 for `Constant` (a plain Gaussian density), 8-bit where it is left at None."""
+    if isinstance(decoder_variance, Constant):
+        return 0.0
+    return QUANTIZATION_VARIANCE if decoder_variance.floor is None else decoder_variance.floor
+
+
+# --- Gaussian negative log-likelihoods --------------------------------------------------------------------------------
+
+
+def _residual_squared(
+    x: Float[Array, "batch *pixels"], mean: Float[Array, "batch *pixels"]
+) -> Float[Array, "batch *pixels"]:
+    x, mean = jnp.asarray(x), jnp.asarray(mean)
+    if x.shape != mean.shape or x.ndim < 2:
+        raise UserError(
+            f"x and mean must have one shape [batch, ...pixels], got {x.shape} and {mean.shape}; nothing is broadcast here."
+        )
+    dtype = jnp.promote_types(jnp.result_type(x, mean), jnp.float32)
+    return jnp.square(x.astype(dtype) - mean.astype(dtype))
+
+
+def _sum_pixels(values: Float[Array, "batch *pixels"]) -> Float[Array, " batch"]:
+    return jnp.sum(values, axis=tuple(range(1, values.ndim)))
+
+
+def _nll_from_log_variance(
+    residual_squared: Float[Array, "batch *pixels"], log_variance: Array, floor: float | Array = 0.0
+) -> Float[Array, " batch"]:
+    """`sum_pixels 1/2 [log(2 pi v) + (r^2 + v0) / v]` in terms of log v, whose gradients overflow later than those of v."""
+    shape = residual_squared.shape
+    if log_variance.ndim > len(shape) or jnp.broadcast_shapes(log_variance.shape, shape) != shape:
+        raise UserError(f"A variance of shape {log_variance.shape} does not broadcast against images of shape {shape}.")
+    log_variance = log_variance.reshape((1,) * (len(shape) - log_variance.ndim) + log_variance.shape)
+    pixels, distinct = float(np.prod(shape[1:])), float(np.prod(log_variance.shape[1:]))
+    # A shared variance is counted, not summed: D times one number has no rounding error.
+    log_term = _sum_pixels(log_variance + LOG_2PI) * (pixels / distinct)
+    precision = jnp.broadcast_to(jnp.exp(-log_variance), shape)
+    return 0.5 * (log_term + _sum_pixels((residual_squared + floor) * precision))
+
+
+def gaussian_nll(
+    x: Float[Array, "batch *pixels"], mean: Float[Array, "batch *pixels"], variance: float | Float[Array, "..."]
+) -> Float[Array, " batch"]:
+    """`-log N(x; mean, diag(variance)) = sum_pixels 1/2 [log(2 pi v) + (x - mean)^2 / v]`, nats per example, shape [B].
+
+    `variance` (> 0) broadcasts against `x`: a scalar, `[B, 1, 1, 1]`, `[H, W, C]` or the full shape. For a scalar this is
+    `D/2 log(2 pi v) + SSE / (2 v)`.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.array([[0.0, 1.0]])
+    >>> print(gaussian_nll(x, jnp.zeros_like(x), 0.5))  # log(pi) + 1
+    [2.1447299]
+
+    Raises:
+      UserError: `x` and `mean` differ in shape, `variance` does not broadcast against `x`, or is a number <= 0 or NaN.
+    """
+    _check_positive("variance", variance)
+    residual_squared = _residual_squared(x, mean)
+    return _nll_from_log_variance(residual_squared, jnp.log(jnp.asarray(variance, residual_squared.dtype)))
+
+
+def _optimal_variance(residual_squared: Array, over: Shared, floor: float | Array, axis_name: str | None) -> Array:
+    _check_shared(over)
+    if over == "example":
+        return jnp.mean(residual_squared, axis=tuple(range(1, residual_squared.ndim)), keepdims=True) + floor
+    shared = jnp.mean(residual_squared, axis=None if over == "batch" else 0)
+    return mean_over_devices(shared, axis_name) + floor
+
+
+def optimal_variance(
+    x: Float[Array, "batch *pixels"],
+    mean: Float[Array, "batch *pixels"],
+    over: Shared = "example",
+    floor: float | Float[Array, ""] = QUANTIZATION_VARIANCE,
+    axis_name: str | None = None,
+) -> Float[Array, "..."]:
+    """`v* = MSE + v0`, the decoder variance that maximises the Gaussian likelihood (Kim & Lee 2024, eq. for sigma^2*).
+
+    Args:
+      over: 'example': mean over the pixels of each example, shape `[B, 1, 1, 1]` (one 1 per trailing axis of `x`).
+        'batch': mean over pixels and the global batch, shape `[]`. 'pixel': mean over the global batch, shape `[H, W, C]`.
+      floor: v0 >= 0, squared intensity. With 0, perfectly reconstructed data has variance 0 and infinite likelihood.
+      axis_name: the device axis over which 'batch' and 'pixel' are averaged as well.
+
+    Raises:
+      UserError: `x` and `mean` differ in shape, or `over` is unknown or asks for a variance per pixel and example.
+    """
+    return _optimal_variance(_residual_squared(x, mean), over, floor, axis_name)
+
+
+def optimal_gaussian_nll(
+    x: Float[Array, "batch *pixels"],
+    mean: Float[Array, "batch *pixels"],
+    over: Shared = "example",
+    floor: float | Float[Array, ""] = QUANTIZATION_VARIANCE,
+    axis_name: str | None = None,
+) -> Float[Array, " batch"]:
+    """Distortion at the optimal variance `v*` of `optimal_variance`, nats per example, shape [B].
+
+    Per example `D/2 log(2 pi v*) + (SSE + D v0) / (2 v*)` (for 'pixel' the same per pixel, summed). Its mean over the set
+    that shares `v*` is the closed form `D/2 (log(2 pi v*) + 1)`; for 'example' every entry is. Gradients flow through `v*`;
+    by the envelope theorem they equal those with `v*` held constant, once averaged over the set that shares it.
+
+    With 'example' the variance depends on x, so `exp(-value)` is a *profile* likelihood and not a density.
+
+    Raises:
+      UserError: as `optimal_variance`.
+    """
+    residual_squared = _residual_squared(x, mean)
+    variance = _optimal_variance(residual_squared, over, floor, axis_name)
+    if over == "example":  # SSE + D v0 = D v*, exactly
+        pixels = float(np.prod(residual_squared.shape[1:]))
+        return 0.5 * pixels * (_sum_pixels(jnp.log(variance)) + LOG_2PI + 1.0)
+    return _nll_from_log_variance(residual_squared, jnp.log(variance), floor)
+
+
+# --- KL divergence and the ELBO ---------------------------------------------------------------------------------------
+
+
+def kl_to_standard_normal(
+    mean: Float[Array, "batch *latent"], log_variance: Float[Array, "batch *latent"]
+) -> Float[Array, " batch"]:
+    """`KL(N(mean, exp(log_variance)) || N(0, I)) = 1/2 sum (exp(lv) - 1 - lv + mean^2)`, nats per example, shape [B].
+
+    >>> import jax.numpy as jnp
+    >>> print(kl_to_standard_normal(jnp.array([[2.0]]), jnp.array([[0.0]])))
+    [2.]
+
+    Raises:
+      UserError: the two shapes differ.
+    """
+    mean, log_variance = jnp.asarray(mean), jnp.asarray(log_variance)
+    if mean.shape != log_variance.shape:
+        raise UserError(f"mean and log_variance must have one shape, got {mean.shape} and {log_variance.shape}.")
+    dtype = jnp.promote_types(jnp.result_type(mean, log_variance), jnp.float32)
+    mean, log_variance = mean.astype(dtype), log_variance.astype(dtype)
+    # expm1 keeps the digits that exp(lv) - 1 - lv loses near a collapsed posterior, where lv -> 0.
+    return 0.5 * _sum_pixels(jnp.expm1(log_variance) - log_variance + jnp.square(mean))
+
+
+class ElboTerms(NamedTuple):
+    """The terms of the objective, per example; `mean_objective` is the one place where they are reduced."""
+
+    distortion: Float[Array, " batch"]
+    """`-log p(x|z)` under the decoder-variance model, nats. [B]"""
+    rate: Float[Array, " batch"]
+    """`KL(q(z|x) || p(z))`, nats; closed form or one-sample Monte Carlo. [B]"""
+    mse: Float[Array, " batch"]
+    """Squared error averaged over the pixels, squared intensity. [B]"""
+    variance: Float[Array, "..."]
+    """The decoder variance used: [] | [B, 1, 1, 1] | [H, W, C] | [B, H, W, C]."""
+
+
+def elbo_terms(
+    x: Float[Array, "batch *pixels"],
+    mean: Float[Array, "batch *pixels"],
+    rate: Float[Array, " batch"],
+    decoder_variance: DecoderVariance,
+    *,
+    log_variance: Float[Array, "..."] | None = None,
+    axis_name: str | None = None,
+) -> ElboTerms:
+    """Distortion and rate per example under any decoder-variance model.
+
+    Args:
+      x: images in [0, 1].
+      mean: the decoder's mean for one sample z ~ q(z|x) per image.
+      rate: `KL(q(z|x) || p(z))` in nats, from the prior.
+      decoder_variance: `Constant`, `Optimal`, `Learned` or `Predicted`.
+      log_variance: the trained log-variance; a scalar for `Learned`, the shape of `x` for `Predicted`, else None.
+        Values and gradients are finite in float32 for |log_variance| <= 50.
+      axis_name: device axis over which a shared optimal variance is averaged.
+
+    Raises:
+      UserError: shapes differ, or `log_variance` is missing or given where the variance model has none.
+    """
+    residual_squared = _residual_squared(x, mean)
+    trained = isinstance(decoder_variance, Learned | Predicted)
+    if trained != (log_variance is not None):
+        name = type(decoder_variance).__name__
+        raise UserError(f"{name} {'needs' if trained else 'takes no'} log_variance; got {log_variance!r}.")
+    if isinstance(decoder_variance, Optimal):
+        floor = floor_of(decoder_variance)
+        variance = _optimal_variance(residual_squared, decoder_variance.over, floor, axis_name)
+        distortion = optimal_gaussian_nll(x, mean, decoder_variance.over, floor, axis_name)
+    elif isinstance(decoder_variance, Constant):
+        variance = jnp.asarray(decoder_variance.variance, residual_squared.dtype)
+        distortion = gaussian_nll(x, mean, decoder_variance.variance)
+    else:
+        expected = residual_squared.shape if isinstance(decoder_variance, Predicted) else ()
+        log_variance = jnp.asarray(log_variance).astype(residual_squared.dtype)
+        if log_variance.shape != expected:
+            name = type(decoder_variance).__name__
+            raise UserError(f"log_variance of {name} must have shape {expected}, got {log_variance.shape}.")
+        variance = jnp.exp(log_variance)
+        distortion = _nll_from_log_variance(residual_squared, log_variance, floor_of(decoder_variance))
+    mse = jnp.mean(residual_squared, axis=tuple(range(1, residual_squared.ndim)))
+    return ElboTerms(distortion, rate, mse, variance)
+
+
+def mean_objective(
+    terms: ElboTerms, beta: float | Float[Array, ""], axis_name: str | None = None
+) -> Float[Array, ""]:
+    """`mean over the global batch of distortion + beta * rate`, nats per example: what training minimises.
+
+    `beta = 1` is the negative ELBO. `beta` may be traced; 0 switches the rate off.
+    """
+    _check_positive("beta", beta, allow_zero=True)
+    return mean_over_devices(jnp.mean(terms.distortion + beta * terms.rate), axis_name)
+
+
+def bits_per_dimension(
+    nll: float | Float[Array, "..."], shape: Sequence[int], step: float = 1.0 / 255.0
+) -> float | Float[Array, "..."]:
+    """`-log2 P` per pixel of the quantised image: `nll / (D ln 2) - log2(step)`, where `step` is the data's grid spacing.
+
+    Args:
+      nll: negative log density in nats per example, of data in [0, 1].
+      shape: shape of one image, D = prod(shape).
+      step: quantisation step after scaling to [0, 1].
+
+    >>> round(float(bits_per_dimension(0.0, (28, 28, 1))), 3)  # density 1 on [0, 1]: a uniform distribution
+    7.994
+    """
+    return nll / (float(np.prod(shape)) * float(np.log(2.0))) - float(np.log2(step))

@@ -1,0 +1,169 @@
+"""One pass of a model over a split of images: the per-example numbers from which every evaluation is computed.
+
+The device returns squared errors and rates; sums and logarithms over a whole split follow on the host in float64, so the
+result depends neither on the batch size nor on the number of devices, and the last partial batch counts for what it is.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from bsvae_jax.data.sources import to_unit_interval
+from bsvae_jax.model import VAE
+from bsvae_jax.objective import Constant, DecoderVariance, Learned, Optimal, floor_of
+from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift
+from bsvae_jax.randomness import example_keys
+
+LOG_2PI = float(np.log(2 * np.pi))
+
+
+class SplitScores(NamedTuple):
+    """Per-example results for N images of D pixels with L latents, one posterior sample each; float64."""
+
+    squared_error: np.ndarray
+    """`||x - mean||^2`, summed over pixels, [N]."""
+    rate: np.ndarray
+    """`KL(q(z|x) || p(z))`, nats, [N]."""
+    pixel_squared_error: np.ndarray
+    """Squared error averaged over the examples, [H, W, C]."""
+    posterior_mean: np.ndarray
+    """[N, L]"""
+    model_distortion: np.ndarray
+    """Distortion under the model's own decoder variance, nats, [N]; a shared optimal variance is shared over the N images."""
+    model_variance: float
+    """The model's decoder variance, averaged over everything it depends on."""
+
+    @property
+    def pixels(self) -> int:
+        """D, pixels times channels."""
+        return int(self.pixel_squared_error.size)
+
+
+class _BatchScores(NamedTuple):
+    squared_error: Float[Array, " batch"]
+    rate: Float[Array, " batch"]
+    pixel_squared_error: Float[Array, "height width channels"]
+    posterior_mean: Float[Array, "batch latent"]
+    distortion: Float[Array, " batch"]
+    variance: Float[Array, " batch"]
+
+
+def _score_batch(
+    variables: Mapping[str, Any],
+    images: Array,
+    indices: Int[Array, " batch"],
+    weights: Float[Array, " batch"],
+    key: Key[Array, ""],
+    *,
+    model: VAE,
+    levels: int,
+) -> _BatchScores:
+    x = to_unit_interval(images[indices], levels)
+    # Noise by position in the split: the same for any batch size and number of devices.
+    output = model.apply(variables, x, example_keys(key, indices))
+    terms = model.apply(variables, x, example_keys(key, indices), method="elbo_terms")
+    residual_squared = jnp.square(x - output.decoded.mean)
+    variance = jnp.broadcast_to(terms.variance, x.shape) if terms.variance.shape != x.shape[1:] else terms.variance[None]
+    return _BatchScores(
+        squared_error=jnp.sum(residual_squared, axis=(1, 2, 3)),
+        rate=terms.rate,
+        pixel_squared_error=jax.lax.psum(jnp.sum(residual_squared * weights[:, None, None, None], axis=0), DATA_AXIS),
+        posterior_mean=output.posterior.mean,
+        distortion=terms.distortion,
+        variance=jnp.broadcast_to(jnp.mean(variance, axis=(1, 2, 3)), terms.rate.shape),
+    )
+
+
+@functools.cache
+def _lifted(model: VAE, levels: int, mesh: Mesh) -> Any:
+    shares = _BatchScores(SHARDED, SHARDED, REPLICATED, SHARDED, SHARDED, SHARDED)
+    specs = (REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED)
+    return lift(functools.partial(_score_batch, model=model, levels=levels), mesh, specs, shares)
+
+
+def score_split(
+    model: VAE,
+    variables: Mapping[str, Any],
+    images: Array,
+    key: Key[Array, ""],
+    *,
+    levels: int,
+    mesh: Mesh,
+    batch_size: int,
+) -> SplitScores:
+    """Score every image of a split once, with one posterior sample each.
+
+    Args:
+      model: a VAE; its `axis_name` is not used, no batch statistics are taken.
+      variables: `{"params": ..., "batch_stats": ...}`, replicated over the mesh.
+      images: [N, H, W, C] as stored, replicated over the mesh.
+      key: decides the posterior samples, one key per position in the split.
+      levels: grey levels of stored uint8 images.
+      batch_size: images per device call, rounded up to a multiple of the devices.
+    """
+    model = model.clone(axis_name=None)
+    devices = mesh.devices.size
+    count = len(images)
+    batch_size = -(-min(batch_size, count) // devices) * devices
+    score = _lifted(model, levels, mesh)
+    batches, pixel_squared_error, previous = [], np.zeros(model.image_shape), None
+    for start in range(0, count, batch_size):
+        indices = np.arange(start, start + batch_size)
+        weights = (indices < count).astype(np.float32)  # the last batch is filled up with an image that counts nothing
+        current = score(variables, images, np.minimum(indices, count - 1), weights, key)
+        if previous is not None:  # one batch in flight while the one before is fetched
+            batches.append(jax.device_get(previous))
+        previous = current
+    batches.append(jax.device_get(previous))
+    for batch in batches:
+        pixel_squared_error += batch.pixel_squared_error
+    stacked = {
+        name: np.concatenate([getattr(batch, name) for batch in batches])[:count].astype(np.float64)
+        for name in ("squared_error", "rate", "posterior_mean", "distortion", "variance")
+    }
+    scores = SplitScores(
+        stacked["squared_error"],
+        stacked["rate"],
+        pixel_squared_error / count,
+        stacked["posterior_mean"],
+        stacked["distortion"],
+        float(stacked["variance"].mean()),
+    )
+    distortion, variance = _own_distortion(scores, model.decoder_variance)
+    return scores._replace(model_distortion=distortion, model_variance=variance)
+
+
+def _own_distortion(scores: SplitScores, decoder_variance: DecoderVariance) -> tuple[np.ndarray, float]:
+    """The device knows one batch; a variance shared over a set is taken over the whole split here."""
+    if isinstance(decoder_variance, Optimal):
+        variance = optimal_variance_of_split(scores, decoder_variance.over, floor_of(decoder_variance))
+        if decoder_variance.over == "pixel":
+            # Per-example squared errors per pixel are not kept: every example gets the mean, which is exact.
+            value = 0.5 * np.sum(np.log(2 * np.pi * variance) + 1.0)
+            return np.full_like(scores.rate, value), float(variance.mean())
+        return distortion_at(scores, variance, floor_of(decoder_variance)), float(np.mean(variance))
+    if isinstance(decoder_variance, Constant):
+        return distortion_at(scores, float(decoder_variance.variance), 0.0), float(decoder_variance.variance)
+    if isinstance(decoder_variance, Learned):
+        return distortion_at(scores, scores.model_variance, floor_of(decoder_variance)), scores.model_variance
+    return scores.model_distortion, scores.model_variance
+
+
+def optimal_variance_of_split(scores: SplitScores, over: str, floor: float) -> Any:
+    """`MSE + v0` over the split: [N] for 'example', a number for 'batch', [H, W, C] for 'pixel'."""
+    if over == "pixel":
+        return scores.pixel_squared_error + floor
+    variance = scores.squared_error / scores.pixels + floor
+    return variance if over == "example" else float(variance.mean())
+
+
+def distortion_at(scores: SplitScores, variance: Any, floor: float) -> np.ndarray:
+    """`D/2 log(2 pi v) + (SSE + D v0) / (2 v)` per example, nats, [N], for one variance or one per example ([N])."""
+    pixels = scores.pixels
+    return 0.5 * pixels * (LOG_2PI + np.log(variance)) + (scores.squared_error + pixels * floor) / (2 * variance)

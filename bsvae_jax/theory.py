@@ -1,0 +1,174 @@
+"""Exact results for linear-Gaussian data, in float64 NumPy: what a trained linear model must land on.
+
+Everything is in nats per example. The data are described by the eigenvalues of their covariance, in any order.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from bsvae_jax.errors import UserError
+
+Eigenvalues = Float[np.ndarray, " dimensions"]
+
+
+class LinearOptimum(NamedTuple):
+    """The global optimum of a linear VAE with one optimal decoder variance for the whole data set."""
+
+    variance: float
+    """Decoder variance v at the optimum, squared intensity."""
+    active: int
+    """k, the number of latents that carry information."""
+    rate: float
+    """`1/2 sum_{i<=k} log(l_i / (beta v))`, nats."""
+    distortion: float
+    """`D/2 (log(2 pi v) + 1)`, nats."""
+    objective: float
+    """`distortion + beta * rate`, nats."""
+
+
+def _sorted_eigenvalues(eigenvalues: Eigenvalues) -> np.ndarray:
+    values = np.asarray(eigenvalues, np.float64)
+    if values.ndim != 1 or values.size == 0:
+        raise UserError(f"eigenvalues must be a non-empty vector, got shape {values.shape}.")
+    if not np.all(np.isfinite(values)):
+        raise UserError("eigenvalues must be finite; some are NaN or infinite.")
+    values = np.sort(values)[::-1]
+    # An eigensolver returns a few rounding errors below zero for rank-deficient data; anything more is a wrong input.
+    if values[-1] < -1e-9 * max(values[0], 0.0) or values[0] < 0:
+        raise UserError(f"eigenvalues of a covariance are >= 0, got {values[-1]:.3g}.")
+    return np.maximum(values, 0.0)
+
+
+def consistent_optima(
+    eigenvalues: Eigenvalues, latent_size: int, beta: float, floor: float = 0.0
+) -> list[LinearOptimum]:
+    """Every k whose water level `s = beta v` leaves just the k largest eigenvalues above it, best objective first.
+
+    More than one can be consistent: beyond a critical beta the posterior collapses from one to another at once, a
+    first-order phase transition. Arguments and errors as in `linear_optimum`.
+    """
+    l = _sorted_eigenvalues(eigenvalues)
+    dimensions = l.size
+    if not 1 <= latent_size <= dimensions:
+        raise UserError(f"latent_size must lie in 1 ... {dimensions} (the data's dimensions), got {latent_size}.")
+    if not (np.isfinite(beta) and beta > 0):
+        raise UserError(f"beta must be a finite number > 0, got {beta}.")
+    if not (np.isfinite(floor) and floor >= 0):
+        raise UserError(f"floor must be a finite number >= 0, got {floor}.")
+    total_error = np.concatenate([np.cumsum(l[::-1])[::-1], [0.0]]) + dimensions * floor  # of keeping k: sum_{i>k} l_i + D v0
+    optima = []
+    for k in range(latent_size + 1):
+        if dimensions - k * beta <= 0:  # at most D / beta latents can be active
+            break
+        variance = total_error[k] / (dimensions - k * beta)
+        if variance == 0:
+            raise UserError(
+                f"The data have rank {k} <= latent_size and floor = 0: the variance goes to 0 and the objective to -infinity. "
+                "Give a floor > 0, or fewer latents."
+            )
+        level = beta * variance
+        if np.count_nonzero(l[:latent_size] > level) != k:
+            continue
+        rate = 0.5 * float(np.sum(np.log(l[:k] / level)))
+        distortion = 0.5 * dimensions * (np.log(2 * np.pi * variance) + 1.0)
+        optima.append(LinearOptimum(float(variance), k, rate, float(distortion), float(distortion + beta * rate)))
+    return sorted(optima, key=lambda optimum: optimum.objective)
+
+
+def linear_optimum(eigenvalues: Eigenvalues, latent_size: int, beta: float, floor: float = 0.0) -> LinearOptimum:
+    """Optimum of `distortion + beta * rate` over linear encoders, linear decoders and one shared optimal variance.
+
+    Reverse water-filling at level `s = beta v`: k = number of i <= K with l_i > s, and
+
+        v = (sum_{i>k} l_i + D v0) / (D - k beta),   rate = 1/2 sum_{i<=k} log(l_i / s),   distortion = D/2 (log(2 pi v) + 1).
+
+    At beta = 1 and v0 = 0 this is probabilistic PCA (Tipping & Bishop 1999).
+
+    Args:
+      eigenvalues: of the data covariance (divided by N, not N - 1), length D, any order.
+      latent_size: K, between 1 and D.
+      beta: weight of the rate, > 0.
+      floor: v0 of the data, as in `bsvae_jax.objective`.
+
+    >>> optimum = linear_optimum(np.array([4.0, 1.0, 1.0]), latent_size=1, beta=1.0)
+    >>> optimum.variance, optimum.active, round(optimum.rate, 6) == round(0.5 * np.log(4.0), 6)
+    (1.0, 1, True)
+
+    Raises:
+      UserError: arguments out of range, or data of rank <= K with `floor = 0` (the objective is unbounded below).
+    """
+    return consistent_optima(eigenvalues, latent_size, beta, floor)[0]
+
+
+def gaussian_rate_distortion(eigenvalues: Eigenvalues, distortion: float) -> float:
+    """Shannon's R(D) of a Gaussian source with these covariance eigenvalues, in nats (Cover & Thomas, thm 10.3.3).
+
+    Args:
+      eigenvalues: of the covariance, any order.
+      distortion: expected squared error summed over the dimensions, > 0 (0 is allowed only for a source of zero variance).
+
+    >>> round(gaussian_rate_distortion(np.array([1.0, 1.0]), 0.5), 4)  # 2 * 1/2 log(1 / 0.25)
+    1.3863
+
+    Raises:
+      UserError: eigenvalues negative or not finite, or a distortion that is not a positive number.
+    """
+    l = _sorted_eigenvalues(eigenvalues)
+    if not (np.isfinite(distortion) and distortion >= 0) or (distortion == 0 and l[0] > 0):
+        raise UserError(f"distortion must be a finite number > 0 (R(D) is infinite at 0), got {distortion}.")
+    if distortion >= l.sum():
+        return 0.0
+    # sum_i min(s, l_i) is piecewise linear in the level s: k eigenvalues above s give k s + sum_{i>k} l_i.
+    tail = np.concatenate([np.cumsum(l[::-1])[::-1], [0.0]])
+    for k in range(1, l.size + 1):
+        level = (distortion - tail[k]) / k
+        lower = l[k] if k < l.size else 0.0
+        if lower <= level < l[k - 1]:
+            return 0.5 * float(np.sum(np.log(l[:k] / level)))
+    raise AssertionError("reverse water-filling always finds a level for 0 < distortion < sum of eigenvalues")
+
+
+def probabilistic_pca_log_likelihood(eigenvalues: Eigenvalues, latent_size: int) -> tuple[float, float]:
+    """Maximum-likelihood noise variance and mean log-likelihood (nats per example) of probabilistic PCA.
+
+    Tipping & Bishop (1999), eqs. 8 and 11: `sigma^2 = mean_{i>K} l_i`, and
+    `log p = -1/2 [D log(2 pi) + sum_{i<=K} log l_i + (D - K) log sigma^2 + D]`.
+
+    Args:
+      eigenvalues: of the sample covariance (divided by N), length D, any order.
+      latent_size: K, between 1 and D - 1.
+
+    Returns:
+      `(sigma^2, log-likelihood)`.
+
+    Raises:
+      UserError: `latent_size` out of range, or data of rank <= K (the likelihood is unbounded).
+    """
+    l = _sorted_eigenvalues(eigenvalues)
+    dimensions = l.size
+    if not 1 <= latent_size < dimensions:
+        raise UserError(f"latent_size must lie in 1 ... {dimensions - 1}, got {latent_size}.")
+    variance = float(np.mean(l[latent_size:]))
+    if variance == 0:
+        raise UserError(f"The data have rank <= {latent_size}: the likelihood is unbounded. Use fewer latents.")
+    log_determinant = float(np.sum(np.log(l[:latent_size]))) + (dimensions - latent_size) * np.log(variance)
+    return variance, float(-0.5 * (dimensions * np.log(2 * np.pi) + log_determinant + dimensions))
+
+
+def covariance_eigenvalues(data: Float[np.ndarray, "examples *pixels"]) -> Eigenvalues:
+    """Eigenvalues, largest first, of the covariance (divided by N) of flattened data; float64.
+
+    Raises:
+      UserError: fewer than two examples.
+    """
+    flat = np.asarray(data).reshape(len(data), -1)
+    if len(flat) < 2:
+        raise UserError(f"A covariance needs at least 2 examples, got {len(flat)}.")
+    mean = flat.mean(axis=0, dtype=np.float64)
+    covariance = np.zeros((flat.shape[1], flat.shape[1]))
+    for start in range(0, len(flat), 4096):  # bounds the float64 copy
+        centred = flat[start : start + 4096].astype(np.float64) - mean
+        covariance += centred.T @ centred
+    return np.maximum(np.linalg.eigvalsh(covariance / len(flat))[::-1], 0.0)

@@ -1,0 +1,28 @@
+"""Strict numerics for every test: eight fake CPU devices, strict dtype promotion and ranks, warnings as errors.
+
+Set before any test imports a backend. Real image files, where a checkout has them beside it, are offered as a fixture.
+"""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def mnist_folder() -> Path:
+    folder = DATA / "mnist"
+    if not folder.is_dir():
+        pytest.skip("the real MNIST files are not beside this checkout")
+    return folder
