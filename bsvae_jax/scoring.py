@@ -16,11 +16,15 @@ from jaxtyping import Array, Float, Int, Key
 
 from bsvae_jax.data.sources import to_unit_interval
 from bsvae_jax.model import VAE
-from bsvae_jax.objective import Constant, DecoderVariance, Learned, Optimal, floor_of
+from bsvae_jax.objective import LOG_2PI, Constant, DecoderVariance, Learned, Optimal, elbo_terms, floor_of
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift
 from bsvae_jax.randomness import example_keys
 
-LOG_2PI = float(np.log(2 * np.pi))
+EVALUATION_BATCH = 512
+"""Images per device call, where the caller has no reason for another number."""
+
+SPLIT_SALT = {"train": 0, "test": 1}
+"""Folded into the config's seed for the posterior samples of a split, so that every evaluation takes the same."""
 
 
 class SplitScores(NamedTuple):
@@ -67,8 +71,9 @@ def _score_batch(
     x = to_unit_interval(images[indices], levels)
     # Noise by position in the split: the same for any batch size and number of devices.
     output = model.apply(variables, x, example_keys(key, indices))
-    terms = model.apply(variables, x, example_keys(key, indices), method="elbo_terms")
-    residual_squared = jnp.square(x - output.decoded.mean)
+    mean, log_variance = output.decoded
+    terms = elbo_terms(x, mean, output.rate, model.decoder_variance, log_variance=log_variance)
+    residual_squared = jnp.square(x - mean)
     variance = jnp.broadcast_to(terms.variance, x.shape) if terms.variance.shape != x.shape[1:] else terms.variance[None]
     return _BatchScores(
         squared_error=jnp.sum(residual_squared, axis=(1, 2, 3)),

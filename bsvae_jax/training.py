@@ -28,12 +28,10 @@ from bsvae_jax.model import VAE
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, P, data_mesh, describe_devices, lift, replicate
 from bsvae_jax.randomness import example_keys, example_positions
 from bsvae_jax.rundir import RunDirectory
-from bsvae_jax.scoring import SplitScores, score_split
+from bsvae_jax.scoring import EVALUATION_BATCH, SPLIT_SALT, SplitScores, score_split
 
 LOG_EVERY = 50
 """Steps over which one training row of the metrics is averaged, at most."""
-
-EVALUATION_BATCH = 512
 
 
 class TrainState(struct.PyTreeNode):
@@ -135,7 +133,7 @@ def train_step(
         optimizer_state=optimizer_state,
         ema_params=ema_params,
     )
-    return state, StepMetrics(*means, optax.global_norm(gradient))
+    return state, StepMetrics(*means, optax.tree.norm(gradient))
 
 
 def _data_step(
@@ -384,19 +382,19 @@ class _Trainer:
                 "A lower --optimizer.learning-rate or --optimizer.gradient-clip 1.0 usually helps."
             )
 
-    def _score(self, state: TrainState, images: Array, salt: int) -> SplitScores:
+    def _score(self, state: TrainState, images: Array, split: str) -> SplitScores:
         return score_split(
             state.model,
             state.variables(),
             images,
-            jax.random.fold_in(jax.random.key(self.config.seed), salt),
+            jax.random.fold_in(jax.random.key(self.config.seed), SPLIT_SALT[split]),
             levels=self.images.levels,
             mesh=self.mesh,
             batch_size=EVALUATION_BATCH,
         )
 
     def _evaluate_and_save(self, state: TrainState, step: int, epoch: int, bar: Any) -> None:
-        scores = self._score(state, self.test_images, 1)
+        scores = self._score(state, self.test_images, "test")
         distortion, rate = float(scores.model_distortion.mean()), float(scores.rate.mean())
         row = {
             "step": step,
@@ -421,7 +419,7 @@ class _Trainer:
         """Record the optimal variance of the whole training set, one number and one per pixel."""
         if self.run.is_calibrated(int(state.step)):
             return
-        scores = self._score(state, self.train_images, 0)
+        scores = self._score(state, self.train_images, "train")
         floor = objective.quantization_variance(self.images.step)
         self.run.write_calibration(int(state.step), scores.pixel_squared_error + floor, floor)
 

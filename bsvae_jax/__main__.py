@@ -1,0 +1,3 @@
+from bsvae_jax.cli import main
+
+main()

@@ -1,0 +1,182 @@
+"""The command line: `bsvae train`, `bsvae evaluate`, `bsvae sample`. Parsing, help and overrides are tyro's."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from bsvae_jax import config as configs
+from bsvae_jax.config import Config
+from bsvae_jax.errors import BsvaeError, UserError
+
+DATA = Literal["digits", "mnist", "arrays", "tfds"]
+NETWORK = Literal["linear", "mlp", "residual"]
+DECODER_VARIANCE = Literal["constant", "optimal", "learned", "predicted"]
+
+Run = Annotated[Path, tyro.conf.arg(name="workdir", metavar="WORKDIR")]
+
+
+def _choose(
+    config_file: tyro.conf.Positional[Path],
+    data: DATA | None = None,
+    network: NETWORK | None = None,
+    decoder_variance: DECODER_VARIANCE | None = None,
+) -> Config:
+    """The config file's config, with the kinds named on the command line in place of its own."""
+    config = configs.load_config(config_file)
+    chosen = {"data": data, "network": network, "decoder_variance": decoder_variance}
+    for field, name in chosen.items():
+        if name is not None:
+            kind = configs.CHOICES[field][name]
+            if not isinstance(getattr(config, field), kind):
+                config = dataclasses.replace(config, **{field: kind()})
+    return config
+
+
+def _train_command(default: Config) -> Callable[..., None]:
+    """`bsvae train` with the fields of `default` as options; the kinds of its parts decide which options there are."""
+
+    def train(
+        config_file: tyro.conf.Positional[Path],
+        config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = default,
+        workdir: Path | None = None,
+        data: DATA | None = None,
+        network: NETWORK | None = None,
+        decoder_variance: DECODER_VARIANCE | None = None,
+    ) -> None:
+        """Train the experiment of a config file; run it again to continue where it stopped.
+
+        Leaves in the workdir: config.json, metrics.jsonl, TensorBoard events, checkpoints (the latest two and the best),
+        the calibrated variance, evaluation.json and figures. Every field of the config is an option below, with the config
+        file's value as its default. Terms are in nats per image.
+
+        Example: bsvae train configs/digits.py --beta 4 --decoder-variance constant --decoder-variance.variance 0.1
+
+        Args:
+          config_file: A Python file with get_config(); configs/ holds ready ones.
+          config: The experiment.
+          workdir: Folder of this run; runs/NAME-OF-CONFIG if not given.
+          data: Kind of data source to use instead of the config's.
+          network: Kind of network to use instead of the config's.
+          decoder_variance: Kind of decoder variance to use instead of the config's.
+        """
+        from bsvae_jax.training import fit
+
+        folder = Path("runs") / config_file.stem if workdir is None else workdir
+        fit(config, folder)
+        _evaluate_and_draw(folder, ("train", "test"), "latest", draw=True)
+
+    return train
+
+
+def evaluate(
+    workdir: tyro.conf.Positional[Run],
+    split: tuple[Literal["train", "test"], ...] = ("train", "test"),
+    checkpoint: Literal["latest", "best"] = "latest",
+) -> None:
+    """Evaluate a trained run: a table with units and standard errors, also as evaluation.json in its folder.
+
+    The profile likelihood gives each image its own optimal variance and is not a density; the calibrated one freezes the
+    training set's variance and is. Compare models by the calibrated one.
+
+    Args:
+      workdir: Folder that bsvae train wrote.
+      split: Splits to evaluate.
+      checkpoint: The end of training, or the least held-out objective.
+    """
+    _evaluate_and_draw(workdir, split, checkpoint, draw=False)
+
+
+def _evaluate_and_draw(
+    workdir: Path, splits: Sequence[str], checkpoint: Literal["latest", "best"], draw: bool
+) -> None:
+    from bsvae_jax import evaluation, pictures
+    from bsvae_jax.data import load
+    from bsvae_jax.loading import restore
+    from bsvae_jax.rundir import write_atomically
+
+    if not splits:
+        raise UserError("--split needs at least one of train and test.")
+    run = restore(workdir, checkpoint)
+    images = load(run.config.data, run.config.seed)
+    report = evaluation.evaluate(run, images, splits)
+    values = {"step": run.step, "checkpoint": checkpoint, "splits": evaluation.as_json(report)}
+    write_atomically(workdir / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())
+    print(evaluation.as_table(report))
+    if draw:
+        pictures.draw(run, images, workdir)
+        print(f"figures: {workdir / 'figures'}")
+
+
+def sample(
+    workdir: tyro.conf.Positional[Run],
+    count: int = 100,
+    out: Path | None = None,
+    seed: int = 0,
+    checkpoint: Literal["latest", "best"] = "latest",
+    overwrite: bool = False,
+) -> None:
+    """Draw images from a trained run: z from the prior, then the decoder's mean, as 8-bit images.
+
+    Args:
+      workdir: Folder that bsvae train wrote.
+      count: Number of images.
+      out: A .npz file (array images, uint8 [N, H, W, C]), a .png file (one grid), or a folder (one PNG per image);
+        WORKDIR/samples.npz if not given.
+      seed: Decides the images; the first ones do not depend on count.
+      checkpoint: The end of training, or the least held-out objective.
+      overwrite: Replace what is already at out.
+    """
+    from bsvae_jax import figures
+    from bsvae_jax.loading import restore
+    from bsvae_jax.sampling import sample_prior
+
+    if count < 1:
+        raise UserError(f"--count must be >= 1, got {count}.")
+    out = workdir / "samples.npz" if out is None else out
+    if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists; give another --out, or --overwrite to replace it.")
+    run = restore(workdir, checkpoint)
+    if out.suffix not in (".npz", ".png") and run.image_shape[2] not in (1, 3):
+        raise UserError(f"PNG files hold 1 or 3 channels, the model has {run.image_shape[2]}; give --out FILE.npz.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        images = sample_prior(run, count, seed)
+        if out.suffix == ".npz":
+            with out.open("wb") as file:
+                np.savez_compressed(file, images=images)
+        elif out.suffix == ".png":
+            figures.save(figures.image_grid(images / 255.0, f"{count} samples of the prior"), out)
+        else:
+            figures.save_images(images, out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}).") from error
+    print(f"{count} images {images.shape[1:]}: {out}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command. Exit status 2: the message says what was wrong; 130: interrupted, the same command continues."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        default: Any = Config()
+        if len(arguments) > 1 and arguments[0] == "train" and not arguments[1].startswith("-"):
+            # The config decides which options there are, so its file and the kinds named beside it are read first.
+            default, _ = tyro.cli(_choose, args=arguments[1:], return_unknown_args=True, add_help=False)
+        tyro.extras.subcommand_cli_from_dict(
+            {"train": _train_command(default), "evaluate": evaluate, "sample": sample},
+            prog="bsvae",
+            description="Gaussian VAEs with their decoder variance treated properly: train, evaluate, sample.",
+            args=arguments,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except BsvaeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,53 @@
+"""Pictures of a run: runs the model and hands the arrays to `figures`."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bsvae_jax import figures
+from bsvae_jax.data import ImageSet
+from bsvae_jax.data.sources import to_unit_interval
+from bsvae_jax.loading import Restored
+from bsvae_jax.rundir import read_metrics
+
+PAIRS = 30
+SAMPLES = 100
+TRAVERSED = 10
+TRAVERSAL = np.linspace(-3.0, 3.0, 13)
+
+
+def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
+    """Training curves, held-out reconstructions, prior samples and latent traversals, as PNG files in `workdir/figures`."""
+    key = jax.random.key(run.config.seed)
+    apply = jax.jit(run.model.apply, static_argnames=("method", "count"))
+    x = to_unit_interval(jnp.asarray(images.test[:512]), images.levels)
+    output = apply(run.variables, x, key)
+    # Most informative latents first: rate per latent under N(0, I), averaged over the images.
+    mean, log_variance = output.posterior
+    rates = 0.5 * jnp.mean(jnp.expm1(log_variance) - log_variance + jnp.square(mean), axis=0)
+    order = np.argsort(-np.asarray(rates))[:TRAVERSED]
+    start = mean[0]
+    z = jnp.stack([start.at[latent].set(value) for latent in order.tolist() for value in TRAVERSAL])
+    moved = np.asarray(apply(run.variables, z, method="decode").mean)
+    samples = apply(run.variables, key, count=SAMPLES, method="sample")
+    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
+    drawn = {
+        "training_curves": figures.training_curves(read_metrics(workdir), title),
+        "reconstructions": figures.reconstructions(
+            np.asarray(x[:PAIRS]), np.asarray(output.decoded.mean[:PAIRS]), f"Held-out reconstructions: {title}"
+        ),
+        "samples": figures.image_grid(np.asarray(samples), f"Samples of the prior: {title}"),
+        "latent_traversals": figures.latent_traversals(
+            moved.reshape(len(order), len(TRAVERSAL), *run.image_shape),
+            TRAVERSAL.tolist(),
+            [f"z{latent} ({rates[latent]:.2f} nats)" for latent in order],
+            f"Latents by their rate: {title}",
+        ),
+    }
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(workdir / "figures" / f"{name}.png")
+        figures.save(figure, paths[-1])
+    return paths

@@ -1,0 +1,265 @@
+"""The folder of one run: what it holds, who may write to it, and what is shown while it is written.
+
+    config.json        the config, the data it met, the versions of the libraries
+    metrics.jsonl      a row per line, training and test terms in nats per example
+    tensorboard/       the same as TensorBoard events
+    checkpoints/       Orbax, the latest two and the best
+    calibration.npz    optimal variance of the training set (at the end)
+    evaluation.json    written by `bsvae evaluate`
+    figures/           written by the command line
+"""
+
+import json
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm.auto import tqdm
+
+from bsvae_jax import config as configs
+from bsvae_jax.checkpoint import Checkpoints
+from bsvae_jax.config import Config
+from bsvae_jax.data import ImageSet
+from bsvae_jax.errors import UserError
+
+FORMAT = 1
+"""Version of the layout of a run folder."""
+
+State = TypeVar("State")
+
+
+class RunInfo(NamedTuple):
+    """What `config.json` says."""
+
+    config: Config
+    image_shape: tuple[int, int, int]
+    levels: int
+
+
+class Calibration(NamedTuple):
+    """Optimal variance of the whole training set under a trained model, v0 included."""
+
+    step: int
+    """Step of the parameters it was measured with."""
+    variance: float
+    """One number for all pixels."""
+    variance_per_pixel: np.ndarray
+    """[H, W, C]"""
+    floor: float
+    """v0 of the data."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def read_info(folder: Path) -> RunInfo:
+    """Read `config.json`.
+
+    Raises:
+      UserError: not a run folder, a damaged file, or one written by a newer version.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run: it has no config.json. Give the folder that `bsvae train` wrote.")
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] > FORMAT:
+            raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
+        height, width, channels = values["data"]["image_shape"]
+        return RunInfo(configs.from_dict(values["config"]), (height, width, channels), int(values["data"]["levels"]))
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Rows of `metrics.jsonl`, in order; a last line torn by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines) - 1:
+                raise UserError(f"{path}, line {number + 1} is damaged: {error}.") from error
+    return rows
+
+
+def read_calibration(folder: Path) -> Calibration | None:
+    """Read `calibration.npz`; None before the run has ended."""
+    path = folder / "calibration.npz"
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as values:
+        per_pixel = values["variance_per_pixel"]
+        return Calibration(int(values["step"]), float(values["variance"]), per_pixel, float(values["floor"]))
+
+
+class RunDirectory:
+    """The open folder of a run that trains; use it in a `with` block."""
+
+    def __init__(self, folder: Path, config: Config, images: ImageSet, progress: bool):
+        """Opens or creates the folder.
+
+        Raises:
+          UserError: it holds another config or other data, it is something else's, or it cannot be written.
+        """
+        self.folder, self._progress = folder, progress
+        self._check_folder(config, images)
+        self._checkpoints = Checkpoints(folder / "checkpoints")
+        self._writer: SummaryWriter | None = None
+        self._bar: ProgressBar | None = None
+
+    def _check_folder(self, config: Config, images: ImageSet) -> None:
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; --workdir must name a folder.")
+        if folder.is_dir() and any(folder.iterdir()):
+            if not (folder / "config.json").is_file():
+                raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
+            info = read_info(folder)
+            changed = configs.differences(info.config, config)
+            if changed:
+                raise UserError(
+                    f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir, or repeat that config."
+                )
+            if (info.image_shape, info.levels) != (images.image_shape, images.levels):
+                raise UserError(
+                    f"{folder} was trained on images {info.image_shape} with {info.levels} levels; "
+                    f"the data are now {images.image_shape} with {images.levels}."
+                )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            if not (folder / "config.json").is_file():
+                write_atomically(folder / "config.json", self._description(config, images))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --workdir.") from error
+
+    @staticmethod
+    def _description(config: Config, images: ImageSet) -> bytes:
+        values = {
+            "format": FORMAT,
+            "config": configs.to_dict(config),
+            "data": {
+                "name": images.name,
+                "image_shape": images.image_shape,
+                "levels": images.levels,
+                "train": len(images.train),
+                "test": len(images.test),
+            },
+            "versions": {name: version(name) for name in ("bsvae_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")},
+        }
+        return (json.dumps(values, indent=2) + "\n").encode()
+
+    def __enter__(self) -> "RunDirectory":
+        """Nothing more to open."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Finish pending checkpoints and event files."""
+        self._checkpoints.__exit__(*exception)
+        if self._writer is not None:
+            self._writer.close()
+
+    def say(self, message: str) -> None:
+        """Show a line to the user, above the progress bar."""
+        if self._progress:
+            tqdm.write(message, file=sys.stderr)
+
+    def warn(self, message: str) -> None:
+        """Show a warning even where progress is off."""
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+    def resume(self, state: State) -> State:
+        """The newest checkpoint that loads, or `state` itself in a new run; metrics after it are dropped."""
+        metrics = self.folder / "metrics.jsonl"
+        if not self._checkpoints.steps():
+            step = 0
+        else:
+            step, arrays = self._checkpoints.restore(state.arrays(), warn=self.warn)  # type: ignore[attr-defined]
+            state = state.with_arrays(arrays)  # type: ignore[attr-defined]
+            self.say(f"continuing from step {step} in {self.folder}")
+        if metrics.is_file():
+            kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
+            write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        # TensorBoard drops what an earlier, interrupted writer put after this step.
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        return state
+
+    def progress_bar(self, total: int, initial: int) -> "ProgressBar":
+        """A bar over the steps of the run."""
+        self._bar = ProgressBar(total, initial, enabled=self._progress)
+        return self._bar
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row to `metrics.jsonl` and to the event file."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        assert self._writer is not None, "resume() opens the event file"
+        for name, value in row.items():
+            if name not in ("step", "epoch", "split"):
+                self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+    def save(self, step: int, arrays: Any, objective: float) -> None:
+        """Save a checkpoint ranked by its held-out objective, unless this step is saved already."""
+        if step not in self._checkpoints.steps():
+            self._checkpoints.save(step, arrays, objective)
+
+    def last_checkpoint(self) -> str:
+        """A sentence that names the last good checkpoint."""
+        self._checkpoints.wait()
+        steps = self._checkpoints.steps()
+        return f"The last good checkpoint is {self._checkpoints.path(steps[-1])}." if steps else "No checkpoint was saved yet."
+
+    def is_calibrated(self, step: int) -> bool:
+        """Whether the variance of the training set is recorded for this step."""
+        calibration = read_calibration(self.folder)
+        return calibration is not None and calibration.step == step
+
+    def write_calibration(self, step: int, variance_per_pixel: np.ndarray, floor: float) -> None:
+        """Record the optimal variance of the training set."""
+        path = self.folder / "calibration.npz"
+        temporary = path.with_name(".calibration.npz")
+        np.savez(
+            temporary, step=step, variance=variance_per_pixel.mean(), variance_per_pixel=variance_per_pixel, floor=floor
+        )
+        temporary.replace(path)
+
+
+class ProgressBar:
+    """Steps done, images per second and the terms of the objective, on one line."""
+
+    def __init__(self, total: int, initial: int, enabled: bool):
+        """A bar from `initial` to `total` steps."""
+        self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, disable=not enabled, file=sys.stderr)
+        self._shown: dict[str, str] = {}
+
+    def __enter__(self) -> "ProgressBar":
+        """Shown from its creation."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave the last line standing."""
+        self._bar.close()
+
+    def update(self, steps: int, values: dict[str, float]) -> None:
+        """Advance by `steps`; `values` are the terms of the last one."""
+        self._shown |= {name: f"{values[name]:.1f}" for name in ("objective", "distortion", "rate")}
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(steps)
+
+    def evaluated(self, row: dict[str, Any]) -> None:
+        """Show the held-out objective."""
+        self._shown["test"] = f"{row['objective']:.1f}"
+        self._bar.set_postfix(self._shown, refresh=False)
