@@ -1,1 +1,66 @@
-"""Gaussian VAEs in JAX with their decoder variance treated properly: the reference implementation of Beta-Sigma VAE."""
+"""Gaussian VAEs in JAX with their decoder variance treated properly: the reference implementation of Beta-Sigma VAE.
+
+    import bsvae_jax as bv
+
+The loss is made of pure functions of arrays (`gaussian_nll`, `optimal_gaussian_nll`, `kl_to_standard_normal`,
+`elbo_terms`, `mean_objective`); `VAE` is the Flax model; `theory` holds what is known exactly; `fit` and `restore` are what
+the command line calls. Importing the package touches no device.
+"""
+
+from bsvae_jax import data, theory
+from bsvae_jax.config import Config, load_config
+from bsvae_jax.errors import BsvaeError, DivergenceError, UserError
+from bsvae_jax.loading import Restored, restore
+from bsvae_jax.model import VAE
+from bsvae_jax.objective import (
+    PAPER_FLOOR,
+    QUANTIZATION_VARIANCE,
+    Constant,
+    ElboTerms,
+    Learned,
+    Optimal,
+    Predicted,
+    bits_per_dimension,
+    elbo_terms,
+    gaussian_nll,
+    kl_to_standard_normal,
+    mean_objective,
+    optimal_gaussian_nll,
+    optimal_variance,
+    quantization_variance,
+)
+from bsvae_jax.training import FitResult, TrainState, fit, train_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PAPER_FLOOR",
+    "QUANTIZATION_VARIANCE",
+    "VAE",
+    "BsvaeError",
+    "Config",
+    "Constant",
+    "DivergenceError",
+    "ElboTerms",
+    "FitResult",
+    "Learned",
+    "Optimal",
+    "Predicted",
+    "Restored",
+    "TrainState",
+    "UserError",
+    "bits_per_dimension",
+    "data",
+    "elbo_terms",
+    "fit",
+    "gaussian_nll",
+    "kl_to_standard_normal",
+    "load_config",
+    "mean_objective",
+    "optimal_gaussian_nll",
+    "optimal_variance",
+    "quantization_variance",
+    "restore",
+    "theory",
+    "train_step",
+]

@@ -163,9 +163,10 @@ def _nll_from_log_variance(
 ) -> Float[Array, " batch"]:
     """`sum_pixels 1/2 [log(2 pi v) + (r^2 + v0) / v]` in terms of log v, whose gradients overflow later than those of v."""
     shape = residual_squared.shape
-    if log_variance.ndim > len(shape) or jnp.broadcast_shapes(log_variance.shape, shape) != shape:
+    padded = (1,) * (len(shape) - log_variance.ndim) + log_variance.shape
+    if len(padded) != len(shape) or any(size not in (1, full) for size, full in zip(padded, shape, strict=True)):
         raise UserError(f"A variance of shape {log_variance.shape} does not broadcast against images of shape {shape}.")
-    log_variance = log_variance.reshape((1,) * (len(shape) - log_variance.ndim) + log_variance.shape)
+    log_variance = log_variance.reshape(padded)
     pixels, distinct = float(np.prod(shape[1:])), float(np.prod(log_variance.shape[1:]))
     # A shared variance is counted, not summed: D times one number has no rounding error.
     log_term = _sum_pixels(log_variance + LOG_2PI) * (pixels / distinct)
@@ -196,6 +197,7 @@ def gaussian_nll(
 
 def _optimal_variance(residual_squared: Array, over: Shared, floor: float | Array, axis_name: str | None) -> Array:
     _check_shared(over)
+    _check_positive("floor", floor, allow_zero=True)
     if over == "example":
         return jnp.mean(residual_squared, axis=tuple(range(1, residual_squared.ndim)), keepdims=True) + floor
     shared = jnp.mean(residual_squared, axis=None if over == "batch" else 0)
@@ -218,7 +220,8 @@ def optimal_variance(
       axis_name: the device axis over which 'batch' and 'pixel' are averaged as well.
 
     Raises:
-      UserError: `x` and `mean` differ in shape, or `over` is unknown or asks for a variance per pixel and example.
+      UserError: `x` and `mean` differ in shape, `over` is unknown or asks for a variance per pixel and example, or `floor` is
+        negative or NaN.
     """
     return _optimal_variance(_residual_squared(x, mean), over, floor, axis_name)
 

@@ -41,42 +41,6 @@ def _sorted_eigenvalues(eigenvalues: Eigenvalues) -> np.ndarray:
     return np.maximum(values, 0.0)
 
 
-def consistent_optima(
-    eigenvalues: Eigenvalues, latent_size: int, beta: float, floor: float = 0.0
-) -> list[LinearOptimum]:
-    """Every k whose water level `s = beta v` leaves just the k largest eigenvalues above it, best objective first.
-
-    More than one can be consistent: beyond a critical beta the posterior collapses from one to another at once, a
-    first-order phase transition. Arguments and errors as in `linear_optimum`.
-    """
-    l = _sorted_eigenvalues(eigenvalues)
-    dimensions = l.size
-    if not 1 <= latent_size <= dimensions:
-        raise UserError(f"latent_size must lie in 1 ... {dimensions} (the data's dimensions), got {latent_size}.")
-    if not (np.isfinite(beta) and beta > 0):
-        raise UserError(f"beta must be a finite number > 0, got {beta}.")
-    if not (np.isfinite(floor) and floor >= 0):
-        raise UserError(f"floor must be a finite number >= 0, got {floor}.")
-    total_error = np.concatenate([np.cumsum(l[::-1])[::-1], [0.0]]) + dimensions * floor  # of keeping k: sum_{i>k} l_i + D v0
-    optima = []
-    for k in range(latent_size + 1):
-        if dimensions - k * beta <= 0:  # at most D / beta latents can be active
-            break
-        variance = total_error[k] / (dimensions - k * beta)
-        if variance == 0:
-            raise UserError(
-                f"The data have rank {k} <= latent_size and floor = 0: the variance goes to 0 and the objective to -infinity. "
-                "Give a floor > 0, or fewer latents."
-            )
-        level = beta * variance
-        if np.count_nonzero(l[:latent_size] > level) != k:
-            continue
-        rate = 0.5 * float(np.sum(np.log(l[:k] / level)))
-        distortion = 0.5 * dimensions * (np.log(2 * np.pi * variance) + 1.0)
-        optima.append(LinearOptimum(float(variance), k, rate, float(distortion), float(distortion + beta * rate)))
-    return sorted(optima, key=lambda optimum: optimum.objective)
-
-
 def linear_optimum(eigenvalues: Eigenvalues, latent_size: int, beta: float, floor: float = 0.0) -> LinearOptimum:
     """Optimum of `distortion + beta * rate` over linear encoders, linear decoders and one shared optimal variance.
 
@@ -84,7 +48,9 @@ def linear_optimum(eigenvalues: Eigenvalues, latent_size: int, beta: float, floo
 
         v = (sum_{i>k} l_i + D v0) / (D - k beta),   rate = 1/2 sum_{i<=k} log(l_i / s),   distortion = D/2 (log(2 pi v) + 1).
 
-    At beta = 1 and v0 = 0 this is probabilistic PCA (Tipping & Bishop 1999).
+    Just one k is consistent with its own level: v solves `D v = sum_{i<=K} min(l_i, beta v) + sum_{i>K} l_i + D v0`, whose
+    right side is concave in v and positive at 0, so the two sides meet once. The posterior therefore collapses
+    continuously, at `critical_beta`. At beta = 1 and v0 = 0 this is probabilistic PCA (Tipping & Bishop 1999).
 
     Args:
       eigenvalues: of the data covariance (divided by N, not N - 1), length D, any order.
@@ -99,7 +65,46 @@ def linear_optimum(eigenvalues: Eigenvalues, latent_size: int, beta: float, floo
     Raises:
       UserError: arguments out of range, or data of rank <= K with `floor = 0` (the objective is unbounded below).
     """
-    return consistent_optima(eigenvalues, latent_size, beta, floor)[0]
+    l = _sorted_eigenvalues(eigenvalues)
+    dimensions = l.size
+    if not 1 <= latent_size <= dimensions:
+        raise UserError(f"latent_size must lie in 1 ... {dimensions} (the data's dimensions), got {latent_size}.")
+    if not (np.isfinite(beta) and beta > 0):
+        raise UserError(f"beta must be a finite number > 0, got {beta}.")
+    if not (np.isfinite(floor) and floor >= 0):
+        raise UserError(f"floor must be a finite number >= 0, got {floor}.")
+    for k in range(latent_size + 1):
+        if dimensions - k * beta <= 0:  # at most D / beta latents can be active
+            break
+        variance = (l[k:].sum() + dimensions * floor) / (dimensions - k * beta)
+        if variance == 0:
+            break
+        # The first k whose level covers the next eigenvalue. The tolerance lets a level that rounds onto it count as covering.
+        level = beta * variance
+        if k == latent_size or level >= l[k] * (1 - 1e-12):
+            rate = 0.5 * float(np.sum(np.log(l[:k] / level)))
+            distortion = 0.5 * dimensions * float(np.log(2 * np.pi * variance) + 1.0)
+            return LinearOptimum(float(variance), k, rate, distortion, distortion + beta * rate)
+    raise UserError(
+        f"The data have rank {np.count_nonzero(l)} <= latent_size and floor = 0: the variance goes to 0 and the objective to -infinity. "
+        "Give a floor > 0, or fewer latents."
+    )
+
+
+def critical_beta(eigenvalues: Eigenvalues, floor: float = 0.0) -> float:
+    """The least beta at which no latent is active: `l_1 / v` at `v = mean(l) + v0`, where the water level reaches l_1.
+
+    >>> critical_beta(np.array([4.0, 1.0, 1.0]))
+    2.0
+
+    Raises:
+      UserError: eigenvalues negative or not finite, or all of them zero with `floor = 0`.
+    """
+    l = _sorted_eigenvalues(eigenvalues)
+    variance = float(l.mean()) + floor
+    if not variance > 0:
+        raise UserError("The data have no variance: every beta leaves all latents inactive.")
+    return float(l[0]) / variance
 
 
 def gaussian_rate_distortion(eigenvalues: Eigenvalues, distortion: float) -> float:
@@ -124,10 +129,9 @@ def gaussian_rate_distortion(eigenvalues: Eigenvalues, distortion: float) -> flo
     tail = np.concatenate([np.cumsum(l[::-1])[::-1], [0.0]])
     for k in range(1, l.size + 1):
         level = (distortion - tail[k]) / k
-        lower = l[k] if k < l.size else 0.0
-        if lower <= level < l[k - 1]:
-            return 0.5 * float(np.sum(np.log(l[:k] / level)))
-    raise AssertionError("reverse water-filling always finds a level for 0 < distortion < sum of eigenvalues")
+        if k == l.size or level >= l[k] * (1 - 1e-12):  # the first level that covers the next eigenvalue, up to rounding
+            break
+    return 0.5 * float(np.sum(np.log(np.maximum(l[:k] / level, 1.0))))
 
 
 def probabilistic_pca_log_likelihood(eigenvalues: Eigenvalues, latent_size: int) -> tuple[float, float]:

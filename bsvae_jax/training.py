@@ -37,15 +37,15 @@ LOG_EVERY = 50
 class TrainState(struct.PyTreeNode):
     """Everything that decides the future of a run. `model` and `optimizer` are static; the rest are arrays."""
 
-    step: Int[Array, ""]
-    """Steps taken."""
+    step: Array
+    """Steps taken. (Shapes are not annotated: under `pmap` every leaf has a leading axis of devices.)"""
     params: Any
     batch_stats: Any
     """BatchNorm's running statistics; empty for networks without."""
     optimizer_state: Any
     ema_params: Any
     """Exponential moving average of the parameters, or None."""
-    key: Key[Array, ""]
+    key: Array
     """Root of all randomness of the run; never changed, folded with the step."""
     model: VAE = struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = struct.field(pytree_node=False)

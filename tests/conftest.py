@@ -1,4 +1,4 @@
-"""Strict numerics for every test: eight fake CPU devices, strict dtype promotion and ranks, warnings as errors.
+"""Strict numerics for every test: eight fake CPU devices, no implicit rank promotion, warnings as errors.
 
 Set before any test imports a backend. Real image files, where a checkout has them beside it, are offered as a fixture.
 """
@@ -6,6 +6,7 @@ Set before any test imports a backend. Real image files, where a checkout has th
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -26,3 +27,9 @@ def mnist_folder() -> Path:
     if not folder.is_dir():
         pytest.skip("the real MNIST files are not beside this checkout")
     return folder
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a user runs: without it the type checker objects before the package's own sentence is reached."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

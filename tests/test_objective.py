@@ -11,7 +11,6 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from scipy import integrate, optimize, stats
@@ -52,14 +51,6 @@ def x64():
         yield
 
 
-@pytest.fixture
-def unchecked():
-    """What a user runs: without it the type checker objects before the package's own sentence is reached."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 def images(seed: int = 0, batch: int = B, shape: tuple[int, ...] = SHAPE, scale: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
     """Images and means, float64, whose residuals differ in size between examples and between pixels."""
     rng = np.random.default_rng(seed)
@@ -77,9 +68,9 @@ def expected_nll(x: np.ndarray, mean: np.ndarray, variance: np.ndarray | float, 
     return 0.5 * np.sum(np.log(2 * np.pi * variance) + ((x - mean) ** 2 + floor) / variance, axis=(1, 2, 3))
 
 
-def sharing_sets(residual_squared: np.ndarray, over: str) -> np.ndarray:
+def sharing_sets(entries: np.ndarray, over: str) -> np.ndarray:
     """[variances, entries that share one]"""
-    per_example = residual_squared.reshape(len(residual_squared), -1)
+    per_example = entries.reshape(len(entries), -1)
     return {"example": per_example, "batch": per_example.reshape(1, -1), "pixel": per_example.T}[over]
 
 
@@ -406,13 +397,19 @@ def test_hessian_in_log_variance_and_log_beta(x64):
     np.testing.assert_allclose(hessian, [[sse / (2 * 0.3), 0.0], [0.0, 2.0 * 3.5]], rtol=1e-11, atol=1e-12)
 
 
-def test_hessian_of_the_closed_form_in_the_mean(x64):
-    residual = np.array([0.3, -0.1, 0.5, 0.2])
-    hessian = jax.hessian(lambda mean: optimal_gaussian_nll(jnp.zeros((1, 4)), mean[None], "example", FLOOR)[0])
-    # f = D/2 log v with v = |r|^2/D + v0: grad r/v, hessian I/v - (2/D) r r^T / v^2.
-    v = np.mean(residual**2) + FLOOR
-    expected = np.eye(4) / v - 2 / 4 * np.outer(residual, residual) / v**2
-    np.testing.assert_allclose(hessian(jnp.asarray(residual)), expected, rtol=1e-11)
+@every_over
+def test_hessian_of_the_closed_form_in_the_mean(x64, over):
+    """By the envelope theorem a v* wrongly held constant leaves the gradient as it is; the curvature tells."""
+    residual = np.array([[0.3, -0.1, 0.5], [0.2, 0.4, -0.6]])  # two examples of three pixels
+    hessian = jax.hessian(lambda mean: jnp.mean(optimal_gaussian_nll(jnp.zeros((2, 3)), mean, over, FLOOR)))
+    # n entries share v = |r|^2 / n + v0 and contribute n/2 log v to the sum over the batch: gradient r / v,
+    # Hessian I / v - (2/n) r r^T / v^2, and nothing between different sets.
+    expected = np.zeros((6, 6))
+    for members in sharing_sets(np.arange(6).reshape(2, 3), over):
+        r = residual.ravel()[members]
+        v = np.mean(r**2) + FLOOR
+        expected[np.ix_(members, members)] = np.eye(len(r)) / v - 2 / len(r) * np.outer(r, r) / v**2
+    np.testing.assert_allclose(hessian(jnp.asarray(residual)).reshape(6, 6), expected / 2, rtol=1e-11, atol=1e-13)
 
 
 def test_vmap_over_beta_is_a_loop_over_beta(x64):
@@ -559,6 +556,14 @@ def test_extreme_inputs_give_right_values_and_finite_gradients_in_float32(model)
         np.testing.assert_allclose(value, expected, rtol=2e-5)  # 784 float32 terms, exp of 50 (whose ulp is 4e-6)
 
 
+@pytest.mark.parametrize("variance", [1e-30, 1e30])
+def test_gaussian_nll_of_extreme_variances_in_float32(variance):
+    x = jnp.ones((1, 784))
+    value, gradient = jax.value_and_grad(lambda mean: gaussian_nll(x, mean, variance)[0])(x + 0.5)
+    np.testing.assert_allclose(value, 392 * (np.log(2 * np.pi * variance) + 0.25 / variance), rtol=1e-5)
+    np.testing.assert_allclose(gradient, np.full((1, 784), 0.5 / variance), rtol=1e-5)
+
+
 @pytest.mark.parametrize("log_variance", [-50.0, 50.0])
 def test_kl_of_extreme_posteriors_in_float32(log_variance):
     mean, log_variances = jnp.full((1, 2), 1e3), jnp.full((1, 2), log_variance)
@@ -572,19 +577,19 @@ def test_kl_of_extreme_posteriors_in_float32(log_variance):
 
 
 def on_devices(devices: int, over: str, axis_name: str | None):
-    """v*, the NLL per example, the objective and its gradient in a bias of the mean, with the batch split over devices."""
+    """With a batch split over devices: v* and NLL, each of `elbo_terms` and of its function; objective; gradient in a bias."""
     x, mean = images(batch=16, shape=(4, 4, 1))
     mean = x + (mean - x) * np.arange(1, 17)[:, None, None, None] ** 2 / 64  # devices get residuals of different size
 
     def step(x, mean):
         def loss(bias):
             terms = elbo_terms(x, mean + bias, jnp.ones(len(x)), Optimal(over, FLOOR), axis_name=axis_name)
-            return mean_objective(terms, 2.0, "data")
+            return mean_objective(terms, 2.0, "data"), terms
 
-        objective, gradient = jax.value_and_grad(loss)(jnp.zeros((1, 4, 4, 1)))
-        variance = optimal_variance(x, mean, over, FLOOR, axis_name)
-        nll = optimal_gaussian_nll(x, mean, over, FLOOR, axis_name)
-        return variance, nll, objective, jax.lax.pmean(gradient, "data")
+        (objective, terms), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.zeros((1, 4, 4, 1)))
+        variances = terms.variance, optimal_variance(x, mean, over, FLOOR, axis_name)
+        nlls = terms.distortion, optimal_gaussian_nll(x, mean, over, FLOOR, axis_name)
+        return variances, nlls, objective, jax.lax.pmean(gradient, "data")
 
     split = [jnp.asarray(a, jnp.float32).reshape(devices, 16 // devices, 4, 4, 1) for a in (x, mean)]
     out = jax.pmap(step, axis_name="data", devices=jax.devices()[:devices])(*split)
@@ -594,15 +599,17 @@ def on_devices(devices: int, over: str, axis_name: str | None):
 @pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("over", ["batch", "pixel"])
 def test_a_shared_variance_is_that_of_the_global_batch_on_any_number_of_devices(devices, over):
-    x, mean, (variance, nll, objective, gradient) = on_devices(devices, over, "data")
+    x, mean, (variances, nlls, objective, gradient) = on_devices(devices, over, "data")
     expected = best_variance(x, mean, over, FLOOR)
     for device in range(devices):  # every device holds the global value
-        np.testing.assert_allclose(variance[device], expected, rtol=1e-6)
+        for variance in variances:
+            np.testing.assert_allclose(variance[device], expected, rtol=1e-6)
         np.testing.assert_allclose(objective[device], np.mean(expected_nll(x, mean, expected, FLOOR)) + 2.0, rtol=1e-6)
         # -mean_B (x - mu) / v*; single entries cancel over the batch, hence the absolute part.
         true_gradient = -np.mean((x - mean) / expected, axis=0)
         np.testing.assert_allclose(gradient[device][0], true_gradient, atol=2e-6 * np.abs(true_gradient).max())
-    np.testing.assert_allclose(nll.reshape(16), expected_nll(x, mean, expected, FLOOR), rtol=1e-6)
+    for nll in nlls:
+        np.testing.assert_allclose(nll.reshape(16), expected_nll(x, mean, expected, FLOOR), rtol=1e-6)
 
 
 @pytest.mark.parametrize("over", ["batch", "pixel"])
@@ -614,10 +621,11 @@ def test_a_variance_per_device_gives_another_gradient(over):
 
 
 def test_a_variance_per_example_needs_no_other_device():
-    x, mean, (variance, nll, _, _) = on_devices(4, "example", "data")
+    x, mean, (variances, nlls, _, _) = on_devices(4, "example", "data")
     expected = best_variance(x, mean, "example", FLOOR)
-    np.testing.assert_allclose(variance.reshape(expected.shape), expected, rtol=1e-6)
-    np.testing.assert_allclose(nll.reshape(16), expected_nll(x, mean, expected, FLOOR), rtol=1e-6)
+    for variance, nll in zip(variances, nlls, strict=True):
+        np.testing.assert_allclose(variance.reshape(expected.shape), expected, rtol=1e-6)
+        np.testing.assert_allclose(nll.reshape(16), expected_nll(x, mean, expected, FLOOR), rtol=1e-6)
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
