@@ -209,7 +209,7 @@ class Config:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products and activations; parameters, statistics, sums and logs are float32 always."""
     steps_per_dispatch: int | None = None
-    """Steps in one compiled call; None: one for convolutions on a CPU, up to 100 otherwise (measured to be fastest)."""
+    """Steps in one compiled call; None: one for convolutions on a CPU, 50 otherwise (measured to be fastest)."""
     devices: int | None = None
     """Devices to share the batch; None: all of this host."""
     seed: int = 0

@@ -8,10 +8,10 @@ class BsvaeError(Exception):
     """Base of the errors whose message is written for the user."""
 
 
-class UserError(BsvaeError, ValueError):
+class UserError(BsvaeError):
     """Something the user gave is wrong; the message says what, what was expected and what to do.
 
-    Raised before any computation starts. It is a `ValueError`, so callers need not know this class.
+    Raised before any computation starts.
     """
 
 
