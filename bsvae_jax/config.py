@@ -97,7 +97,10 @@ class Augmentation:
     def __post_init__(self) -> None:
         _check_number("augmentation.rotation_degrees", self.rotation_degrees, low=0.0, high=180.0)
         for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, name)
+            bounds = getattr(self, name)
+            if not isinstance(bounds, tuple) or len(bounds) != 2:
+                raise UserError(f"augmentation.{name} must be a pair (low, high), got {bounds!r}.")
+            low, high = bounds
             _check_number(f"augmentation.{name}", low, low=0.0, open_low=True)
             _check_number(f"augmentation.{name}", high, low=low, high=1.0 if name == "crop_scale" else math.inf)
 
@@ -106,8 +109,8 @@ class Augmentation:
 
 
 def _check_widths(name: str, widths: tuple[int, ...]) -> None:
-    if not widths:
-        raise UserError(f"{name} must name at least one layer, got ().")
+    if not isinstance(widths, tuple) or not widths:
+        raise UserError(f"{name} must be a tuple of at least one width, got {widths!r}.")
     for width in widths:
         _check_count(name, width)
 
@@ -216,8 +219,15 @@ class Config:
     """Decides the initial parameters, the order of the data, augmentation and posterior samples."""
 
     def __post_init__(self) -> None:
-        kinds = (("data", DataSource), ("network", Network), ("decoder_variance", DecoderVariance), ("prior", Prior))
-        for name, kind in kinds:
+        kinds = {
+            "data": DataSource,
+            "augmentation": Augmentation,
+            "network": Network,
+            "prior": Prior,
+            "decoder_variance": DecoderVariance,
+            "optimizer": Optimizer,
+        }
+        for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 names = ", ".join(option.__name__ for option in _options(kind))
                 raise UserError(f"{name} must be one of {names}, got {getattr(self, name)!r}.")
@@ -309,6 +319,8 @@ def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
         if name not in options:
             raise UserError(f"Unknown kind {name!r}{nearest(name, options)}; known: {', '.join(options)}.")
         kind = options[name]
+    if len(_options(kind)) != 1:
+        raise UserError(f"One of {', '.join(o.__name__ for o in _options(kind))} is wanted, but 'kind' does not say which.")
     known = typing.get_type_hints(kind)
     result = {}
     for name, value in values.items():

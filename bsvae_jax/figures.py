@@ -44,21 +44,21 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     )
     last = max(rows, key=lambda row: row["step"])
     epochs_per_step = last["epoch"] / last["step"]
-    figure = _figure(10, 5.5)
+    figure = _figure(10.0, 5.5)
     figure.suptitle(title)
     for axes, (name, label, logarithmic) in zip(figure.subplots(2, 3, sharex=True).flat, panels, strict=True):
         for split, style in STYLE.items():
             points = [(row["step"] * epochs_per_step, row[name]) for row in rows if row["split"] == split and name in row]
             if points:
-                axes.plot(*np.transpose(points), label="training (augmented, batch)" if split == "train" else split, **style)
+                axes.plot(*np.transpose(points), label="training batches" if split == "train" else "test set", **style)
         if logarithmic:
             axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        if name in ("objective", "distortion"):  # the first epochs would flatten everything after them
+        if name in ("objective", "distortion", "rate"):  # the first epochs would flatten everything after them
             values = np.array([row[name] for row in rows if row["epoch"] > 0.05 * last["epoch"]])
             if len(values) > 1 and np.ptp(values) > 0:
-                axes.set_ylim(values.min() - 0.05 * np.ptp(values), np.quantile(values, 0.98) + 0.1 * np.ptp(values))
+                axes.set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.1 * np.ptp(values))
     for axes in figure.axes[3:]:
         axes.set_xlabel("epoch")
     figure.axes[0].legend()
@@ -92,7 +92,7 @@ def _show(axes: Any, canvas: np.ndarray) -> None:
 def image_grid(images: np.ndarray, title: str, columns: int = 10) -> Figure:
     """A grid of images [N, H, W, C] in [0, 1]; values outside are clipped."""
     canvas = _tile(images, columns)
-    figure = _figure(7, 7 * canvas.shape[0] / canvas.shape[1] + 0.4)
+    figure = _figure(7.0, 7 * canvas.shape[0] / canvas.shape[1] + 0.4)
     axes = figure.subplots()
     _show(axes, canvas)
     axes.set_title(title)
@@ -102,7 +102,7 @@ def image_grid(images: np.ndarray, title: str, columns: int = 10) -> Figure:
 def reconstructions(originals: np.ndarray, means: np.ndarray, title: str, columns: int = 10) -> Figure:
     """Originals above their reconstructions, [N, H, W, C] each, in rows of `columns` pairs."""
     rows = -(-len(originals) // columns)
-    figure = _figure(8, 0.4 + rows * (16 / columns * originals.shape[1] / originals.shape[2]))
+    figure = _figure(8.0, 0.4 + rows * (16 / columns * originals.shape[1] / originals.shape[2]))
     figure.suptitle(title)
     for row, axes in enumerate(np.atleast_1d(figure.subplots(rows, 1))):
         part = slice(row * columns, (row + 1) * columns)

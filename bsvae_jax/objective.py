@@ -347,9 +347,10 @@ def mean_objective(
     return mean_over_devices(jnp.mean(terms.distortion + beta * terms.rate), axis_name)
 
 
-def bits_per_dimension(
-    nll: float | Float[Array, "..."], shape: Sequence[int], step: float = 1.0 / 255.0
-) -> float | Float[Array, "..."]:
+Values = float | Float[Array, "..."] | Float[np.ndarray, "..."]
+
+
+def bits_per_dimension(nll: Values, shape: Sequence[int], step: float = 1.0 / 255.0) -> Values:
     """`-log2 P` per pixel of the quantised image: `nll / (D ln 2) - log2(step)`, where `step` is the data's grid spacing.
 
     Args:

@@ -5,6 +5,7 @@ says how they map to [0, 1].
 """
 
 import gzip
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ def read_idx(path: Path) -> np.ndarray:
     rank = content[3]
     header = 4 + 4 * rank
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank))
-    expected = header + int(np.prod(shape, dtype=np.int64))
+    expected = header + math.prod(shape)
     if len(content) < header or len(content) != expected:
         raise UserError(f"{path} is truncated or damaged: {len(content)} bytes, but its header promises {expected}.")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
@@ -170,8 +171,9 @@ def _arrays(path: Path, holdout: float, seed: int) -> ImageSet:
     if not path.is_file():
         raise UserError(f"There is no file {str(path)!r}; data.path must name a .npz or .npy of images.")
     try:
-        content = np.load(path, allow_pickle=False)
-        named = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else {"train": content}
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            named = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else {"train": content}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read as a NumPy file ({error}); it is truncated, damaged or holds objects.") from error
     names = {key: next((n for n in (key, f"x_{key}", f"{key}_images") if n in named), None) for key in ("train", "test")}
@@ -197,37 +199,55 @@ def _arrays(path: Path, holdout: float, seed: int) -> ImageSet:
 # --- TFDS -------------------------------------------------------------------------------------------------------------
 
 
+def _first_line(error: Exception, limit: int = 200) -> str:
+    line = str(error).strip().split("\n")[0]
+    return line if len(line) <= limit else line[:limit] + " ..."
+
+
 def _tfds(source: config.TFDS) -> ImageSet:
     import tensorflow_datasets as tfds  # slow to import, and needed by nothing else
 
     try:
         builder = tfds.builder(source.name, data_dir=source.data_dir)
     except Exception as error:  # TFDS raises many kinds; each means that no such set is there
-        raise UserError(f"TFDS does not know the set {source.name!r} in {source.data_dir or 'its default folder'}: {error}") from error
-    splits = []
-    for split in (source.train_split, source.test_split):
-        if split not in builder.info.splits:
-            found = ", ".join(builder.info.splits) or "none"
-            raise UserError(
-                f"TFDS set {source.name!r} has no prepared split {split!r} in {builder.data_dir} (prepared: {found}). Prepare it "
-                "as array_record: tfds.builder(name, file_format='array_record').download_and_prepare()."
-            )
-        try:
-            examples = builder.as_data_source(split=split)
-        except NotImplementedError as error:
-            raise UserError(f"TFDS set {source.name!r} was not prepared as array_record, which reading without TensorFlow needs: {error}") from error
-        if "image" not in builder.info.features:
-            raise UserError(f"TFDS set {source.name!r} has no feature 'image'; its features are {', '.join(builder.info.features)}.")
+        folder = source.data_dir or "its default folder"
+        raise UserError(f"TFDS has no set {source.name!r} in {folder}: {_first_line(error)}") from error
+    features = builder.info.features or {}
+    if "image" not in features:
+        raise UserError(f"TFDS set {source.name!r} has no feature 'image'; its features are {', '.join(features) or 'none'}.")
+    with_labels = "label" in features and np.issubdtype(features["label"].np_dtype, np.integer) and not features["label"].shape
+    splits = [_tfds_split(builder, source.name, split, with_labels) for split in (source.train_split, source.test_split)]
+    (train, train_labels), (test, test_labels) = splits
+    if train.shape[1:] != test.shape[1:]:
+        raise UserError(f"TFDS set {source.name!r}: training images are {train.shape[1:]}, test images {test.shape[1:]}.")
+    return ImageSet(source.name, train, test, 256, train_labels, test_labels)
+
+
+def _tfds_split(builder: Any, name: str, split: str, with_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    if split.partition("[")[0] not in builder.info.splits:
+        found = ", ".join(builder.info.splits) or "none"
+        raise UserError(
+            f"TFDS set {name!r} has no prepared split {split!r} in {builder.data_dir} (prepared: {found}). Prepare it as "
+            "array_record: tfds.builder(name, file_format='array_record').download_and_prepare()."
+        )
+    try:
+        examples = builder.as_data_source(split=split)
+        if len(examples) == 0:
+            raise UserError(f"Split {split!r} of TFDS set {name!r} is empty.")
         first = np.asarray(examples[0]["image"])
         images = np.empty((len(examples), *first.shape), first.dtype)
-        labels = np.zeros(len(examples), np.int64) if "label" in builder.info.features else None
-        for index, example in enumerate(tqdm(examples, desc=f"reading {source.name} {split}", unit="image", leave=False)):
+        labels = np.zeros(len(examples), np.int64) if with_labels else None
+        for index, example in enumerate(tqdm(examples, desc=f"reading {name} {split}", unit="image", leave=False)):
             image = np.asarray(example["image"])
             if image.shape != first.shape:
-                raise UserError(f"TFDS set {source.name!r}: image {index} has shape {image.shape}, the first {first.shape}.")
+                raise UserError(f"TFDS set {name!r}: image {index} has shape {image.shape}, the first {first.shape}.")
             images[index] = image
             if labels is not None:
                 labels[index] = example["label"]
-        splits.append((check_images(images, f"{source.name} {split}"), labels))
-    (train, train_labels), (test, test_labels) = splits
-    return ImageSet(source.name, train, test, 256, train_labels, test_labels)
+    except NotImplementedError as error:
+        raise UserError(
+            f"TFDS set {name!r} was not prepared as array_record, which reading without TensorFlow needs: {_first_line(error)}"
+        ) from error
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"Split {split!r} of TFDS set {name!r} does not load; prepare it again: {_first_line(error)}") from error
+    return check_images(images, f"{name} {split}"), labels
