@@ -92,9 +92,7 @@ def evaluate(
     _evaluate_and_draw(workdir, split, checkpoint, draw=False)
 
 
-def _evaluate_and_draw(
-    workdir: Path, splits: Sequence[str], checkpoint: Literal["latest", "best"], draw: bool
-) -> None:
+def _evaluate_and_draw(workdir: Path, splits: Sequence[str], checkpoint: Literal["latest", "best"], draw: bool) -> None:
     from bsvae_jax import evaluation, pictures
     from bsvae_jax.data import load
     from bsvae_jax.loading import restore

@@ -219,7 +219,7 @@ class Config:
     """Decides the initial parameters, the order of the data, augmentation and posterior samples."""
 
     def __post_init__(self) -> None:
-        kinds = {
+        kinds: dict[str, Any] = {
             "data": DataSource,
             "augmentation": Augmentation,
             "network": Network,
@@ -245,7 +245,7 @@ class Config:
 
 def _options(kind: Any) -> tuple[type, ...]:
     """The classes of a union of dataclasses, or of a single one."""
-    return tuple(k for k in (typing.get_args(kind) or (kind,)) if dataclasses.is_dataclass(k))
+    return tuple(option for option in (typing.get_args(kind) or (kind,)) if isinstance(option, type))
 
 
 CHOICES: dict[str, dict[str, type]] = {
@@ -341,6 +341,6 @@ def differences(one: Config, other: Config) -> list[str]:
         return {k: v for name, value in values.items() for k, v in flatten(value, f"{prefix}.{name}".strip(".")).items()}
 
     a, b = flatten(to_dict(one)), flatten(to_dict(other))
-    return [f"{name}: {a.get(name, 'absent')} -> {b.get(name, 'absent')}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
-
-
+    return [
+        f"{name}: {a.get(name, 'absent')} -> {b.get(name, 'absent')}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)
+    ]

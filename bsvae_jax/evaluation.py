@@ -141,9 +141,7 @@ def evaluate(run: Restored, images: ImageSet, splits: Sequence[str] = ("train", 
         # The same posterior samples as `fit` takes, so that its last row is repeated here.
         key = jax.random.fold_in(jax.random.key(run.config.seed), SPLIT_SALT[split])
         stored = replicate(getattr(images, split), mesh)
-        return score_split(
-            run.model, variables, stored, key, levels=images.levels, mesh=mesh, batch_size=EVALUATION_BATCH
-        )
+        return score_split(run.model, variables, stored, key, levels=images.levels, mesh=mesh, batch_size=EVALUATION_BATCH)
 
     scores = {split: score(split) for split in splits}
     calibration = run.calibration

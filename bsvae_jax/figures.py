@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-STYLE = {
+STYLE: dict[str, dict[str, Any]] = {
     "train": dict(color="#4477aa", linestyle="-"),
     "test": dict(color="#cc3311", linestyle="--", marker="o", markersize=3),
 }

@@ -76,9 +76,7 @@ class VAE(nn.Module):
         height, width, channels = self.image_shape
         predicted = isinstance(self.decoder_variance, Predicted)
         output_shape = (height, width, 2 * channels if predicted else channels)
-        self.encoder, self.decoder = networks.build(
-            self.network, self.latent_size, output_shape, self.axis_name, self.dtype
-        )
+        self.encoder, self.decoder = networks.build(self.network, self.latent_size, output_shape, self.axis_name, self.dtype)
         self.prior_model = priors.build(self.prior, self.latent_size)
         if isinstance(self.decoder_variance, Learned):
             initial = float(np.log(self.decoder_variance.initial_variance))

@@ -111,9 +111,7 @@ def stage_sizes(size: int, stages: int) -> tuple[int, ...]:
 
 def batch_norm(train: bool, axis_name: str | None, dtype: Any, name: str | None = None) -> nn.BatchNorm:
     """BatchNorm with PyTorch's constants; its statistics are averaged over `axis_name`, the devices' axis."""
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, name=name
-    )
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, name=name)
 
 
 def convolution(features: int, kernel: int, stride: int, dtype: Any, name: str | None = None) -> nn.Conv:
@@ -141,10 +139,8 @@ class TransposedConvolution(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        if self.stride == 1:
-            out = _convolve(x, kernel[::-1, ::-1], ((1, 1), (1, 1)))
-        else:
-            out = self._sub_pixel(x, kernel)
+        same = ((1, 1), (1, 1))
+        out = _convolve(x, kernel[::-1, ::-1], same) if self.stride == 1 else self._sub_pixel(x, kernel)
         return out + bias.reshape(1, 1, 1, -1)
 
     def _sub_pixel(self, x: Array, k: Array) -> Array:

@@ -142,9 +142,7 @@ def floor_of(decoder_variance: DecoderVariance) -> float:
 # --- Gaussian negative log-likelihoods --------------------------------------------------------------------------------
 
 
-def _residual_squared(
-    x: Float[Array, "batch *pixels"], mean: Float[Array, "batch *pixels"]
-) -> Float[Array, "batch *pixels"]:
+def _residual_squared(x: Float[Array, "batch *pixels"], mean: Float[Array, "batch *pixels"]) -> Float[Array, "batch *pixels"]:
     x, mean = jnp.asarray(x), jnp.asarray(mean)
     if x.shape != mean.shape or x.ndim < 2:
         raise UserError(
@@ -336,9 +334,7 @@ def elbo_terms(
     return ElboTerms(distortion, rate, mse, variance)
 
 
-def mean_objective(
-    terms: ElboTerms, beta: float | Float[Array, ""], axis_name: str | None = None
-) -> Float[Array, ""]:
+def mean_objective(terms: ElboTerms, beta: float | Float[Array, ""], axis_name: str | None = None) -> Float[Array, ""]:
     """`mean over the global batch of distortion + beta * rate`, nats per example: what training minimises.
 
     `beta = 1` is the negative ELBO. `beta` may be traced; 0 switches the rate off.

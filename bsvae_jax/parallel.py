@@ -5,7 +5,7 @@ A step is written with a named axis `"data"` and explicit averages over it. `lif
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,8 +21,6 @@ REPLICATED = P()
 """The same value on every device."""
 SHARDED = P(DATA_AXIS)
 """The leading axis is divided over the devices."""
-
-Tree = TypeVar("Tree")
 
 
 def data_mesh(devices: int | None = None, batch_size: int | None = None) -> Mesh:
@@ -51,7 +49,7 @@ def lift(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
     return jax.jit(mapped, donate_argnums=donate)
 
 
-def replicate(tree: Tree, mesh: Mesh) -> Tree:
+def replicate(tree: Any, mesh: Mesh) -> Any:
     """A copy of every array on every device of the mesh; never aliases its input, so it may be donated."""
     return jax.device_put(tree, NamedSharding(mesh, REPLICATED), may_alias=False)
 

@@ -1,12 +1,12 @@
 """The folder of one run: what it holds, who may write to it, and what is shown while it is written.
 
-    config.json        the config, the data it met, the versions of the libraries
-    metrics.jsonl      a row per line, training and test terms in nats per example
-    tensorboard/       the same as TensorBoard events
-    checkpoints/       Orbax, the latest two and the best
-    calibration.npz    optimal variance of the training set (at the end)
-    evaluation.json    written by `bsvae evaluate`
-    figures/           written by the command line
+config.json        the config, the data it met, the versions of the libraries
+metrics.jsonl      a row per line, training and test terms in nats per example
+tensorboard/       the same as TensorBoard events
+checkpoints/       Orbax, the latest two and the best
+calibration.npz    optimal variance of the training set (at the end)
+evaluation.json    written by `bsvae evaluate`
+figures/           written by the command line
 """
 
 import json
@@ -130,7 +130,7 @@ class RunDirectory:
             changed = configs.differences(info.config, config)
             if changed:
                 raise UserError(
-                    f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir, or repeat that config."
+                    f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir or that config."
                 )
             if (info.image_shape, info.levels) != (images.image_shape, images.levels):
                 raise UserError(
@@ -231,9 +231,7 @@ class RunDirectory:
         """Record the optimal variance of the training set."""
         path = self.folder / "calibration.npz"
         temporary = path.with_name(".calibration.npz")
-        np.savez(
-            temporary, step=step, variance=variance_per_pixel.mean(), variance_per_pixel=variance_per_pixel, floor=floor
-        )
+        np.savez(temporary, step=step, variance=variance_per_pixel.mean(), variance_per_pixel=variance_per_pixel, floor=floor)
         temporary.replace(path)
 
 

@@ -70,7 +70,7 @@ def _score_batch(
 ) -> _BatchScores:
     x = to_unit_interval(images[indices], levels)
     # Noise by position in the split: the same for any batch size and number of devices.
-    output = model.apply(variables, x, example_keys(key, indices))
+    output: Any = model.apply(variables, x, example_keys(key, indices))
     mean, log_variance = output.decoded
     terms = elbo_terms(x, mean, output.rate, model.decoder_variance, log_variance=log_variance)
     residual_squared = jnp.square(x - mean)
@@ -87,9 +87,9 @@ def _score_batch(
 
 @functools.cache
 def _lifted(model: VAE, levels: int, mesh: Mesh) -> Any:
-    shares = _BatchScores(SHARDED, SHARDED, REPLICATED, SHARDED, SHARDED, SHARDED)
+    shares: Any = dict.fromkeys(_BatchScores._fields, SHARDED) | {"pixel_squared_error": REPLICATED}
     specs = (REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED)
-    return lift(functools.partial(_score_batch, model=model, levels=levels), mesh, specs, shares)
+    return lift(functools.partial(_score_batch, model=model, levels=levels), mesh, specs, _BatchScores(**shares))
 
 
 def score_split(

@@ -86,8 +86,8 @@ def linear_optimum(eigenvalues: Eigenvalues, latent_size: int, beta: float, floo
             distortion = 0.5 * dimensions * float(np.log(2 * np.pi * variance) + 1.0)
             return LinearOptimum(float(variance), k, rate, distortion, distortion + beta * rate)
     raise UserError(
-        f"The data have rank {np.count_nonzero(l)} <= latent_size and floor = 0: the variance goes to 0 and the objective to -infinity. "
-        "Give a floor > 0, or fewer latents."
+        f"The data have rank {np.count_nonzero(l)} <= latent_size and floor = 0: the variance goes to 0 and the objective to "
+        "-infinity. Give a floor > 0, or fewer latents."
     )
 
 

@@ -111,13 +111,11 @@ def train_step(
 
     def loss(params: Any) -> tuple[Float[Array, ""], tuple[objective.ElboTerms, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
-        terms, updates = state.model.apply(
-            variables, images, key, train=True, method="elbo_terms", mutable=["batch_stats"]
-        )
+        terms, updates = state.model.apply(variables, images, key, train=True, method="elbo_terms", mutable=["batch_stats"])
         return objective.mean_objective(terms, beta), (terms, updates.get("batch_stats", {}))
 
     (value, (terms, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-    means = [jnp.mean(term) for term in (value, terms.distortion, terms.rate, terms.mse, terms.variance)]
+    means = {name: jnp.mean(term) for name, term in terms._asdict().items()} | {"objective": value}
     gradient, means = objective.mean_over_devices((gradient, means), axis_name)
     updates, optimizer_state = state.optimizer.update(gradient, state.optimizer_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -133,7 +131,7 @@ def train_step(
         optimizer_state=optimizer_state,
         ema_params=ema_params,
     )
-    return state, StepMetrics(*means, optax.tree.norm(gradient))
+    return state, StepMetrics(**means, gradient_norm=optax.tree.norm(gradient))
 
 
 def _data_step(
@@ -211,7 +209,9 @@ def with_data_floor(decoder_variance: objective.DecoderVariance, step: float) ->
     return dataclasses.replace(decoder_variance, floor=objective.quantization_variance(step))
 
 
-def build_model(config: Config, image_shape: tuple[int, int, int], step: float = 1.0 / 255.0, axis_name: str | None = None) -> VAE:
+def build_model(
+    config: Config, image_shape: tuple[int, int, int], step: float = 1.0 / 255.0, axis_name: str | None = None
+) -> VAE:
     """The VAE of a config for images of a shape and quantisation step."""
     return VAE(
         image_shape=image_shape,
@@ -318,8 +318,8 @@ class _Trainer:
 
     def __init__(self, config: Config, images: ImageSet, mesh: Mesh, run: RunDirectory, total: int):
         self.config, self.images, self.mesh, self.run, self.total = config, images, mesh, run, total
-        self.train_images = replicate(images.train, mesh)
-        self.test_images = replicate(images.test, mesh)
+        self.train_images: Array = replicate(images.train, mesh)
+        self.test_images: Array = replicate(images.test, mesh)
         self.schedule = learning_rate_schedule(config.optimizer, total)
         self.window = steps_per_dispatch(config, mesh.devices.flat[0].platform)
         self.run_steps = lift(
@@ -396,24 +396,25 @@ class _Trainer:
     def _evaluate_and_save(self, state: TrainState, step: int, epoch: int, bar: Any) -> None:
         scores = self._score(state, self.test_images, "test")
         distortion, rate = float(scores.model_distortion.mean()), float(scores.rate.mean())
-        row = {
+        value = distortion + self.config.beta * rate
+        row: dict[str, Any] = {
             "step": step,
             "epoch": epoch,
             "split": "test",
-            "objective": distortion + self.config.beta * rate,
+            "objective": value,
             "distortion": distortion,
             "rate": rate,
             "mse": float(scores.squared_error.mean() / scores.pixels),
             "variance": scores.model_variance,
         }
-        if not math.isfinite(row["objective"]):
+        if not math.isfinite(value):
             raise DivergenceError(
                 f"The held-out objective after step {step} is not finite: distortion {distortion:g}, rate {rate:g}. "
                 f"{self.run.last_checkpoint()}"
             )
         self.run.log(row)
         bar.evaluated(row)
-        self.run.save(step, state.arrays(), row["objective"])
+        self.run.save(step, state.arrays(), value)
 
     def calibrate(self, state: TrainState) -> None:
         """Record the optimal variance of the whole training set, one number and one per pixel."""
@@ -444,5 +445,3 @@ class _MetricsRow:
         rate = self.steps * self.batch_size / max(time.perf_counter() - self._start, 1e-9)
         named = dict(zip(StepMetrics._fields, map(float, means), strict=True))
         return {"epoch": self.epoch, "split": "train", **named, "images_per_second": rate}
-
-

@@ -16,7 +16,7 @@ def get_config() -> Config:
         decoder_variance=Optimal(over="example"),
         beta=1.0,
         optimizer=Optimizer(learning_rate=1e-3, weight_decay=1e-5, schedule="cosine", ema_decay=0.99),
-        epochs=150,
+        epochs=100,
         batch_size=100,
         evaluate_every=10,
     )

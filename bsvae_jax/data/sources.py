@@ -175,7 +175,9 @@ def _arrays(path: Path, holdout: float, seed: int) -> ImageSet:
             content = np.load(file, allow_pickle=False)
             named = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else {"train": content}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as a NumPy file ({error}); it is truncated, damaged or holds objects.") from error
+        raise UserError(
+            f"{path} cannot be read as a NumPy file ({error}); it is truncated, damaged or holds objects."
+        ) from error
     names = {key: next((n for n in (key, f"x_{key}", f"{key}_images") if n in named), None) for key in ("train", "test")}
     if names["train"] is None:
         found = ", ".join(named) or "nothing"
@@ -249,5 +251,7 @@ def _tfds_split(builder: Any, name: str, split: str, with_labels: bool) -> tuple
             f"TFDS set {name!r} was not prepared as array_record, which reading without TensorFlow needs: {_first_line(error)}"
         ) from error
     except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"Split {split!r} of TFDS set {name!r} does not load; prepare it again: {_first_line(error)}") from error
+        raise UserError(
+            f"Split {split!r} of TFDS set {name!r} does not load; prepare it again: {_first_line(error)}"
+        ) from error
     return check_images(images, f"{name} {split}"), labels
