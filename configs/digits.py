@@ -1,6 +1,17 @@
-"""BS-VAE on the embedded digits.
+"""BS-VAE on the embedded digits: the first thing to run.
 
-PLACEHOLDER
+    bsvae train configs/digits.py
+
+1,500 training and 297 test images of 8x8 pixels with 17 grey levels, from scikit-learn; no download.
+
+Hardware and time: 2 CPU cores, half a minute with compilation. Expect, at the end of training (seed 0; another seed moves
+the test numbers by about their standard error):
+
+    calibrated ELBO   46.3 nats (training), 22.9 +- 1.9 nats (test); 3.48 bits/dim
+    profile ELBO      49.9 nats (training), 33.7 +- 1.0 nats (test)
+    rate              28.0 nats, all 16 latents active
+
+The gap between training and test is real: 1,500 images are few for this network.
 """
 
 from bsvae_jax.config import MLP, Config, Digits, Optimizer

@@ -1,6 +1,17 @@
-"""BS-VAE on MNIST.
+"""BS-VAE on MNIST: the paper's residual network, our recipe (no augmentation, averaged parameters, one cosine).
 
-PLACEHOLDER
+    bsvae train configs/mnist.py --data.folder FOLDER_OF_THE_FOUR_FILES
+
+The folder holds train-images-idx3-ubyte.gz and its three companions (data/mnist if not given).
+
+Hardware and time: an accelerator for the 50 epochs; a step of 128 images takes 0.3-0.5 s on 2 CPU cores, 4 epochs 12-28
+minutes. Expect after `--epochs 4` (measured on CPU, seed 0), on the test set:
+
+    objective          -556 +- 3 nats: distortion -618, rate 62.3
+    calibrated ELBO     481 +- 2 nats (training: 483); 7.11 bits/dim
+    MSE 0.0146, all 32 latents active
+
+The 50 epochs of the config have not been measured yet.
 """
 
 from bsvae_jax.config import MNIST, Config, Optimizer, Residual

@@ -3,6 +3,7 @@
 Set before any test imports a backend. Real image files, where a checkout has them beside it, are offered as a fixture.
 """
 
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,6 +13,11 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tests compile the same programs again and again; within one run of pytest they are compiled once.
+_COMPILED = tempfile.TemporaryDirectory(prefix="bsvae_compiled_")
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

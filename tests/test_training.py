@@ -149,7 +149,8 @@ def test_the_step_is_pure_and_repeats(key):
     model = build_model(SMALL, (8, 8, 1), 1 / 16)
     state = create_state(SMALL, model, 10)
     images = jax.random.uniform(key, (5, 8, 8, 1))
-    one, two = train_step(state, images, key, 1.0), train_step(state, images, key, 1.0)
+    step = jax.jit(train_step)
+    one, two = step(state, images, key, 1.0), step(state, images, key, 1.0)
     chex.assert_trees_all_equal(one[0].arrays(), two[0].arrays())
     assert int(state.step) == 0
 
@@ -165,8 +166,8 @@ def test_the_update_is_adamw_of_the_gradient(key):
         terms = model.apply({"params": params}, images, key, method="elbo_terms")
         return jnp.mean(terms.distortion + 3.0 * terms.rate)
 
-    gradient = jax.grad(loss)(state.params)
-    after, metrics = train_step(state, images, key, 3.0)
+    gradient = jax.jit(jax.grad(loss))(state.params)
+    after, metrics = jax.jit(train_step)(state, images, key, 3.0)
     expected = jax.tree.map(
         lambda p, g: np.float64(p) - 0.1 * (np.float64(g) / (abs(np.float64(g)) + 1e-8) + 0.01 * np.float64(p)),
         state.params,
@@ -182,9 +183,10 @@ def test_the_average_of_parameters_follows_its_recursion(key):
     model = build_model(SMALL, (8, 8, 1), 1 / 16)
     state = create_state(SMALL, model, 10)
     images = jax.random.uniform(key, (5, 8, 8, 1))
+    step = jax.jit(train_step)
     average = np.asarray(state.params["encoder"]["posterior"]["kernel"], np.float64)
     for step in range(4):
-        state, _ = train_step(state, images, key, 1.0)
+        state, _ = step(state, images, key, 1.0)
         decay = min(0.9, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * np.asarray(state.params["encoder"]["posterior"]["kernel"], np.float64)
     np.testing.assert_allclose(state.ema_params["encoder"]["posterior"]["kernel"], average, atol=1e-6)
