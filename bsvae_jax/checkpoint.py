@@ -31,6 +31,8 @@ class Checkpoints:
         self._folder = folder.resolve()
         best = BestN(get_metric_fn=lambda metrics: -metrics["objective"], n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics["objective"],  # Orbax writes metrics only where this is set
+            best_mode="min",
             preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
             create=not read_only,
             read_only=read_only,
@@ -52,9 +54,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step of the least held-out objective, None when nothing is saved."""
-        scored = [(self._manager.metrics(step), step) for step in self.steps()]
-        scored = [(metrics["objective"], step) for metrics, step in scored if metrics is not None]
-        return min(scored)[1] if scored else None
+        return self._manager.best_step()
 
     def save(self, step: int, state: Any, objective: float) -> None:
         """Save a pytree of arrays; `objective` (held-out, nats) ranks it."""

@@ -15,8 +15,8 @@ def get_config() -> Config:
         latent_size=8,
         decoder_variance=Optimal(over="batch"),
         beta=1.0,
-        optimizer=Optimizer(learning_rate=1e-2, weight_decay=0.0, schedule="cosine"),
-        epochs=60,
+        optimizer=Optimizer(learning_rate=5e-3, weight_decay=0.0, schedule="cosine"),
+        epochs=600,
         batch_size=1000,
-        evaluate_every=20,
+        evaluate_every=100,
     )

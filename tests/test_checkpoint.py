@@ -1,0 +1,80 @@
+"""Which checkpoints stay, and that they restore onto any devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bsvae_jax.checkpoint import Checkpoints
+from bsvae_jax.errors import UserError
+from bsvae_jax.parallel import data_mesh, replicate
+
+
+def _state(value: float):
+    return {"weights": jnp.full((3, 2), value), "step": jnp.int32(value), "empty": {}}
+
+
+def test_the_latest_two_and_the_best_are_kept(tmp_path):
+    objectives = {1: 5.0, 2: -1.0, 3: 4.0, 4: 0.0, 5: 3.0}
+    for part in ((1, 2, 3), (4, 5)):  # the best must survive being opened again
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            for step in part:
+                checkpoints.save(step, _state(float(step)), objectives[step])
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [2, 4, 5]
+        assert checkpoints.best_step() == 2
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        step, state = checkpoints.restore(_state(0.0), step=checkpoints.best_step())
+        assert step == 2
+        np.testing.assert_array_equal(state["weights"], np.full((3, 2), 2.0))
+        assert checkpoints.restore(_state(0.0))[0] == 5
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_a_checkpoint_of_four_devices_restores_onto_any_number(devices, tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, replicate(_state(7.0), data_mesh(4)), 0.0)
+    target = replicate(_state(0.0), data_mesh(devices))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        _, state = checkpoints.restore(target)
+    assert len(state["weights"].sharding.device_set) == devices
+    np.testing.assert_array_equal(state["weights"], np.full((3, 2), 7.0))
+    assert state["step"].dtype == jnp.int32
+
+
+def test_a_donated_state_can_be_saved_before_the_next_step(tmp_path):
+    """Saving is asynchronous: the values must be those at the time of the call."""
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = replicate(_state(0.0), data_mesh(1))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for number in range(1, 4):
+            state = step(state)
+            checkpoints.save(number, state, float(-number))
+        checkpoints.wait()
+        for number in (2, 3):
+            _, saved = checkpoints.restore(_state(0.0), step=number)
+            np.testing.assert_array_equal(saved["weights"], np.full((3, 2), float(number)))
+
+
+def test_nothing_saved(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.best_step() is None
+        with pytest.raises(UserError, match="There is no checkpoint in"):
+            checkpoints.restore(_state(0.0))
+
+
+def test_damage_is_reported_and_passed_over(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, _state(float(step)), float(-step))
+    for path in (tmp_path / "checkpoints" / "2").rglob("*"):
+        if path.is_file() and "default" in path.parts:
+            path.write_bytes(b"damaged")
+    warnings: list[str] = []
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        step, state = checkpoints.restore(_state(0.0), warn=warnings.append)
+        assert (step, float(state["weights"][0, 0])) == (1, 1.0)
+        assert len(warnings) == 1
+        assert "checkpoints/2 does not load" in warnings[0]
+        with pytest.raises(UserError, match="No checkpoint loads"):
+            checkpoints.restore(_state(0.0), step=2)
