@@ -55,8 +55,8 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
             axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        if name in ("objective", "distortion", "rate"):  # the first epochs would flatten everything after them
-            values = np.array([row[name] for row in rows if row["epoch"] > 0.05 * last["epoch"]])
+        if name in ("objective", "distortion", "rate"):  # the first steps would flatten all that follows
+            values = np.array([row[name] for row in rows if row["step"] > 0.05 * last["step"]])
             if len(values) > 1 and np.ptp(values) > 0:
                 axes.set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.1 * np.ptp(values))
     for axes in figure.axes[3:]:
