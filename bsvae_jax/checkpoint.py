@@ -3,6 +3,7 @@
 A checkpoint holds plain arrays only, so it restores onto any number of devices: the caller gives the target shapes.
 """
 
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ class Checkpoints:
     def __init__(self, folder: Path, read_only: bool = False):
         """`folder` is made if absent, unless `read_only`."""
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every internal step at INFO and WARNING
-        self._folder = folder.resolve()
+        self._folder, self._read_only = folder.resolve(), read_only
         best = BestN(get_metric_fn=lambda metrics: -metrics["objective"], n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             best_fn=lambda metrics: metrics["objective"],  # Orbax writes metrics only where this is set
@@ -73,7 +74,9 @@ class Checkpoints:
 
         Args:
           target: pytree of arrays or `ShapeDtypeStruct` with the shapes, types and shardings to restore to.
-          step: None: the newest; one that does not load is reported through `warn`, and the one before is used.
+          step: None: the newest; one that does not load is reported through `warn`, and the one before is used. Unless
+            opened `read_only`, what does not load is moved to `damaged_checkpoints` beside the folder, so that training can
+            save that step again.
 
         Returns:
           `(step, state)`.
@@ -88,10 +91,22 @@ class Checkpoints:
         failures = []
         for candidate in candidates:
             try:
-                return candidate, self._manager.restore(candidate, args=ocp.args.StandardRestore(target))
+                state = self._manager.restore(candidate, args=ocp.args.StandardRestore(target))
+                if not self._read_only:
+                    self._move_aside(candidates[: candidates.index(candidate)])
+                return candidate, state
             except Exception as error:  # a damaged file surfaces as any of Orbax's, TensorStore's or JSON's errors
                 reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
                 failures.append(f"{self.path(candidate)} does not load ({reason})")
                 if candidate != candidates[-1]:
                     warn(f"{failures[-1]}; using the checkpoint before it.")
         raise UserError(f"No checkpoint loads: {'; '.join(failures)}. Move the folder away to start again.")
+
+    def _move_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            damaged = self._folder.parent / "damaged_checkpoints"
+            damaged.mkdir(exist_ok=True)
+            number = next(n for n in itertools.count() if not (damaged / f"{step}_{n}").exists())
+            self.path(step).rename(damaged / f"{step}_{number}")
+        if steps:
+            self._manager.reload()

@@ -96,15 +96,20 @@ def _evaluate_and_draw(workdir: Path, splits: Sequence[str], checkpoint: Literal
     from bsvae_jax import evaluation, pictures
     from bsvae_jax.data import load
     from bsvae_jax.loading import restore
-    from bsvae_jax.rundir import write_atomically
+    from bsvae_jax.rundir import check_same_data, read_info, write_atomically
 
     if not splits:
         raise UserError("--split needs at least one of train and test.")
     run = restore(workdir, checkpoint)
     images = load(run.config.data, run.config.seed)
+    check_same_data(workdir, read_info(workdir), images)
     report = evaluation.evaluate(run, images, splits)
     values = {"step": run.step, "checkpoint": checkpoint, "splits": evaluation.as_json(report)}
-    write_atomically(workdir / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())
+    path = workdir / "evaluation.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    if before.get("step") == run.step:  # splits not asked for now stay
+        values["splits"] = before["splits"] | values["splits"]
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
     print(evaluation.as_table(report))
     if draw:
         pictures.draw(run, images, workdir)
@@ -136,6 +141,8 @@ def sample(
 
     if count < 1:
         raise UserError(f"--count must be >= 1, got {count}.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed must lie in 0 ... 2**32 - 1, got {seed}.")
     out = workdir / "samples.npz" if out is None else out
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it.")
@@ -162,7 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         default: Any = Config()
-        if len(arguments) > 1 and arguments[0] == "train" and not arguments[1].startswith("-"):
+        if len(arguments) > 1 and arguments[0] == "train" and arguments[1] not in ("-h", "--help"):
+            if arguments[1].startswith("-"):
+                raise UserError("The config file comes first: bsvae train CONFIG [options].")
             # The config decides which options there are, so its file and the kinds named beside it are read first.
             default, _ = tyro.cli(_choose, args=arguments[1:], return_unknown_args=True, add_help=False)
         tyro.extras.subcommand_cli_from_dict(
@@ -173,6 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config=(tyro.conf.FlagConversionOff,),
         )
     except BsvaeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # its text names the file
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

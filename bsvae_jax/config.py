@@ -90,7 +90,7 @@ class Augmentation:
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Random resized crop: range of the cropped share of the area."""
     crop_ratio: tuple[float, float] = (1.0, 1.0)
-    """Random resized crop: range of the width-to-height ratio (log-uniform)."""
+    """Random resized crop: range of its width-to-height ratio over that of the image (log-uniform)."""
     flip: bool = False
     """Mirror left-right with probability one half."""
 
@@ -214,7 +214,7 @@ class Config:
     steps_per_dispatch: int | None = None
     """Steps in one compiled call; None: one for convolutions on a CPU, 50 otherwise (measured to be fastest)."""
     devices: int | None = None
-    """Devices to share the batch; None: all of this host."""
+    """Devices to share the batch; None: all there are."""
     seed: int = 0
     """Decides the initial parameters, the order of the data, augmentation and posterior samples."""
 
@@ -241,6 +241,8 @@ class Config:
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         _check_count("seed", self.seed, low=0)
+        if self.seed >= 2**32:
+            raise UserError(f"seed must be < 2**32 (larger ones repeat smaller ones), got {self.seed}.")
 
 
 def _options(kind: Any) -> tuple[type, ...]:

@@ -72,10 +72,18 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dic
     pixel_variance = calibration.variance_per_pixel
     per_pixel = 0.5 * np.sum(np.log(2 * np.pi * pixel_variance) + (scores.pixel_squared_error + floor) / pixel_variance)
     active = int(np.sum(scores.posterior_mean.var(axis=0) > ACTIVE_THRESHOLD))
+    own = {
+        name: _mean(values, "nats", meaning)
+        for name, values, meaning in (
+            ("objective", scores.model_distortion + beta * rate, "distortion + beta * rate, the model's own"),
+            ("distortion", scores.model_distortion, "-log p(x|z) under the model's decoder variance"),
+        )
+    }
+    if np.ptp(scores.model_distortion) == 0:  # one variance per pixel: only the mean over the split is known
+        own = {name: quantity._replace(standard_error=None) for name, quantity in own.items()}
     bits = bits_per_dimension(calibrated + rate, shape, step)
     return {
-        "objective": _mean(scores.model_distortion + beta * rate, "nats", "distortion + beta * rate, the model's own"),
-        "distortion": _mean(scores.model_distortion, "nats", "-log p(x|z) under the model's decoder variance"),
+        **own,
         "rate": _mean(rate, "nats", "KL(q(z|x) || p(z))"),
         "profile_distortion": _mean(profile, "nats", "with sigma^2*(x) of each example; not a density"),
         "profile_elbo": _mean(-profile - rate, "nats", "the paper's likelihood; not a density"),

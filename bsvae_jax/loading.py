@@ -10,7 +10,7 @@ from bsvae_jax.config import Config
 from bsvae_jax.errors import UserError
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import quantization_variance
-from bsvae_jax.rundir import Calibration, read_calibration, read_info
+from bsvae_jax.rundir import Calibration, read_calibration, read_info, warn
 from bsvae_jax.training import build_model, create_state
 
 
@@ -40,7 +40,7 @@ def restore(workdir: str | Path, checkpoint: Literal["latest", "best"] = "latest
     Args:
       workdir: the folder given to `fit` or `bsvae train`.
       checkpoint: 'latest' (the end of training), or 'best' (least held-out objective: chosen on the test split, so its test
-        numbers are slightly optimistic).
+        numbers are slightly optimistic). A damaged latest one is reported on stderr, and the one before is used.
 
     Raises:
       UserError: not a run, no checkpoint yet, or none that loads.
@@ -55,7 +55,7 @@ def restore(workdir: str | Path, checkpoint: Literal["latest", "best"] = "latest
     target = jax.eval_shape(lambda: create_state(info.config, model, 1).arrays())
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device()), target)
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
-        step, arrays = checkpoints.restore(target, checkpoints.best_step() if checkpoint == "best" else None)
+        step, arrays = checkpoints.restore(target, checkpoints.best_step() if checkpoint == "best" else None, warn)
     params = arrays["ema_params"] or arrays["params"]
     calibration = read_calibration(folder)
     if calibration is not None and calibration.step != step:

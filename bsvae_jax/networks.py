@@ -28,6 +28,16 @@ def _as_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def _precision(dtype: Any) -> jax.lax.Precision | None:
+    """Full float32 products where float32 is asked for: by default TPUs and recent GPUs round their factors."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def dense(features: int, dtype: Any, name: str | None = None) -> nn.Dense:
+    """Affine map to `features`."""
+    return nn.Dense(features, dtype=dtype, precision=_precision(dtype), name=name)
+
+
 def _split_posterior(parameters: Float[Array, "batch twice_latent"]) -> PosteriorParameters:
     mean, log_variance = jnp.split(_as_float32(parameters), 2, axis=-1)
     return mean, log_variance
@@ -45,7 +55,7 @@ class LinearEncoder(nn.Module):
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> PosteriorParameters:
         """Images [B, H, W, C] to mean and log-variance, [B, L]."""
-        mean = _as_float32(nn.Dense(self.latent_size, dtype=self.dtype, name="mean")(x.reshape(len(x), -1)))
+        mean = _as_float32(dense(self.latent_size, self.dtype, name="mean")(x.reshape(len(x), -1)))
         log_variance = self.param("log_variance", nn.initializers.zeros, (self.latent_size,))
         return mean, jnp.broadcast_to(log_variance, mean.shape)
 
@@ -60,7 +70,7 @@ class LinearDecoder(nn.Module):
     def __call__(self, z: Latents, train: bool = False) -> Images:
         """Latents [B, L] to images [B, *output_shape]."""
         height, width, channels = self.output_shape
-        x = nn.Dense(height * width * channels, dtype=self.dtype, name="mean")(z)
+        x = dense(height * width * channels, self.dtype, name="mean")(z)
         return _as_float32(x).reshape(len(z), *self.output_shape)
 
 
@@ -76,8 +86,8 @@ class MLPEncoder(nn.Module):
         """Images [B, H, W, C] to mean and log-variance, [B, L]."""
         hidden = x.reshape(len(x), -1)
         for width in self.hidden:
-            hidden = nn.silu(nn.Dense(width, dtype=self.dtype)(hidden))
-        return _split_posterior(nn.Dense(2 * self.latent_size, dtype=self.dtype, name="posterior")(hidden))
+            hidden = nn.silu(dense(width, self.dtype)(hidden))
+        return _split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior")(hidden))
 
 
 class MLPDecoder(nn.Module):
@@ -93,8 +103,8 @@ class MLPDecoder(nn.Module):
         height, width, channels = self.output_shape
         hidden = z
         for size in reversed(self.hidden):
-            hidden = nn.silu(nn.Dense(size, dtype=self.dtype)(hidden))
-        x = nn.Dense(height * width * channels, dtype=self.dtype, name="mean")(hidden)
+            hidden = nn.silu(dense(size, self.dtype)(hidden))
+        x = dense(height * width * channels, self.dtype, name="mean")(hidden)
         return _as_float32(x).reshape(len(z), *self.output_shape)
 
 
@@ -117,7 +127,15 @@ def batch_norm(train: bool, axis_name: str | None, dtype: Any, name: str | None 
 def convolution(features: int, kernel: int, stride: int, dtype: Any, name: str | None = None) -> nn.Conv:
     """`kernel` x `kernel` convolution padded symmetrically by `kernel // 2`, as PyTorch pads (Flax's SAME does not)."""
     padding = kernel // 2
-    return nn.Conv(features, (kernel, kernel), stride, ((padding, padding), (padding, padding)), dtype=dtype, name=name)
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        stride,
+        ((padding, padding), (padding, padding)),
+        dtype=dtype,
+        precision=_precision(dtype),
+        name=name,
+    )
 
 
 class TransposedConvolution(nn.Module):
@@ -157,7 +175,9 @@ class TransposedConvolution(nn.Module):
 
 
 def _convolve(x: Array, kernel: Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> Array:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=_precision(x.dtype)
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -199,9 +219,9 @@ class ResidualEncoder(nn.Module):
             for block, stride in enumerate((2, 1)):
                 name = f"stage{stage}_block{block}"
                 x = ResidualBlock(width, stride, self.axis_name, self.dtype, name=name)(x, train)
-        hidden = nn.Dense(2 * self.latent_size, dtype=self.dtype, name="hidden")(x.reshape(len(x), -1))
+        hidden = dense(2 * self.latent_size, self.dtype, name="hidden")(x.reshape(len(x), -1))
         hidden = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(hidden))
-        return _split_posterior(nn.Dense(2 * self.latent_size, dtype=self.dtype, name="posterior")(hidden))
+        return _split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior")(hidden))
 
 
 class ResidualDecoder(nn.Module):
@@ -222,7 +242,7 @@ class ResidualDecoder(nn.Module):
         height, width, channels = self.output_shape
         heights, widths = (stage_sizes(size, len(self.widths))[::-1] for size in (height, width))
         features = self.widths[::-1]
-        x = nn.Dense(heights[0] * widths[0] * features[0], dtype=self.dtype, name="hidden")(z)
+        x = dense(heights[0] * widths[0] * features[0], self.dtype, name="hidden")(z)
         x = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(x))
         x = x.reshape(len(z), heights[0], widths[0], features[0])
         x = ResidualBlock(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)

@@ -59,17 +59,25 @@ def mean_over_devices(tree: Tree, axis_name: str | None) -> Tree:
 
 
 def _check_positive(what: str, value: Any, allow_zero: bool = False) -> None:
-    """Reject a wrong number; a traced value cannot be looked at and passes."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    """Reject a wrong number; an array may be traced, so it cannot be looked at and passes."""
+    if isinstance(value, jax.Array | np.ndarray):
         return
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise UserError(f"{what} must be a number, got {value!r}.")
     if not np.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
         bound = "a finite number >= 0" if allow_zero else "a finite number > 0"
         raise UserError(f"{what} must be {bound}, got {value}.")
 
 
+def _check_floor(what: str, value: Any) -> None:
+    if value is not None:
+        _check_positive(what, value, allow_zero=True)
+
+
 def _check_shared(over: str) -> None:
     if over in ("example", "batch", "pixel"):
         return
+    over = str(over)
     if "pixel" in over and "example" in over:
         raise UserError(
             "A variance per pixel and per example is unbounded below (each residual gets its own variance, which may go "
@@ -88,6 +96,8 @@ class Constant:
 
     def __post_init__(self) -> None:
         _check_positive("Constant.variance", self.variance)
+        if isinstance(self.variance, int):  # a float, so that the command line takes floats for it
+            object.__setattr__(self, "variance", float(self.variance))
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ class Optimal:
 
     def __post_init__(self) -> None:
         _check_shared(self.over)
-        _check_positive("Optimal.floor", self.floor, allow_zero=True)
+        _check_floor("Optimal.floor", self.floor)
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ class Learned:
 
     def __post_init__(self) -> None:
         _check_positive("Learned.initial_variance", self.initial_variance)
-        _check_positive("Learned.floor", self.floor, allow_zero=True)
+        _check_floor("Learned.floor", self.floor)
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,8 @@ class Predicted:
     """v0, as in `Optimal`."""
 
     def __post_init__(self) -> None:
-        _check_positive("Predicted.floor", self.floor)
+        if self.floor is not None:
+            _check_positive("Predicted.floor", self.floor)
 
 
 DecoderVariance = Constant | Optimal | Learned | Predicted

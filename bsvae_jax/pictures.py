@@ -33,8 +33,9 @@ def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
     moved = np.asarray(apply(run.variables, z, method="decode").mean)
     samples = apply(run.variables, key, count=SAMPLES, method="sample")
     title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
-    drawn = {
-        "training_curves": figures.training_curves(read_metrics(workdir), title),
+    rows = read_metrics(workdir)
+    drawn = {"training_curves": figures.training_curves(rows, title)} if rows else {}
+    drawn |= {
         "reconstructions": figures.reconstructions(
             np.asarray(x[:PAIRS]), np.asarray(output.decoded.mean[:PAIRS]), f"Held-out reconstructions: {title}"
         ),

@@ -9,6 +9,7 @@ evaluation.json    written by `bsvae evaluate`
 figures/           written by the command line
 """
 
+import fcntl
 import json
 import os
 import sys
@@ -39,6 +40,8 @@ class RunInfo(NamedTuple):
     config: Config
     image_shape: tuple[int, int, int]
     levels: int
+    fingerprint: str
+    """Of the images trained on, `ImageSet.fingerprint`."""
 
 
 class Calibration(NamedTuple):
@@ -75,9 +78,29 @@ def read_info(folder: Path) -> RunInfo:
         if values["format"] > FORMAT:
             raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
         height, width, channels = values["data"]["image_shape"]
-        return RunInfo(configs.from_dict(values["config"]), (height, width, channels), int(values["data"]["levels"]))
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        config, data = configs.from_dict(values["config"]), values["data"]
+        return RunInfo(config, (height, width, channels), int(data["levels"]), str(data["fingerprint"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def check_same_data(folder: Path, info: RunInfo, images: ImageSet) -> None:
+    """Raise a UserError if `images` are not those that the run in `folder` was trained on."""
+    if (info.image_shape, info.levels) != (images.image_shape, images.levels):
+        raise UserError(
+            f"{folder} was trained on images {info.image_shape} with {info.levels} levels; "
+            f"the data are now {images.image_shape} with {images.levels}."
+        )
+    if info.fingerprint != images.fingerprint():
+        raise UserError(
+            f"{folder} was trained on other images of {images.name}: their content has changed since. "
+            "Restore the data, or choose another --workdir."
+        )
+
+
+def warn(message: str) -> None:
+    """Show a warning on stderr, above any progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -117,13 +140,12 @@ class RunDirectory:
         self._check_folder(config, images)
         self._checkpoints = Checkpoints(folder / "checkpoints")
         self._writer: SummaryWriter | None = None
-        self._bar: ProgressBar | None = None
 
     def _check_folder(self, config: Config, images: ImageSet) -> None:
         folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
             if not (folder / "config.json").is_file():
                 raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
             info = read_info(folder)
@@ -132,15 +154,17 @@ class RunDirectory:
                 raise UserError(
                     f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir or that config."
                 )
-            if (info.image_shape, info.levels) != (images.image_shape, images.levels):
-                raise UserError(
-                    f"{folder} was trained on images {info.image_shape} with {info.levels} levels; "
-                    f"the data are now {images.image_shape} with {images.levels}."
-                )
+            check_same_data(folder, info, images)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
+            self._lock = (folder / ".lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends
+            except BlockingIOError as error:
+                self._lock.close()
+                raise UserError(f"Another process is training in {folder}; choose another --workdir.") from error
             if not (folder / "config.json").is_file():
                 write_atomically(folder / "config.json", self._description(config, images))
         except OSError as error:
@@ -157,6 +181,7 @@ class RunDirectory:
                 "levels": images.levels,
                 "train": len(images.train),
                 "test": len(images.test),
+                "fingerprint": images.fingerprint(),
             },
             "versions": {name: version(name) for name in ("bsvae_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")},
         }
@@ -171,23 +196,22 @@ class RunDirectory:
         self._checkpoints.__exit__(*exception)
         if self._writer is not None:
             self._writer.close()
+        self._lock.close()
 
     def say(self, message: str) -> None:
         """Show a line to the user, above the progress bar."""
         if self._progress:
             tqdm.write(message, file=sys.stderr)
 
-    def warn(self, message: str) -> None:
-        """Show a warning even where progress is off."""
-        tqdm.write(f"warning: {message}", file=sys.stderr)
-
     def resume(self, state: State) -> State:
         """The newest checkpoint that loads, or `state` itself in a new run; metrics after it are dropped."""
         metrics = self.folder / "metrics.jsonl"
         if not self._checkpoints.steps():
             step = 0
+            if metrics.is_file():
+                self.say(f"{self.folder} has no checkpoint; starting from the beginning")
         else:
-            step, arrays = self._checkpoints.restore(state.arrays(), warn=self.warn)  # type: ignore[attr-defined]
+            step, arrays = self._checkpoints.restore(state.arrays(), warn=warn)  # type: ignore[attr-defined]
             state = state.with_arrays(arrays)  # type: ignore[attr-defined]
             self.say(f"continuing from step {step} in {self.folder}")
         if metrics.is_file():
@@ -197,10 +221,9 @@ class RunDirectory:
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
         return state
 
-    def progress_bar(self, total: int, initial: int) -> "ProgressBar":
-        """A bar over the steps of the run."""
-        self._bar = ProgressBar(total, initial, enabled=self._progress)
-        return self._bar
+    def progress_bar(self, total: int, initial: int, batch_size: int) -> "ProgressBar":
+        """A bar over the images of a run of `total` steps."""
+        return ProgressBar(total, initial, batch_size, enabled=self._progress)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to `metrics.jsonl` and to the event file."""
@@ -236,11 +259,20 @@ class RunDirectory:
 
 
 class ProgressBar:
-    """Steps done, images per second and the terms of the objective, on one line."""
+    """Images done, images per second and the terms of the objective, on one line."""
 
-    def __init__(self, total: int, initial: int, enabled: bool):
+    def __init__(self, total: int, initial: int, batch_size: int, enabled: bool):
         """A bar from `initial` to `total` steps."""
-        self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, disable=not enabled, file=sys.stderr)
+        self._batch_size = batch_size
+        self._bar = tqdm(
+            total=total * batch_size,
+            initial=initial * batch_size,
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not enabled,
+            file=sys.stderr,
+        )
         self._shown: dict[str, str] = {}
 
     def __enter__(self) -> "ProgressBar":
@@ -255,7 +287,7 @@ class ProgressBar:
         """Advance by `steps`; `values` are the terms of the last one."""
         self._shown |= {name: f"{values[name]:.1f}" for name in ("objective", "distortion", "rate")}
         self._bar.set_postfix(self._shown, refresh=False)
-        self._bar.update(steps)
+        self._bar.update(steps * self._batch_size)
 
     def evaluated(self, row: dict[str, Any]) -> None:
         """Show the held-out objective."""

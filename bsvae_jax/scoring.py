@@ -23,8 +23,9 @@ from bsvae_jax.randomness import example_keys
 EVALUATION_BATCH = 512
 """Images per device call, where the caller has no reason for another number."""
 
-SPLIT_SALT = {"train": 0, "test": 1}
-"""Folded into the config's seed for the posterior samples of a split, so that every evaluation takes the same."""
+SPLIT_SALT = {"train": 0x65760001, "test": 0x65760002}
+"""Folded into the config's seed for the posterior samples of a split, so that every evaluation takes the same ones; far from
+0 and 1, which `split` uses for the keys of training."""
 
 
 class SplitScores(NamedTuple):

@@ -320,7 +320,8 @@ class _Trainer:
         self.config, self.images, self.mesh, self.run, self.total = config, images, mesh, run, total
         self.train_images: Array = replicate(images.train, mesh)
         self.test_images: Array = replicate(images.test, mesh)
-        self.schedule = learning_rate_schedule(config.optimizer, total)
+        # Read back once, here: in the loop it would wait for the steps in flight.
+        self.learning_rates = np.asarray(jax.vmap(learning_rate_schedule(config.optimizer, total))(jnp.arange(total)))
         self.window = steps_per_dispatch(config, mesh.devices.flat[0].platform)
         self.run_steps = lift(
             functools.partial(_run_steps, levels=images.levels, augmentation=config.augmentation),
@@ -337,7 +338,7 @@ class _Trainer:
         beta = jnp.float32(config.beta)
         step = int(state.step)
         epoch = next(e for e in range(config.epochs + 1) if steps_through(e, count, config.batch_size) >= step)
-        with self.run.progress_bar(self.total, step) as bar:
+        with self.run.progress_bar(self.total, step, config.batch_size) as bar:
             while epoch < config.epochs:
                 epoch += 1
                 end = steps_through(epoch, count, config.batch_size)
@@ -356,9 +357,7 @@ class _Trainer:
             # Keep the device busy with a bounded number of dispatched calls while the oldest result is fetched.
             while step < end and len(in_flight) < 2:
                 count = min(self.window, end - step)
-                indices = order(step, count)
-                if count < self.window:
-                    indices = jnp.pad(indices, ((0, self.window - count), (0, 0)))
+                indices = order(step, self.window)  # the whole window, whatever is left of the epoch: one program
                 state, metrics = self.run_steps(state, self.train_images, indices, jnp.int32(count), beta)
                 step += count
                 in_flight.append((step, count, metrics))
@@ -368,7 +367,7 @@ class _Trainer:
             row.add(values)
             bar.update(count, row.latest())
             if row.steps >= LOG_EVERY or last == end:
-                self.run.log({"step": last, **row.mean(), "learning_rate": float(self.schedule(last - 1))})
+                self.run.log({"step": last, **row.mean(), "learning_rate": float(self.learning_rates[last - 1])})
                 row = _MetricsRow(epoch, self.config.batch_size)
         return state
 

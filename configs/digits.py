@@ -28,6 +28,6 @@ def get_config() -> Config:
         beta=1.0,
         optimizer=Optimizer(learning_rate=1e-3, weight_decay=1e-5, schedule="cosine", ema_decay=0.99),
         epochs=100,
-        batch_size=100,
+        batch_size=96,
         evaluate_every=10,
     )

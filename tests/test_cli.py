@@ -145,6 +145,7 @@ def test_the_module_runs_as_a_program(tmp_path):
         (["--devices", "8", "--batch-size", "12"], "batch_size 12 does not divide over 8 devices; 16 would"),
         (["--devices", "9"], r"devices must lie in 1 \.\.\. 8"),
         (["--network.hidden"], "network.hidden must be a tuple of at least one width"),
+        (["--seed", "4294967296"], r"seed must be < 2\*\*32"),
         (["--optimizer.learning-rate", "0"], "optimizer.learning_rate must be a finite number > 0"),
         (["--data", "mnist", "--data.folder", "nowhere"], "nowhere lacks train-images-idx3-ubyte.gz"),
         (["--data", "arrays", "--data.path", "nowhere.npz"], "There is no file 'nowhere.npz'"),
@@ -175,6 +176,8 @@ def assert_matches(text, sentence):
             "Config(decoder_variance=Optimal(over='pixel_and_example'))",
             "A variance per pixel and per example is unbounded below",
         ),
+        ("Config(decoder_variance=Constant('0.1'))", "Constant.variance must be a number, got '0.1'"),
+        ("Config(decoder_variance=Optimal(over=3))", "over must be one of"),
         ("Config(decoder_variance=Optimal(over='batches'))", r"did you mean 'batch'\?"),
         ("3", "must return a bsvae_jax Config, got int"),
     ],
@@ -185,6 +188,17 @@ def test_wrong_config_files(content, sentence, tmp_path, capsys):
     path.write_text(f"{header}def get_config():\n    return {content}\n")
     assert_matches(refused(["train", path, "--workdir", tmp_path / "run"], capsys), sentence)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_config_file_comes_first(config_file, capsys):
+    """Otherwise the options of another config would be parsed, and another experiment trained."""
+    assert "The config file comes first" in refused(["train", "--beta", "4", config_file], capsys)
+
+
+def test_evaluating_one_split_keeps_the_other(trained):
+    before = json.loads((trained / "evaluation.json").read_text())
+    cli.main(["evaluate", str(trained), "--split", "test"])
+    assert json.loads((trained / "evaluation.json").read_text()) == before
 
 
 def test_a_misspelt_config_file(config_file, capsys):
@@ -251,6 +265,9 @@ def test_wrong_workdirs_and_files(trained, tmp_path, capsys):
     assert "is not a run" in refused(["sample", tmp_path], capsys)
     (tmp_path / "config.json").write_text("{")
     assert "config.json is damaged" in refused(["evaluate", tmp_path], capsys)
+    (tmp_path / "config.json").write_text('{"format": 1, "config": "x", "data": {"image_shape": [8, 8]}}')
+    assert "config.json is damaged" in refused(["evaluate", tmp_path], capsys)
+    assert "File name too long" in refused(["evaluate", tmp_path / ("x" * 300)], capsys)
     (tmp_path / "config.json").write_text('{"format": 99}')
     assert "written by a newer bsvae_jax (format 99" in refused(["evaluate", tmp_path], capsys)
     assert "--count must be >= 1" in refused(["sample", trained, "--count", "0"], capsys)

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -754,3 +755,14 @@ def test_noise_belongs_to_the_example(key):
 def test_tfds_labels_that_are_words_are_left_out(tmp_path):
     bad_tfds("words for labels", tmp_path)
     assert load_tfds(tmp_path).train_labels is None
+
+
+def test_windows_of_one_size_are_compiled_once(monkeypatch):
+    from bsvae_jax.data import order
+
+    chex.clear_trace_counter()
+    once = chex.assert_max_traces(order._window.__wrapped__, n=1)
+    monkeypatch.setattr(order, "_window", jax.jit(once, static_argnums=(2, 3)))
+    windows = data.ShuffledOrder(jax.random.key(0), 101, 8)
+    for step in range(0, 60, 3):
+        windows(step, 3)

@@ -378,6 +378,8 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_pat
     continued = fit(SMALL, tmp_path / "run", progress=False).state
     assert "checkpoints/6 does not load" in capsys.readouterr().err
     chex.assert_trees_all_close(continued.params, whole.params, atol=1e-6)
+    assert restore(tmp_path / "run").step == 6  # saved anew, the damaged one kept aside
+    assert (tmp_path / "run" / "damaged_checkpoints" / "6_0").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -408,6 +410,16 @@ def test_another_config_or_a_foreign_folder_is_left_alone(tmp_path):
     assert [path.name for path in foreign.iterdir()] == ["chapter1.tex"]
 
 
+def test_a_second_process_is_kept_out(tmp_path):
+    from bsvae_jax.rundir import RunDirectory
+
+    images = load(Digits())
+    with RunDirectory(tmp_path / "run", SMALL, images, False), pytest.raises(UserError, match="Another process is training"):
+        RunDirectory(tmp_path / "run", SMALL, images, False)
+    with RunDirectory(tmp_path / "run", SMALL, images, False):
+        pass  # the lock goes with its holder
+
+
 def test_other_data_under_the_same_config_are_refused(tmp_path):
     path = tmp_path / "images.npy"
     np.save(path, np.zeros((20, 4, 4), np.uint8))
@@ -415,6 +427,9 @@ def test_other_data_under_the_same_config_are_refused(tmp_path):
     fit(config, tmp_path / "run", progress=False)
     np.save(path, np.zeros((20, 5, 4), np.uint8))
     with pytest.raises(UserError, match=r"was trained on images \(4, 4, 1\)"):
+        fit(config, tmp_path / "run", progress=False)
+    np.save(path, np.ones((20, 4, 4), np.uint8))
+    with pytest.raises(UserError, match="was trained on other images of images: their content has changed"):
         fit(config, tmp_path / "run", progress=False)
 
 

@@ -1,5 +1,7 @@
 """The order in which training sees the data: a fresh permutation every epoch, cut into batches without a remainder."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
@@ -19,18 +21,25 @@ class ShuffledOrder:
 
     def _epoch(self, epoch: int) -> Int[Array, " examples"]:
         if epoch not in self._epochs:
-            self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}  # keep two at most
             self._epochs[epoch] = jax.random.permutation(jax.random.fold_in(self._key, epoch), self._examples)
         return self._epochs[epoch]
 
     def __call__(self, step: int, count: int) -> Int[Array, "count batch"]:
         """Indices for steps `step ... step + count - 1`, [count, batch_size]."""
-        start, stop = step * self._batch_size, (step + count) * self._batch_size
-        pieces = []
-        for epoch in range(start // self._examples, (stop - 1) // self._examples + 1):
-            first = epoch * self._examples
-            pieces.append(self._epoch(epoch)[max(start - first, 0) : stop - first])
-        return jnp.concatenate(pieces).reshape(count, self._batch_size)
+        first, offset = divmod(step * self._batch_size, self._examples)
+        epochs = -(-count * self._batch_size // self._examples) + 1  # as many as the window can touch
+        self._epochs = {epoch: order for epoch, order in self._epochs.items() if epoch >= first}
+        permutations = [self._epoch(first + epoch) for epoch in range(epochs)]
+        return _window(permutations, offset, count, self._batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _window(
+    permutations: list[Int[Array, " examples"]], offset: int | Int[Array, ""], count: int, batch_size: int
+) -> Int[Array, "count batch"]:
+    """Compiled once for a run: the offset is traced."""
+    positions = offset + jnp.arange(count * batch_size)
+    return jnp.concatenate(permutations)[positions].reshape(count, batch_size)
 
 
 def steps_through(epochs: int, examples: int, batch_size: int) -> int:

@@ -5,6 +5,7 @@ says how they map to [0, 1].
 """
 
 import gzip
+import hashlib
 import math
 import zipfile
 import zlib
@@ -45,6 +46,14 @@ class ImageSet:
         """(H, W, C)"""
         height, width, channels = self.train.shape[1:]
         return height, width, channels
+
+    def fingerprint(self) -> str:
+        """Hash of the training and test images: their values, shapes and type."""
+        digest = hashlib.blake2b(digest_size=16)
+        for images in (self.train, self.test):
+            digest.update(f"{images.shape} {images.dtype} {self.levels};".encode())
+            digest.update(np.ascontiguousarray(images).data)
+        return digest.hexdigest()
 
     @property
     def step(self) -> float:
