@@ -68,19 +68,23 @@ def _linear_theory(images, latent_size, beta):
     return eigenvalues, theory.linear_optimum(eigenvalues, latent_size, beta, quantization_variance(images.step))
 
 
-@pytest.mark.parametrize("beta", [0.3, 1.0, 4.0])
-def test_a_linear_model_lands_on_the_optimum(beta, tmp_path):
-    config = Config(
+def _linear_config(beta, epochs):
+    return Config(
         network=Linear(),
         latent_size=4,
         decoder_variance=Optimal(over="batch"),
         beta=beta,
         optimizer=Optimizer(learning_rate=5e-2, weight_decay=0.0),
-        epochs=1000,
+        epochs=epochs,
         batch_size=500,
-        evaluate_every=1000,
+        evaluate_every=epochs,
         devices=1,
     )
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 4.0])
+def test_a_linear_model_lands_on_the_optimum(beta, tmp_path):
+    config = _linear_config(beta, epochs=1000)
     result = fit(config, tmp_path / "run", progress=False)
     objective, variance, rate = _linear_result(result, config)
     _, optimum = _linear_theory(result.images, 4, beta)
@@ -94,18 +98,7 @@ def test_a_linear_model_lands_on_the_optimum(beta, tmp_path):
 def test_a_linear_model_collapses_beyond_the_critical_beta(tmp_path):
     images = load(Digits())
     eigenvalues, _ = _linear_theory(images, 4, 1.0)
-    beta = 1.2 * theory.critical_beta(eigenvalues, quantization_variance(images.step))
-    config = Config(
-        network=Linear(),
-        latent_size=4,
-        decoder_variance=Optimal(over="batch"),
-        beta=beta,
-        optimizer=Optimizer(learning_rate=2e-2, weight_decay=0.0),
-        epochs=200,
-        batch_size=500,
-        evaluate_every=200,
-        devices=1,
-    )
+    config = _linear_config(1.2 * theory.critical_beta(eigenvalues, quantization_variance(images.step)), epochs=500)
     result = fit(config, tmp_path / "run", progress=False)
     _, variance, rate = _linear_result(result, config)
     assert rate < 1e-3
