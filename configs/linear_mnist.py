@@ -13,7 +13,7 @@ Hardware and time: 2 CPU cores, 4-6 minutes a run. Expect on the training set (m
     100       54.32  (  54.32)        0.06725 (0.06725)      0.00 ( 0.00)   collapsed: beyond the critical beta of 76.1
 
 `pytest -m slow -k linear_mnist` repeats the table. At small beta the latents' scale is held by `beta * rate` alone, hence the
-many epochs: the objective is within 0.2 nats after 100 of them, the rate is not.
+many epochs: 200 of them at a learning rate of 3e-2 end 0.1 nats from the objective at beta = 0.1, but 4% from the rate.
 """
 
 from bsvae_jax.config import MNIST, Config, Linear, Optimizer

@@ -4,8 +4,8 @@
 
 The folder holds train-images-idx3-ubyte.gz and its three companions (data/mnist if not given).
 
-Hardware and time: an accelerator for the 50 epochs; a step of 128 images takes 0.3-0.5 s on 2 CPU cores, 4 epochs 12-28
-minutes. Expect after `--epochs 4` (measured on CPU, seed 0), on the test set:
+Hardware and time: an accelerator for the 50 epochs; a step of 128 images takes 0.27-0.45 s on 2 CPU cores; 4 epochs took
+28 minutes beside other jobs. Expect after `--epochs 4` (measured on CPU, seed 0), on the test set:
 
     objective          -556 +- 3 nats: distortion -618, rate 62.3
     calibrated ELBO     481 +- 2 nats (training: 483); 7.11 bits/dim
