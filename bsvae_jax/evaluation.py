@@ -12,7 +12,6 @@ Every number uses one posterior sample per image; evaluation at the posterior me
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from bsvae_jax.data import ImageSet
@@ -20,14 +19,15 @@ from bsvae_jax.errors import UserError, nearest
 from bsvae_jax.loading import Restored
 from bsvae_jax.objective import bits_per_dimension
 from bsvae_jax.parallel import data_mesh, replicate
-from bsvae_jax.rundir import Calibration
 from bsvae_jax.scoring import (
     EVALUATION_BATCH,
-    SPLIT_SALT,
+    Calibration,
     SplitScores,
+    calibrate,
     distortion_at,
     optimal_variance_of_split,
     score_split,
+    split_key,
 )
 
 ACTIVE_THRESHOLD = 0.01
@@ -47,12 +47,6 @@ class Quantity(NamedTuple):
 def _mean(values: np.ndarray, unit: str, meaning: str) -> Quantity:
     error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return Quantity(float(values.mean()), error, unit, meaning)
-
-
-def calibrate(scores: SplitScores, step: int, floor: float) -> Calibration:
-    """The optimal variance of the training set from its scores."""
-    per_pixel = optimal_variance_of_split(scores, "pixel", floor)
-    return Calibration(step, float(per_pixel.mean()), per_pixel, floor)
 
 
 def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dict[str, Quantity]:
@@ -147,7 +141,7 @@ def evaluate(run: Restored, images: ImageSet, splits: Sequence[str] = ("train", 
 
     def score(split: str) -> SplitScores:
         # The same posterior samples as `fit` takes, so that its last row is repeated here.
-        key = jax.random.fold_in(jax.random.key(run.config.seed), SPLIT_SALT[split])
+        key = split_key(run.config.seed, split)
         stored = replicate(getattr(images, split), mesh)
         return score_split(run.model, variables, stored, key, levels=images.levels, mesh=mesh, batch_size=EVALUATION_BATCH)
 

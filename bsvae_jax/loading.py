@@ -10,7 +10,8 @@ from bsvae_jax.config import Config
 from bsvae_jax.errors import UserError
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import quantization_variance
-from bsvae_jax.rundir import Calibration, read_calibration, read_info, warn
+from bsvae_jax.rundir import read_calibration, read_info, warn
+from bsvae_jax.scoring import Calibration
 from bsvae_jax.training import build_model, create_state
 
 

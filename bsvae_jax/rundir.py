@@ -10,6 +10,7 @@ figures/           written by the command line
 """
 
 import fcntl
+import io
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ from bsvae_jax.checkpoint import Checkpoints
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
+from bsvae_jax.scoring import Calibration
 
 FORMAT = 1
 """Version of the layout of a run folder."""
@@ -42,19 +44,6 @@ class RunInfo(NamedTuple):
     levels: int
     fingerprint: str
     """Of the images trained on, `ImageSet.fingerprint`."""
-
-
-class Calibration(NamedTuple):
-    """Optimal variance of the whole training set under a trained model, v0 included."""
-
-    step: int
-    """Step of the parameters it was measured with."""
-    variance: float
-    """One number for all pixels."""
-    variance_per_pixel: np.ndarray
-    """[H, W, C]"""
-    floor: float
-    """v0 of the data."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -250,12 +239,11 @@ class RunDirectory:
         calibration = read_calibration(self.folder)
         return calibration is not None and calibration.step == step
 
-    def write_calibration(self, step: int, variance_per_pixel: np.ndarray, floor: float) -> None:
+    def write_calibration(self, calibration: Calibration) -> None:
         """Record the optimal variance of the training set."""
-        path = self.folder / "calibration.npz"
-        temporary = path.with_name(".calibration.npz")
-        np.savez(temporary, step=step, variance=variance_per_pixel.mean(), variance_per_pixel=variance_per_pixel, floor=floor)
-        temporary.replace(path)
+        content = io.BytesIO()
+        np.savez(content, **calibration._asdict())
+        write_atomically(self.folder / "calibration.npz", content.getvalue())
 
 
 class ProgressBar:

@@ -28,6 +28,11 @@ SPLIT_SALT = {"train": 0x65760001, "test": 0x65760002}
 0 and 1, which `split` uses for the keys of training."""
 
 
+def split_key(seed: int, split: str) -> Key[Array, ""]:
+    """The key of the posterior samples of a split ('train' or 'test') in every evaluation of a run of this seed."""
+    return jax.random.fold_in(jax.random.key(seed), SPLIT_SALT[split])
+
+
 class SplitScores(NamedTuple):
     """Per-example results for N images of D pixels with L latents, one posterior sample each; float64."""
 
@@ -48,6 +53,19 @@ class SplitScores(NamedTuple):
     def pixels(self) -> int:
         """D, pixels times channels."""
         return int(self.pixel_squared_error.size)
+
+
+class Calibration(NamedTuple):
+    """Optimal variance of the whole training set under a trained model, v0 included."""
+
+    step: int
+    """Step of the parameters it was measured with."""
+    variance: float
+    """One number for all pixels."""
+    variance_per_pixel: np.ndarray
+    """[H, W, C]"""
+    floor: float
+    """v0 of the data."""
 
 
 class _BatchScores(NamedTuple):
@@ -167,6 +185,12 @@ def optimal_variance_of_split(scores: SplitScores, over: str, floor: float) -> A
         return scores.pixel_squared_error + floor
     variance = scores.squared_error / scores.pixels + floor
     return variance if over == "example" else float(variance.mean())
+
+
+def calibrate(scores: SplitScores, step: int, floor: float) -> Calibration:
+    """The optimal variance of the training set from its scores."""
+    per_pixel = optimal_variance_of_split(scores, "pixel", floor)
+    return Calibration(step, float(per_pixel.mean()), per_pixel, floor)
 
 
 def distortion_at(scores: SplitScores, variance: Any, floor: float) -> np.ndarray:

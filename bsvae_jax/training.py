@@ -28,7 +28,7 @@ from bsvae_jax.model import VAE
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, P, data_mesh, describe_devices, lift, replicate
 from bsvae_jax.randomness import example_keys, example_positions
 from bsvae_jax.rundir import RunDirectory
-from bsvae_jax.scoring import EVALUATION_BATCH, SPLIT_SALT, SplitScores, score_split
+from bsvae_jax.scoring import EVALUATION_BATCH, SplitScores, calibrate, score_split, split_key
 
 LOG_EVERY = 50
 """Steps over which one training row of the metrics is averaged, at most."""
@@ -386,7 +386,7 @@ class _Trainer:
             state.model,
             state.variables(),
             images,
-            jax.random.fold_in(jax.random.key(self.config.seed), SPLIT_SALT[split]),
+            split_key(self.config.seed, split),
             levels=self.images.levels,
             mesh=self.mesh,
             batch_size=EVALUATION_BATCH,
@@ -421,7 +421,7 @@ class _Trainer:
             return
         scores = self._score(state, self.train_images, "train")
         floor = objective.quantization_variance(self.images.step)
-        self.run.write_calibration(int(state.step), scores.pixel_squared_error + floor, floor)
+        self.run.write_calibration(calibrate(scores, int(state.step), floor))
 
 
 class _MetricsRow:
