@@ -29,7 +29,8 @@ from bsvae_jax.objective import (
     optimal_variance,
     quantization_variance,
 )
-from bsvae_jax.training import FitResult, TrainState, fit, train_step
+from bsvae_jax.trainer import FitResult, fit
+from bsvae_jax.training import TrainState, train_step
 
 __version__ = "0.1.0"
 

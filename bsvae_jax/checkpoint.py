@@ -19,6 +19,18 @@ from bsvae_jax.errors import UserError
 Warn = Callable[[str], None]
 
 
+class DamagedCheckpointError(UserError):
+    """The checkpoint asked for does not load; it was moved aside."""
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps with a checkpoint under `folder`, oldest first; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.steps()
+
+
 class Checkpoints:
     """The checkpoints under `folder`, one per step; keeps the latest two and the one of the least objective.
 
@@ -82,6 +94,7 @@ class Checkpoints:
           `(step, state)`.
 
         Raises:
+          DamagedCheckpointError: the `step` asked for does not load, and was moved to `damaged_checkpoints` (not if `read_only`).
           UserError: nothing is saved, or no checkpoint loads.
         """
         candidates = self.steps()[::-1] if step is None else [step]
@@ -100,6 +113,9 @@ class Checkpoints:
                 failures.append(f"{self.path(candidate)} does not load ({reason})")
                 if candidate != candidates[-1]:
                     warn(f"{failures[-1]}; using the checkpoint before it.")
+        if step is not None and not self._read_only:
+            self._move_aside(candidates)
+            raise DamagedCheckpointError(f"{failures[0]}; it was moved to {self._folder.parent / 'damaged_checkpoints'}.")
         raise UserError(f"No checkpoint loads: {'; '.join(failures)}. Move the folder away to start again.")
 
     def _move_aside(self, steps: list[int]) -> None:

@@ -1,7 +1,6 @@
 """The command line: `bsvae train`, `bsvae evaluate`, `bsvae sample`. Parsing, help and overrides are tyro's."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,11 +64,15 @@ def _train_command(default: Config) -> Callable[..., None]:
           network: Kind of network to use instead of the config's.
           decoder_variance: Kind of decoder variance to use instead of the config's.
         """
-        from bsvae_jax.training import fit
+        from bsvae_jax import pictures, summary
+        from bsvae_jax.loading import restore
+        from bsvae_jax.trainer import fit
 
         folder = Path("runs") / config_file.stem if workdir is None else workdir
-        fit(config, folder)
-        _evaluate_and_draw(folder, ("train", "test"), "latest", draw=True)
+        result = fit(config, folder)
+        print(summary.as_table(result.report))
+        pictures.draw(restore(folder), result.images, folder)
+        print(f"figures: {folder / 'figures'}")
 
     return train
 
@@ -89,31 +92,20 @@ def evaluate(
       split: Splits to evaluate.
       checkpoint: The end of training, or the least held-out objective.
     """
-    _evaluate_and_draw(workdir, split, checkpoint, draw=False)
-
-
-def _evaluate_and_draw(workdir: Path, splits: Sequence[str], checkpoint: Literal["latest", "best"], draw: bool) -> None:
-    from bsvae_jax import evaluation, pictures
+    from bsvae_jax import summary
     from bsvae_jax.data import load
+    from bsvae_jax.evaluation import evaluate as evaluate_run
     from bsvae_jax.loading import restore
-    from bsvae_jax.rundir import check_same_data, read_info, write_atomically
+    from bsvae_jax.rundir import check_same_data, read_info, write_evaluation
 
-    if not splits:
+    if not split:
         raise UserError("--split needs at least one of train and test.")
     run = restore(workdir, checkpoint)
-    images = load(run.config.data, run.config.seed)
+    images = load(run.config.data)
     check_same_data(workdir, read_info(workdir), images)
-    report = evaluation.evaluate(run, images, splits)
-    values = {"step": run.step, "checkpoint": checkpoint, "splits": evaluation.as_json(report)}
-    path = workdir / "evaluation.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    if before.get("step") == run.step:  # splits not asked for now stay
-        values["splits"] = before["splits"] | values["splits"]
-    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
-    print(evaluation.as_table(report))
-    if draw:
-        pictures.draw(run, images, workdir)
-        print(f"figures: {workdir / 'figures'}")
+    report = evaluate_run(run, images, split)
+    write_evaluation(workdir, run.step, report, checkpoint)
+    print(summary.as_table(report))
 
 
 def sample(

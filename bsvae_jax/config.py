@@ -4,11 +4,13 @@ Every field can be overridden on the command line by its dotted name (`--optimiz
 one of several kinds (`data`, `network`, `decoder_variance`, `prior`) are chosen by name (`--decoder-variance constant`).
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import re
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,10 +60,13 @@ class Arrays:
     path: str = ""
     """A `.npz` or `.npy` of shape [N, H, W] or [N, H, W, C]: uint8, or floats in [0, 1]."""
     holdout: float = 0.1
-    """Share of the images kept for testing (at random, by seed) when the file has no `test`."""
+    """Share of the images kept for testing, at random, when the file has no `test`."""
+    holdout_seed: int = 0
+    """Decides which; apart from the run's seed, so that runs of different seeds are tested on the same images."""
 
     def __post_init__(self) -> None:
         _check_number("data.holdout", self.holdout, low=0.0, high=0.9, open_low=True)
+        _check_count("data.holdout_seed", self.holdout_seed, low=0)
 
 
 @dataclass(frozen=True)
@@ -268,7 +273,18 @@ def load_config(path: str | Path) -> Config:
     Raises:
       UserError: no such file, no `get_config`, an unknown field (the nearest name is offered), or a value out of range.
     """
-    path = Path(path)
+    module = load_module(Path(path))
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} has no function get_config() returning a bsvae_jax Config.")
+    with _explained(Path(path)):
+        config = module.get_config()
+    if not isinstance(config, Config):
+        raise UserError(f"get_config() of {path} must return a bsvae_jax Config, got {type(config).__name__}.")
+    return config
+
+
+def load_module(path: Path) -> Any:
+    """Run a config file; what it defines."""
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UserError(f"There is no config file {path}{nearest(str(path), siblings)}.")
@@ -276,19 +292,21 @@ def load_config(path: str | Path) -> Config:
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file; a config is a .py file with get_config().")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _explained(path):
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"{path} has no function get_config() returning a bsvae_jax Config.")
-        config = module.get_config()
+    return module
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Says which field of which config a file got wrong."""
+    try:
+        yield
     except TypeError as error:
         unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
             raise
         raise UserError(f"{path}: {_unknown_field(*unknown.groups())}") from error
-    if not isinstance(config, Config):
-        raise UserError(f"get_config() of {path} must return a bsvae_jax Config, got {type(config).__name__}.")
-    return config
 
 
 def _unknown_field(class_name: str, name: str) -> str:

@@ -1,14 +1,18 @@
 """Devices: the mesh, and the lift of a function written for one device's share of the batch over all of them.
 
 A step is written with a named axis `"data"` and explicit averages over it. `lift` runs it under `jit(shard_map)`;
-`jax.pmap(step, axis_name="data")` runs the same function on stacked copies of the state.
+`jax.pmap(step, axis_name="data")` runs the same function on stacked copies of the state. A sweep's members are a second,
+outer axis: `lift` with a `driving` runs the same function for all of them in one program, the members divided over the
+devices of the `"member"` axis.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,6 +20,13 @@ from bsvae_jax.errors import UserError
 
 DATA_AXIS = "data"
 """Name of the axis of the devices that share a batch."""
+
+MEMBER_AXIS = "member"
+"""Name of the axis of the devices among which the members of a sweep are divided."""
+
+Driving = Literal["loop", "scan", "vmap"]
+"""How members share a compiled program: 'loop': one member a call, no member axis; 'vmap': all members side by side, their
+matrix products batched; 'scan': all in one call, one after the other."""
 
 REPLICATED = P()
 """The same value on every device."""
@@ -39,14 +50,96 @@ def data_mesh(devices: int | None = None, batch_size: int | None = None) -> Mesh
     return Mesh(np.asarray(available[:count]), (DATA_AXIS,))
 
 
-def lift(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any, donate: tuple[int, ...] = ()) -> Callable:
-    """`jit(shard_map(function))` over the mesh. `donate`: arguments whose memory the result may take.
+def sweep_mesh(devices: int | None, members: int, batch_size: int) -> Mesh:
+    """A mesh for `members` models trained at once: the member axis takes what it can, the data axis the rest.
+
+    The member axis gets the largest divisor of the device count that is at most `members`; each of its devices holds
+    `ceil(members / size)` members, and the batch is shared by the devices of the data axis.
+
+    Raises:
+      UserError: more devices asked for than there are, or a batch that does not divide evenly over the data axis.
+    """
+    available = data_mesh(devices).devices.reshape(-1)
+    count = len(available)
+    size = max(size for size in range(1, min(count, members) + 1) if count % size == 0)
+    rest = count // size
+    if batch_size % rest:
+        nearby = max(1, round(batch_size / rest)) * rest
+        raise UserError(
+            f"batch_size {batch_size} does not divide over the {rest} devices that share each of {members} members "
+            f"({count} devices in all); {nearby} would."
+        )
+    return Mesh(available.reshape(size, rest), (MEMBER_AXIS, DATA_AXIS))
+
+
+def member_slots(mesh: Mesh, members: int) -> int:
+    """Length of the member axis of stacked arrays: `members` rounded up to a multiple of the devices that divide them."""
+    size = mesh.shape[MEMBER_AXIS]
+    return -(-members // size) * size
+
+
+def lift(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    in_specs: tuple[Any, ...],
+    out_specs: Any,
+    donate: tuple[int, ...] = (),
+    driving: Driving = "loop",
+    shared: tuple[int, ...] = (),
+) -> Callable:
+    """`jit(shard_map(function))` over the mesh, for one model or for a stack of them.
 
     `check_vma=False` keeps `pmean` the plain average it is under `pmap`: with checking on, the gradient of replicated
     parameters is already a sum over devices, and averaging it afterwards is silently n times too large.
+
+    Args:
+      function: written for one model and one device's share of the batch.
+      mesh: of `data_mesh`; of `sweep_mesh` for a stack.
+      in_specs: of each argument of one model, over the data axis.
+      out_specs: of the results of one model.
+      donate: arguments whose memory the result may take.
+      driving: 'loop' for one model. With 'scan' or 'vmap' every argument and result has a leading axis of members.
+      shared: arguments without that axis, the same for all members.
     """
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if driving == "loop":
+        over_members, ins, outs = function, in_specs, out_specs
+    else:
+        over_members = _over_members(function, driving, len(in_specs), shared)
+        ins = tuple(spec if i in shared else _with_members(spec) for i, spec in enumerate(in_specs))
+        outs = _with_members(out_specs)
+    mapped = jax.shard_map(over_members, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
     return jax.jit(mapped, donate_argnums=donate)
+
+
+def _with_members(specs: Any) -> Any:
+    return jax.tree.map(lambda spec: P(MEMBER_AXIS, *spec), specs, is_leaf=lambda node: isinstance(node, P))
+
+
+def _over_members(function: Callable[..., Any], driving: Driving, count: int, shared: tuple[int, ...]) -> Callable[..., Any]:
+    if driving == "vmap":
+        return jax.vmap(function, in_axes=tuple(None if i in shared else 0 for i in range(count)))
+    own = [i for i in range(count) if i not in shared]
+
+    def scan(*arguments: Any) -> Any:
+        def one(members: tuple[Any, ...]) -> Any:
+            call = list(arguments)
+            for i, value in zip(own, members, strict=True):
+                call[i] = value
+            return function(*call)
+
+        return jax.lax.map(one, tuple(arguments[i] for i in own))
+
+    return scan
+
+
+def stack(trees: list[Any], mesh: Mesh) -> Any:
+    """The arrays of several models as one tree with a leading axis of members, divided over the member axis of the mesh.
+
+    The last model is repeated where the devices do not divide the members evenly.
+    """
+    trees = trees + [trees[-1]] * (member_slots(mesh, len(trees)) - len(trees))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return jax.device_put(stacked, NamedSharding(mesh, P(MEMBER_AXIS)), may_alias=False)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -58,3 +151,16 @@ def describe_devices(mesh: Mesh) -> str:
     """`"2 x NVIDIA H200 (gpu)"`."""
     device = mesh.devices.flat[0]
     return f"{mesh.devices.size} x {device.device_kind} ({device.platform})"
+
+
+MEMORY_SHARE = 0.85
+"""Share of the free memory that is planned with; the rest is left to evaluation, transfers and fragmentation."""
+
+
+def available_bytes(mesh: Mesh) -> int:
+    """Memory that may be planned with on each device of the mesh: a share of what is free now."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":  # all CPU devices share the machine's memory
+        return int(MEMORY_SHARE * psutil.virtual_memory().available / mesh.devices.size)
+    stats = device.memory_stats()
+    return int(MEMORY_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))

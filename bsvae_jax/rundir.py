@@ -5,7 +5,8 @@ metrics.jsonl      a row per line, training and test terms in nats per example
 tensorboard/       the same as TensorBoard events
 checkpoints/       Orbax, the latest two and the best
 calibration.npz    optimal variance of the training set (at the end)
-evaluation.json    written by `bsvae evaluate`
+evaluation.json    every reported number of both splits (at the end, or by `bsvae evaluate`)
+failure.json       why training stopped, where it did
 figures/           written by the command line
 """
 
@@ -29,6 +30,7 @@ from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
 from bsvae_jax.scoring import Calibration
+from bsvae_jax.summary import Report, as_json, from_json
 
 FORMAT = 1
 """Version of the layout of a run folder."""
@@ -116,6 +118,32 @@ def read_calibration(folder: Path) -> Calibration | None:
         return Calibration(int(values["step"]), float(values["variance"]), per_pixel, float(values["floor"]))
 
 
+def read_evaluation(folder: Path, step: int, checkpoint: str = "latest") -> Report:
+    """What `evaluation.json` says of the parameters of a step; empty where it says nothing."""
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+        same = (values["step"], values["checkpoint"]) == (step, checkpoint)
+        return from_json(values["splits"]) if same else {}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and evaluate again.") from error
+
+
+def write_evaluation(folder: Path, step: int, report: Report, checkpoint: str = "latest") -> None:
+    """Write `evaluation.json`; splits evaluated before, for the same parameters, stay."""
+    report = read_evaluation(folder, step, checkpoint) | report
+    values = {"step": step, "checkpoint": checkpoint, "splits": as_json(report)}
+    write_atomically(folder / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_failure(folder: Path) -> str | None:
+    """Why training stopped in this folder, None where it did not."""
+    path = folder / "failure.json"
+    return str(json.loads(path.read_text())["error"]) if path.is_file() else None
+
+
 class RunDirectory:
     """The open folder of a run that trains; use it in a `with` block."""
 
@@ -192,15 +220,20 @@ class RunDirectory:
         if self._progress:
             tqdm.write(message, file=sys.stderr)
 
-    def resume(self, state: State) -> State:
-        """The newest checkpoint that loads, or `state` itself in a new run; metrics after it are dropped."""
+    def saved_steps(self) -> list[int]:
+        """Steps with a checkpoint, oldest first."""
+        return self._checkpoints.steps()
+
+    def resume(self, state: State, at: int | None = None) -> State:
+        """The checkpoint of step `at`, or the newest that loads, or `state` itself in a new run; later metrics are dropped."""
+        (self.folder / "failure.json").unlink(missing_ok=True)
         metrics = self.folder / "metrics.jsonl"
         if not self._checkpoints.steps():
             step = 0
             if metrics.is_file():
                 self.say(f"{self.folder} has no checkpoint; starting from the beginning")
         else:
-            step, arrays = self._checkpoints.restore(state.arrays(), warn=warn)  # type: ignore[attr-defined]
+            step, arrays = self._checkpoints.restore(state.arrays(), at, warn)  # type: ignore[attr-defined]
             state = state.with_arrays(arrays)  # type: ignore[attr-defined]
             self.say(f"continuing from step {step} in {self.folder}")
         if metrics.is_file():
@@ -209,10 +242,6 @@ class RunDirectory:
         # TensorBoard drops what an earlier, interrupted writer put after this step.
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
         return state
-
-    def progress_bar(self, total: int, initial: int, batch_size: int) -> "ProgressBar":
-        """A bar over the images of a run of `total` steps."""
-        return ProgressBar(total, initial, batch_size, enabled=self._progress)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to `metrics.jsonl` and to the event file."""
@@ -228,16 +257,16 @@ class RunDirectory:
         if step not in self._checkpoints.steps():
             self._checkpoints.save(step, arrays, objective)
 
+    def fail(self, step: int, error: str) -> None:
+        """Record why training stopped."""
+        values = {"step": step, "error": error}
+        write_atomically(self.folder / "failure.json", (json.dumps(values, indent=2) + "\n").encode())
+
     def last_checkpoint(self) -> str:
         """A sentence that names the last good checkpoint."""
         self._checkpoints.wait()
         steps = self._checkpoints.steps()
         return f"The last good checkpoint is {self._checkpoints.path(steps[-1])}." if steps else "No checkpoint was saved yet."
-
-    def is_calibrated(self, step: int) -> bool:
-        """Whether the variance of the training set is recorded for this step."""
-        calibration = read_calibration(self.folder)
-        return calibration is not None and calibration.step == step
 
     def write_calibration(self, calibration: Calibration) -> None:
         """Record the optimal variance of the training set."""
@@ -249,12 +278,11 @@ class RunDirectory:
 class ProgressBar:
     """Images done, images per second and the terms of the objective, on one line."""
 
-    def __init__(self, total: int, initial: int, batch_size: int, enabled: bool):
-        """A bar from `initial` to `total` steps."""
-        self._batch_size = batch_size
+    def __init__(self, total: int, initial: int, enabled: bool):
+        """A bar from `initial` to `total` images."""
         self._bar = tqdm(
-            total=total * batch_size,
-            initial=initial * batch_size,
+            total=total,
+            initial=initial,
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,
@@ -271,13 +299,15 @@ class ProgressBar:
         """Leave the last line standing."""
         self._bar.close()
 
-    def update(self, steps: int, values: dict[str, float]) -> None:
-        """Advance by `steps`; `values` are the terms of the last one."""
-        self._shown |= {name: f"{values[name]:.1f}" for name in ("objective", "distortion", "rate")}
-        self._bar.set_postfix(self._shown, refresh=False)
-        self._bar.update(steps * self._batch_size)
+    def update(self, images: int) -> None:
+        """Advance by `images`."""
+        self._bar.update(images)
 
-    def evaluated(self, row: dict[str, Any]) -> None:
-        """Show the held-out objective."""
-        self._shown["test"] = f"{row['objective']:.1f}"
+    def show(self, **values: str) -> None:
+        """Show these beside the bar, until shown anew."""
+        self._shown |= values
         self._bar.set_postfix(self._shown, refresh=False)
+
+    def describe(self, description: str) -> None:
+        """Name, before the bar, what is being trained."""
+        self._bar.set_description(description)

@@ -5,7 +5,7 @@ result depends neither on the batch size nor on the number of devices, and the l
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from bsvae_jax.data.sources import to_unit_interval
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import LOG_2PI, Constant, DecoderVariance, Learned, Optimal, elbo_terms, floor_of
-from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift
+from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, Driving, lift
 from bsvae_jax.randomness import example_keys
 
 EVALUATION_BATCH = 512
@@ -44,6 +44,9 @@ class SplitScores(NamedTuple):
     """Squared error averaged over the examples, [H, W, C]."""
     posterior_mean: np.ndarray
     """[N, L]"""
+    latent_rate: np.ndarray
+    """`KL(q(z_l|x) || N(0, 1))` of each latent, nats, averaged over the examples, [L]; sums to the rate under a standard
+    normal prior."""
     model_distortion: np.ndarray
     """Distortion under the model's own decoder variance, nats, [N]; a shared optimal variance is shared over the N images."""
     model_variance: float
@@ -73,6 +76,7 @@ class _BatchScores(NamedTuple):
     rate: Float[Array, " batch"]
     pixel_squared_error: Float[Array, "height width channels"]
     posterior_mean: Float[Array, "batch latent"]
+    latent_rate: Float[Array, " latent"]
     distortion: Float[Array, " batch"]
     variance: Float[Array, " batch"]
 
@@ -93,22 +97,27 @@ def _score_batch(
     mean, log_variance = output.decoded
     terms = elbo_terms(x, mean, output.rate, model.decoder_variance, log_variance=log_variance)
     residual_squared = jnp.square(x - mean)
+    posterior_mean, posterior_log_variance = output.posterior
+    latent_rate = 0.5 * (jnp.expm1(posterior_log_variance) - posterior_log_variance + jnp.square(posterior_mean))
     variance = jnp.broadcast_to(terms.variance, x.shape) if terms.variance.shape != x.shape[1:] else terms.variance[None]
     return _BatchScores(
         squared_error=jnp.sum(residual_squared, axis=(1, 2, 3)),
         rate=terms.rate,
         pixel_squared_error=jax.lax.psum(jnp.sum(residual_squared * weights[:, None, None, None], axis=0), DATA_AXIS),
-        posterior_mean=output.posterior.mean,
+        posterior_mean=posterior_mean,
+        latent_rate=jax.lax.psum(jnp.sum(latent_rate * weights[:, None], axis=0), DATA_AXIS),
         distortion=terms.distortion,
         variance=jnp.broadcast_to(jnp.mean(variance, axis=(1, 2, 3)), terms.rate.shape),
     )
 
 
 @functools.cache
-def _lifted(model: VAE, levels: int, mesh: Mesh) -> Any:
-    shares: Any = dict.fromkeys(_BatchScores._fields, SHARDED) | {"pixel_squared_error": REPLICATED}
+def _lifted(model: VAE, levels: int, mesh: Mesh, driving: Driving) -> Any:
+    shares: Any = dict.fromkeys(_BatchScores._fields, SHARDED)
+    shares |= {"pixel_squared_error": REPLICATED, "latent_rate": REPLICATED}
     specs = (REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED)
-    return lift(functools.partial(_score_batch, model=model, levels=levels), mesh, specs, _BatchScores(**shares))
+    score = functools.partial(_score_batch, model=model, levels=levels)
+    return lift(score, mesh, specs, _BatchScores(**shares), driving=driving, shared=(1, 2, 3))
 
 
 def score_split(
@@ -129,37 +138,95 @@ def score_split(
       images: [N, H, W, C] as stored, replicated over the mesh.
       key: decides the posterior samples, one key per position in the split.
       levels: grey levels of stored uint8 images.
+      mesh: of `data_mesh`.
       batch_size: images per device call, rounded up to a multiple of the devices.
     """
-    model = model.clone(axis_name=None)
-    devices = mesh.devices.size
+    variances = [model.decoder_variance]
+    (scores,) = score_members(
+        model, variables, images, key, variances, levels=levels, mesh=mesh, batch_size=batch_size, driving="loop"
+    )
+    return scores
+
+
+def score_members(
+    model: VAE,
+    variables: Mapping[str, Any],
+    images: Array,
+    keys: Key[Array, "*members"],
+    decoder_variances: Sequence[DecoderVariance],
+    *,
+    levels: int,
+    mesh: Mesh,
+    batch_size: int,
+    driving: Driving,
+) -> Iterator[SplitScores]:
+    """`score_split` of several models at once, whose variables are stacked along a leading axis of members.
+
+    Args:
+      model: of all members, but for the number in a `Constant` decoder variance.
+      variables: stacked, divided over the member axis of the mesh.
+      images: as for `score_split`.
+      keys: one per member.
+      decoder_variances: of each member, in order; as many results are given.
+      levels: as for `score_split`.
+      mesh: of `sweep_mesh`.
+      batch_size: images per device call.
+      driving: 'scan' or 'vmap'; 'loop' for one model without an axis of members.
+
+    Yields:
+      The scores of each member, in order.
+    """
+    batches = _score_batches(model, variables, images, keys, levels, mesh, batch_size, driving)
+    for member, decoder_variance in enumerate(decoder_variances):
+        own = [batch if driving == "loop" else _BatchScores(*(leaf[member] for leaf in batch)) for batch in batches]
+        yield _split_scores(own, len(images), decoder_variance)
+
+
+def _score_batches(
+    model: VAE,
+    variables: Mapping[str, Any],
+    images: Array,
+    key: Array,
+    levels: int,
+    mesh: Mesh,
+    batch_size: int,
+    driving: Driving,
+) -> list[_BatchScores]:
+    """Host copies of the scores of every batch, in order; the last one is filled up with repetitions of an image."""
+    devices = mesh.shape[DATA_AXIS]
     count = len(images)
     batch_size = -(-min(batch_size, count) // devices) * devices
-    score = _lifted(model, levels, mesh)
-    batches, pixel_squared_error, previous = [], np.zeros(model.image_shape), None
+    score = _lifted(model.clone(axis_name=None), levels, mesh, driving)
+    batches, previous = [], None
     for start in range(0, count, batch_size):
         indices = np.arange(start, start + batch_size)
-        weights = (indices < count).astype(np.float32)  # the last batch is filled up with an image that counts nothing
+        weights = (indices < count).astype(np.float32)  # the repeated image counts nothing
         current = score(variables, images, np.minimum(indices, count - 1), weights, key)
         if previous is not None:  # one batch in flight while the one before is fetched
             batches.append(jax.device_get(previous))
         previous = current
-    batches.append(jax.device_get(previous))
-    for batch in batches:
-        pixel_squared_error += batch.pixel_squared_error
-    stacked = {
-        name: np.concatenate([getattr(batch, name) for batch in batches])[:count].astype(np.float64)
-        for name in ("squared_error", "rate", "posterior_mean", "distortion", "variance")
-    }
+    return [*batches, jax.device_get(previous)]
+
+
+def _split_scores(batches: Sequence[_BatchScores], count: int, decoder_variance: DecoderVariance) -> SplitScores:
+    """What the batches of one model say of the whole split, in float64."""
+
+    def examples(name: str) -> np.ndarray:
+        return np.concatenate([getattr(batch, name) for batch in batches])[:count].astype(np.float64)
+
+    def mean(name: str) -> np.ndarray:
+        return np.sum([getattr(batch, name) for batch in batches], axis=0, dtype=np.float64) / count
+
     scores = SplitScores(
-        stacked["squared_error"],
-        stacked["rate"],
-        pixel_squared_error / count,
-        stacked["posterior_mean"],
-        stacked["distortion"],
-        float(stacked["variance"].mean()),
+        squared_error=examples("squared_error"),
+        rate=examples("rate"),
+        pixel_squared_error=mean("pixel_squared_error"),
+        posterior_mean=examples("posterior_mean"),
+        latent_rate=mean("latent_rate"),
+        model_distortion=examples("distortion"),
+        model_variance=float(examples("variance").mean()),
     )
-    distortion, variance = _own_distortion(scores, model.decoder_variance)
+    distortion, variance = _own_distortion(scores, decoder_variance)
     return scores._replace(model_distortion=distortion, model_variance=variance)
 
 

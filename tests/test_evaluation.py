@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from bsvae_jax import figures
-from bsvae_jax.evaluation import as_json, as_table, calibrate, summarize
-from bsvae_jax.scoring import SplitScores, distortion_at, optimal_variance_of_split
+from bsvae_jax.scoring import SplitScores, calibrate, distortion_at, optimal_variance_of_split
+from bsvae_jax.summary import as_json, as_table, from_json, summarize
 
 N, SHAPE, LATENTS, FLOOR = 40, (3, 2, 1), 3, 1 / (12 * 16**2)
 

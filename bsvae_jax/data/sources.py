@@ -4,6 +4,7 @@ Every source ends in an `ImageSet`: NHWC images, uint8 wherever the source is qu
 says how they map to [0, 1].
 """
 
+import functools
 import gzip
 import hashlib
 import math
@@ -49,6 +50,10 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """Hash of the training and test images: their values, shapes and type."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:  # computed once: every member of a sweep records it
         digest = hashlib.blake2b(digest_size=16)
         for images in (self.train, self.test):
             digest.update(f"{images.shape} {images.dtype} {self.levels};".encode())
@@ -94,8 +99,8 @@ def check_images(images: Any, what: str) -> np.ndarray:
     return np.ascontiguousarray(images, np.float32)
 
 
-def load(source: config.DataSource, seed: int = 0) -> ImageSet:
-    """The images of a data config. `seed` decides only a random hold-out, where the source has no test split.
+def load(source: config.DataSource) -> ImageSet:
+    """The images of a data config.
 
     Raises:
       UserError: a file is missing, truncated or not what it should be; a set is not prepared; images of a wrong kind.
@@ -105,7 +110,7 @@ def load(source: config.DataSource, seed: int = 0) -> ImageSet:
             return _digits()
         case config.MNIST(folder):
             return _mnist(Path(folder))
-        case config.Arrays(path, holdout):
+        case config.Arrays(path, holdout, seed):
             return _arrays(Path(path), holdout, seed)
         case config.TFDS():
             return _tfds(source)

@@ -1,0 +1,148 @@
+"""A sweep as a value: which members there are, what each is called, and the config that trains it alone."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bsvae_jax.config import CHOICES, Config, load_module
+from bsvae_jax.errors import UserError
+from bsvae_jax.objective import Constant, DecoderVariance, Optimal
+
+
+class GridMember(NamedTuple):
+    """One run of a sweep."""
+
+    name: str
+    """Its folder, `members/NAME`."""
+    config: Config
+    """What `bsvae train` would be given."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The product of settings that a sweep trains, over one base config."""
+
+    beta: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
+    """Weights of the rate; the paper's five."""
+    decoder_variance: tuple[DecoderVariance, ...] = (Optimal(), Constant())
+    """Decoder-variance models; BS-VAE and the conventional beta-VAE."""
+    seeds: int = 5
+    """Number of seeds, counted up from the config's."""
+    learning_rate: tuple[float, ...] = ()
+    """Peak learning rates; empty: the config's own."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "decoder_variance", "learning_rate"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or (not values and name != "learning_rate"):
+                raise UserError(f"A sweep needs at least one {name}, got {values!r}.")
+            repeated = [value for index, value in enumerate(values) if value in values[:index]]
+            if repeated:
+                raise UserError(f"{name} names {repeated[0]!r} twice; every member of a sweep is different.")
+        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 1:
+            raise UserError(f"seeds must be a whole number >= 1, got {self.seeds!r}.")
+
+    def members(self, config: Config) -> list[GridMember]:
+        """All members, by decoder variance, learning rate, beta and seed.
+
+        Raises:
+          UserError: a value that no `Config` takes, or two members that would have one name.
+        """
+        rates = self.learning_rate or (config.optimizer.learning_rate,)
+        product = itertools.product(self.decoder_variance, rates, self.beta, range(config.seed, config.seed + self.seeds))
+        members = []
+        for variance, rate, beta, seed in product:
+            optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+            own = dataclasses.replace(config, decoder_variance=variance, optimizer=optimizer, beta=float(beta), seed=seed)
+            members.append(GridMember(member_name(own, config.optimizer.learning_rate), own))
+        names = [member.name for member in members]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise UserError(
+                f"Two members would be called {repeated[0]}: their decoder variances differ in the floor or the start only, "
+                "which one sweep cannot hold; use another --workdir for the other."
+            )
+        return members
+
+
+def variance_name(decoder_variance: DecoderVariance) -> str:
+    """`optimal`, `optimal-batch`, `constant-0.5`, `learned`, ...: the part of a member's name that says its variance."""
+    kind = next(name for name, kind in CHOICES["decoder_variance"].items() if isinstance(decoder_variance, kind))
+    if isinstance(decoder_variance, Constant):
+        return f"{kind}-{decoder_variance.variance:.10g}"
+    if isinstance(decoder_variance, Optimal) and decoder_variance.over != "example":
+        return f"{kind}-{decoder_variance.over}"
+    return kind
+
+
+def member_name(config: Config, usual_learning_rate: float) -> str:
+    """`optimal_beta0.1_seed2`; the learning rate is named where it is not the usual one."""
+    rate = config.optimizer.learning_rate
+    unusual = "" if rate == usual_learning_rate else f"_rate{rate:.10g}"
+    return f"{variance_name(config.decoder_variance)}{unusual}_beta{config.beta:.10g}_seed{config.seed}"
+
+
+def base_config(config: Config) -> Config:
+    """The config with a fixed value for everything that a sweep varies: two sweeps of one base may share a workdir."""
+    return dataclasses.replace(config, beta=1.0, seed=0, decoder_variance=Optimal())
+
+
+def choose_variances(
+    config: Config,
+    default: tuple[DecoderVariance, ...],
+    names: Sequence[str] | None,
+    variance: Sequence[float] | None,
+    over: Sequence[str] | None,
+) -> tuple[DecoderVariance, ...]:
+    """The decoder-variance models that the command line asks for.
+
+    Args:
+      config: whose own model decides the settings (a floor, say) of models of its kind.
+      default: of the config file's sweep.
+      names: kinds by name; None: those of `default`.
+      variance: one `Constant` for each.
+      over: one `Optimal` for each.
+
+    Raises:
+      UserError: an empty list, or settings of a kind that is not among the models.
+    """
+    for option, values in (("", names), (".variance", variance), (".over", over)):
+        if values is not None and not values:
+            raise UserError(f"--decoder-variance{option} needs at least one value.")
+    kinds: dict[type, list[DecoderVariance]] = {}
+    if names is None:
+        for model in default:
+            kinds.setdefault(type(model), []).append(model)
+    else:
+        for name in names:
+            kind = CHOICES["decoder_variance"][name]
+            if kind in kinds:
+                raise UserError(f"--decoder-variance names {name} twice.")
+            of_kind: list[Any] = [model for model in (*default, config.decoder_variance) if type(model) is kind]
+            kinds[kind] = of_kind[:1] or [kind()]
+    settings: tuple[tuple[type, str, Sequence[Any] | None], ...] = ((Constant, "variance", variance), (Optimal, "over", over))
+    for kind, field, values in settings:
+        if values is None:
+            continue
+        if kind not in kinds:
+            raise UserError(f"--decoder-variance.{field} is for {kind.__name__.lower()}, which the sweep does not train.")
+        kinds[kind] = [dataclasses.replace(kinds[kind][0], **{field: value}) for value in values]
+    return tuple(model for models in kinds.values() for model in models)
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """The `Sweep` returned by `get_sweep()` of a config file; the paper's grid where there is none.
+
+    Raises:
+      UserError: as `load_config`; or `get_sweep` returns something else.
+    """
+    module = load_module(Path(path))
+    if not hasattr(module, "get_sweep"):
+        return Sweep()
+    sweep = module.get_sweep()
+    if not isinstance(sweep, Sweep):
+        raise UserError(f"get_sweep() of {path} must return a bsvae_jax Sweep, got {type(sweep).__name__}.")
+    return sweep

@@ -1,0 +1,379 @@
+"""Sweeps: many members, trained a stack at a time, each in a folder that is a run like any other.
+
+sweep.json         the base config, the data and the spectrum of its covariance
+members/NAME/      a run (see `rundir`) of one decoder variance, beta and seed, and its pictures.npz
+
+A stack is only a way of computing: how members are grouped may change from one call to the next, and any member may be
+continued by `bsvae train` instead.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from bsvae_jax import config as configs
+from bsvae_jax import theory
+from bsvae_jax.checkpoint import DamagedCheckpointError, saved_steps
+from bsvae_jax.config import Config, Residual
+from bsvae_jax.data import ImageSet, load
+from bsvae_jax.data.order import steps_through
+from bsvae_jax.errors import DivergenceError, UserError
+from bsvae_jax.gallery import PICTURES, Gallery, draw_members
+from bsvae_jax.grid import GridMember, Sweep, base_config
+from bsvae_jax.parallel import Driving, available_bytes, data_mesh, describe_devices, member_slots, sweep_mesh
+from bsvae_jax.rundir import (
+    ProgressBar,
+    RunDirectory,
+    check_same_data,
+    read_evaluation,
+    read_failure,
+    read_info,
+    warn,
+    write_atomically,
+)
+from bsvae_jax.scoring import SplitScores
+from bsvae_jax.trainer import Member, Program, Trainer, program_config
+
+FORMAT = 1
+"""Version of the layout of a sweep's folder."""
+
+SPECTRUM_LIMIT = 4096
+"""Largest number of pixels whose covariance is decomposed: 4,096 take a minute, ten times as many would take a day."""
+
+
+class SweepResult(NamedTuple):
+    """What a sweep has come to."""
+
+    folder: Path
+    finished: list[str]
+    """Names of the members that reached their last step, now or before."""
+    failed: dict[str, str]
+    """Why the others did not."""
+
+
+def choose_driving(config: Config, platform: str) -> Driving:
+    """How to drive a stack, from measurement.
+
+    On CPU, XLA runs convolutions slowly under `vmap` and inside loops, so such members take turns, one compiled step for all.
+    Dense networks run on CPU at least as fast one after the other in one call as side by side, with results that do not depend on
+    how many there are. Accelerators are filled by batched products.
+    """
+    if platform == "cpu":
+        return "loop" if isinstance(config.network, Residual) else "scan"
+    return "vmap"
+
+
+def sweep(
+    config: Config,
+    grid: Sweep,
+    workdir: str | Path,
+    driving: Driving | None = None,
+    members_at_once: int | None = None,
+    progress: bool = True,
+) -> SweepResult:
+    """Train every member of a grid, members that differ only in numbers in one compiled program.
+
+    Interrupted, the same call continues; a larger grid trains only what is new. A member that diverges is recorded and left
+    out, the others go on.
+
+    Args:
+      config: the base; the grid says what varies.
+      grid: betas, decoder variances, seeds and learning rates.
+      workdir: a folder of this sweep alone.
+      driving: how members share a program; None: as `choose_driving` says.
+      members_at_once: members in one stack; None: as many as fit into memory.
+      progress: show a progress bar and messages.
+
+    Raises:
+      UserError: before any training: grid, data, devices, memory or workdir do not fit.
+    """
+    folder = Path(workdir)
+    members = grid.members(config)
+    devices = data_mesh(config.devices)
+    platform = devices.devices.flat[0].platform
+    driving = choose_driving(config, platform) if driving is None else driving
+    if members_at_once is not None and members_at_once < 1:
+        raise UserError(f"members_at_once must be a whole number >= 1, got {members_at_once}.")
+    if members_at_once not in (None, 1) and driving == "loop":
+        raise UserError("Driving 'loop' trains one member at a time; leave out --members-at-once, or choose scan or vmap.")
+    data_mesh(config.devices, config.batch_size if driving == "loop" else None)
+    images = load(config.data)
+    for member in members:
+        if config.batch_size > len(images.train):
+            break
+    from bsvae_jax.training import check_against_data
+
+    check_against_data(config, images)
+    with _SweepDirectory(folder, config, images, progress) as directory:
+        todo = [member for member in members if not directory.is_done(member)]
+        directory.say(
+            f"{len(members)} members, {len(members) - len(todo)} of them done; "
+            f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
+            f"{describe_devices(devices)}; members driven by {driving}"
+        )
+        programs: dict[Config, list[GridMember]] = {}
+        for member in todo:
+            programs.setdefault(program_config(member.config), []).append(member)
+        sizes = {
+            program: _stack_size(program, images, driving, len(own), members_at_once) for program, own in programs.items()
+        }
+        total = steps_through(config.epochs, len(images.train), config.batch_size) * config.batch_size
+        done = sum(max(directory.saved_steps(member), default=0) for member in todo) * config.batch_size
+        with ProgressBar(total * len(todo), done, progress) as bar:
+            for program, own in programs.items():
+                _train_all(directory, program, images, driving, own, sizes[program], bar)
+        finished = [member.name for member in members if directory.is_finished(member)]
+        failed = {member.name: error for member in members if (error := directory.failure(member)) is not None}
+        return SweepResult(folder, finished, failed)
+
+
+def _stack_size(config: Config, images: ImageSet, driving: Driving, members: int, at_once: int | None) -> int:
+    """Members in one stack: as many as fit into memory, at most `at_once`, spread evenly over the turns.
+
+    Raises:
+      UserError: fewer fit than were asked for, or not one does.
+    """
+    if driving == "loop":
+        return 1
+    mesh = sweep_mesh(config.devices, min(members, at_once or members), config.batch_size)
+    fixed, each = Program(config, images, mesh, driving).needed_bytes(min(members, at_once or members))
+    available = available_bytes(mesh)
+    per_device = (available - fixed) // each
+    fits = max(0, per_device) * (member_slots(mesh, 1))
+    needed = f"{fixed / 2**20:,.0f} MiB for the images and {each / 2**20:,.1f} MiB per member of {available / 2**20:,.0f} MiB"
+    if fits < 1:
+        raise UserError(
+            f"Not one member fits into the memory of a device ({needed}); use a smaller batch_size or network, or --driving loop."
+        )
+    if at_once is not None and at_once > fits:
+        raise UserError(f"{at_once} members at once do not fit into memory, {fits} do ({needed}).")
+    turns = -(-members // min(members, fits, at_once or members))
+    return -(-members // turns)
+
+
+def _train_all(
+    directory: "_SweepDirectory",
+    config: Config,
+    images: ImageSet,
+    driving: Driving,
+    members: Sequence[GridMember],
+    size: int,
+    bar: ProgressBar,
+) -> None:
+    """All members of one program, `size` at a time."""
+    waiting, program, compiled_for = list(members), None, 0
+    while waiting:
+        at, turn = _next_turn(directory, waiting, size)
+        if program is None or (driving != "loop" and len(turn) != compiled_for):
+            one = driving == "loop"
+            mesh = data_mesh(config.devices) if one else sweep_mesh(config.devices, len(turn), config.batch_size)
+            program, compiled_for = Program(config, images, mesh, driving), len(turn)
+        bar.describe(turn[0].name if len(turn) == 1 else f"{len(turn)} members from {turn[0].name}")
+        try:
+            _train_turn(directory, program, turn, at, bar)
+        except DamagedCheckpointError as error:  # moved aside, so the next look finds an earlier one
+            warn(f"{error} Continuing from an earlier checkpoint.")
+            continue
+        except DivergenceError:
+            pass  # recorded in the folder of every member of the turn
+        for member in turn:
+            if (failure := directory.failure(member)) is not None:
+                warn(f"{member.name} diverged. {failure}")
+        waiting = [member for member in waiting if member not in turn]
+
+
+def _next_turn(
+    directory: "_SweepDirectory", waiting: Sequence[GridMember], size: int
+) -> tuple[int | None, list[GridMember]]:
+    """Members to train next, all of one step, and the step (None: the beginning). Those begun before come first."""
+    steps = {member.name: directory.saved_steps(member) for member in waiting}
+    begun = [member for member in waiting if steps[member.name]][:size]
+    if not begun:
+        return None, list(waiting[:size])
+    # A kill while the members of a stack were being saved leaves some one checkpoint ahead of the others.
+    common = set.intersection(*(set(steps[member.name]) for member in begun))
+    if common:
+        return max(common), begun
+    at = max(steps[begun[0].name])
+    return at, [member for member in begun if at in steps[member.name]]
+
+
+def _train_turn(
+    directory: "_SweepDirectory", program: Program, turn: Sequence[GridMember], at: int | None, bar: ProgressBar
+) -> None:
+    with contextlib.ExitStack() as runs:
+        members = [
+            Member(own.config, runs.enter_context(RunDirectory(directory.member(own), own.config, program.images, False)))
+            for own in turn
+        ]
+        trainer = Trainer(program, members, bar)
+        state = trainer.train(at)
+        keys = program.pack([jax.random.fold_in(jax.random.key(own.config.seed), 0x70696373) for own in turn])
+        galleries = list(
+            draw_members(
+                program.model,
+                state.variables(),
+                program.images.test[:PICTURES],
+                keys,
+                len(turn),
+                levels=program.images.levels,
+                mesh=program.mesh,
+                driving=program.driving,
+            )
+        )
+
+        def save_pictures(member: int, scores: SplitScores) -> None:
+            write_pictures(members[member].run.folder, galleries[member], scores.latent_rate)
+
+        trainer.finish(state, also=save_pictures)
+
+
+def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray) -> None:
+    """Write `pictures.npz`: uint8 images and the rate of each latent on the test set, nats."""
+    arrays = {name: np.round(255.0 * values).astype(np.uint8) for name, values in gallery._asdict().items()}
+    content = io.BytesIO()
+    np.savez(content, **arrays, latent_rate=latent_rate)
+    write_atomically(folder / "pictures.npz", content.getvalue())
+
+
+class _SweepDirectory:
+    """The folder of a sweep while it trains."""
+
+    def __init__(self, folder: Path, config: Config, images: ImageSet, progress: bool):
+        """Opens or creates it.
+
+        Raises:
+          UserError: it holds another sweep or something else, or cannot be written.
+        """
+        self.folder, self._config, self._images, self._progress = folder, config, images, progress
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; --workdir must name a folder.")
+        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+            if not (folder / "sweep.json").is_file():
+                raise UserError(f"{folder} is not empty and not a sweep of bsvae; choose another --workdir.")
+            info = read_sweep(folder)
+            changed = configs.differences(info.config, base_config(config))
+            if changed:
+                raise UserError(
+                    f"{folder} holds a sweep of another config ({'; '.join(changed)}). Choose another --workdir or that config."
+                )
+            if info.fingerprint != images.fingerprint():
+                raise UserError(f"{folder} was trained on other images of {images.name}; choose another --workdir.")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / ".lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self._lock.close()
+                raise UserError(f"Another process is sweeping in {folder}; choose another --workdir.") from error
+            if not (folder / "sweep.json").is_file():
+                write_atomically(folder / "sweep.json", self._description())
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --workdir.") from error
+
+    def _description(self) -> bytes:
+        images, spectrum = self._images, None
+        if np.prod(images.image_shape) <= SPECTRUM_LIMIT:
+            data = images.train.astype(np.float32) * (images.step if images.train.dtype == np.uint8 else 1.0)
+            spectrum = theory.covariance_eigenvalues(data).tolist()
+        values = {
+            "format": FORMAT,
+            "config": configs.to_dict(base_config(self._config)),
+            "data": {
+                "name": images.name,
+                "fingerprint": images.fingerprint(),
+                "image_shape": images.image_shape,
+                "levels": images.levels,
+                "covariance_eigenvalues": spectrum,
+            },
+        }
+        return (json.dumps(values) + "\n").encode()
+
+    def __enter__(self) -> "_SweepDirectory":
+        """Nothing more to open."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Let others in."""
+        self._lock.close()
+
+    def say(self, message: str) -> None:
+        """Show a line to the user."""
+        if self._progress:
+            import sys
+
+            tqdm.write(message, file=sys.stderr)
+
+    def member(self, member: GridMember) -> Path:
+        """Folder of a member."""
+        return self.folder / "members" / member.name
+
+    def saved_steps(self, member: GridMember) -> list[int]:
+        """Steps with a checkpoint."""
+        return saved_steps(self.member(member) / "checkpoints")
+
+    def is_finished(self, member: GridMember) -> bool:
+        """Whether its last step is trained, evaluated and drawn, by this very config and data."""
+        folder = self.member(member)
+        total = steps_through(member.config.epochs, len(self._images.train), member.config.batch_size)
+        if not (folder / "pictures.npz").is_file() or set(read_evaluation(folder, total)) != {"train", "test"}:
+            return False
+        info = read_info(folder)
+        changed = configs.differences(info.config, member.config)
+        if changed:
+            raise UserError(f"{folder} holds a run of another config ({'; '.join(changed)}); choose another --workdir.")
+        check_same_data(folder, info, self._images)
+        return True
+
+    def failure(self, member: GridMember) -> str | None:
+        """Why it diverged."""
+        return read_failure(self.member(member))
+
+    def is_done(self, member: GridMember) -> bool:
+        """Finished, or known to diverge."""
+        return self.is_finished(member) or self.failure(member) is not None
+
+
+class SweepInfo(NamedTuple):
+    """What `sweep.json` says."""
+
+    config: Config
+    """The base config."""
+    data_name: str
+    fingerprint: str
+    image_shape: tuple[int, int, int]
+    levels: int
+    eigenvalues: np.ndarray | None
+    """Of the covariance of the training images in [0, 1], largest first; None for large images."""
+
+
+def read_sweep(folder: Path) -> SweepInfo:
+    """Read `sweep.json`.
+
+    Raises:
+      UserError: not a sweep, a damaged file, or one of a newer version.
+    """
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a sweep: it has no sweep.json. Give the folder that `bsvae sweep` wrote.")
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] > FORMAT:
+            raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
+        config, data = configs.from_dict(values["config"]), values["data"]
+        height, width, channels = data["image_shape"]
+        spectrum = data["covariance_eigenvalues"]
+        eigenvalues = None if spectrum is None else np.asarray(spectrum, np.float64)
+        shape = (height, width, channels)
+        return SweepInfo(config, str(data["name"]), str(data["fingerprint"]), shape, int(data["levels"]), eigenvalues)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
