@@ -94,7 +94,7 @@ class Checkpoints:
           `(step, state)`.
 
         Raises:
-          DamagedCheckpointError: the `step` asked for does not load, and was moved to `damaged_checkpoints` (not if `read_only`).
+          DamagedCheckpointError: the `step` asked for does not load; unless `read_only`, it was moved aside as well.
           UserError: nothing is saved, or no checkpoint loads.
         """
         candidates = self.steps()[::-1] if step is None else [step]

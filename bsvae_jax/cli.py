@@ -1,4 +1,4 @@
-"""The command line: `bsvae train`, `bsvae evaluate`, `bsvae sample`. Parsing, help and overrides are tyro's."""
+"""The command line: `bsvae train`, `sweep`, `report`, `evaluate`, `sample`. Parsing, help and overrides are tyro's."""
 
 import dataclasses
 import sys
@@ -11,11 +11,15 @@ import tyro
 
 from bsvae_jax import config as configs
 from bsvae_jax.config import Config
-from bsvae_jax.errors import BsvaeError, UserError
+from bsvae_jax.errors import BsvaeError, DivergenceError, UserError
+from bsvae_jax.grid import Sweep, choose_variances, load_sweep
+from bsvae_jax.objective import Optimal
 
 DATA = Literal["digits", "mnist", "arrays", "tfds"]
 NETWORK = Literal["linear", "mlp", "residual"]
 DECODER_VARIANCE = Literal["constant", "optimal", "learned", "predicted"]
+SHARED = Literal["example", "batch", "pixel"]
+DRIVING = Literal["loop", "scan", "vmap"]
 
 Run = Annotated[Path, tyro.conf.arg(name="workdir", metavar="WORKDIR")]
 
@@ -35,6 +39,13 @@ def _choose(
             if not isinstance(getattr(config, field), kind):
                 config = dataclasses.replace(config, **{field: kind()})
     return config
+
+
+def _choose_for_sweep(
+    config_file: tyro.conf.Positional[Path], data: DATA | None = None, network: NETWORK | None = None
+) -> Config:
+    """As `_choose`, where `--decoder-variance` is a list."""
+    return _choose(config_file, data, network)
 
 
 def _train_command(default: Config) -> Callable[..., None]:
@@ -75,6 +86,94 @@ def _train_command(default: Config) -> Callable[..., None]:
         print(f"figures: {folder / 'figures'}")
 
     return train
+
+
+_Fixed = tyro.conf.Suppress[tyro.conf.Fixed[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _SweepBase(Config):
+    """A config without options for what a sweep has lists for."""
+
+    beta: _Fixed = 1.0
+    decoder_variance: _Fixed = dataclasses.field(default_factory=Optimal)
+
+
+def _sweep_command(default: Config, file_grid: Sweep) -> Callable[..., None]:
+    """`bsvae sweep` with the fields of `default` as options."""
+    values = {field.name: getattr(default, field.name) for field in dataclasses.fields(Config)}
+
+    def sweep(
+        config_file: tyro.conf.Positional[Path],
+        config: Annotated[_SweepBase, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = _SweepBase(**values),
+        beta: tuple[float, ...] = file_grid.beta,
+        decoder_variance: tuple[DECODER_VARIANCE, ...] | None = None,
+        constant: Annotated[tuple[float, ...] | None, tyro.conf.arg(name="decoder-variance.variance")] = None,
+        optimal: Annotated[tuple[SHARED, ...] | None, tyro.conf.arg(name="decoder-variance.over")] = None,
+        learning_rate: tuple[float, ...] = file_grid.learning_rate,
+        seeds: int = file_grid.seeds,
+        workdir: Path | None = None,
+        driving: DRIVING | None = None,
+        members_at_once: int | None = None,
+        data: DATA | None = None,
+        network: NETWORK | None = None,
+    ) -> None:
+        """Train every combination of the lists and write the report; run it again to continue, or with longer lists.
+
+        Members that differ only in beta, seed, learning rate or a constant variance are trained as one compiled program. Each
+        ends as a run of its own in WORKDIR/members, just as bsvae train leaves it.
+
+        Example: bsvae sweep configs/digits.py --beta 0.1 1 10 --decoder-variance optimal constant --seeds 3
+
+        Args:
+          config_file: A Python file with get_config(), and get_sweep() if it has a grid of its own.
+          config: The base of all members.
+          beta: Weights of the rate.
+          decoder_variance: Kinds of decoder variance; those of the config file if not given.
+          constant: Variances of the constant kind, a member for each.
+          optimal: What shares one optimal variance, a member for each.
+          learning_rate: Peak learning rates; the config's own if not given.
+          seeds: Number of seeds, counted up from --seed.
+          workdir: Folder of this sweep; runs/NAME-OF-CONFIG-sweep if not given.
+          driving: How members share a program: one after the other in separate calls, one after the other in one call, or side
+            by side; what was measured to be fastest if not given.
+          members_at_once: Members in one program; as many as fit into memory if not given.
+          data: Kind of data source to use instead of the config's.
+          network: Kind of network to use instead of the config's.
+        """
+        from bsvae_jax.sweep import sweep as run_sweep
+
+        variances = choose_variances(default, file_grid.decoder_variance, decoder_variance, constant, optimal)
+        grid = Sweep(beta, variances, seeds, learning_rate)
+        base = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
+        folder = Path("runs") / f"{config_file.stem}-sweep" if workdir is None else workdir
+        result = run_sweep(base, grid, folder, driving, members_at_once)
+        _report(folder)
+        if result.failed:
+            raise DivergenceError(
+                f"{len(result.failed)} members diverged: {', '.join(result.failed)}; the report has the rest."
+            )
+
+    return sweep
+
+
+def report(workdir: tyro.conf.Positional[Run]) -> None:
+    """Write the table, the figures and report.html of a sweep from what has finished so far.
+
+    Leaves table.csv, table.md, members.csv, report.html and figures in the folder; needs neither data nor a device.
+
+    Args:
+      workdir: Folder that bsvae sweep wrote.
+    """
+    _report(workdir)
+
+
+def _report(folder: Path) -> None:
+    from bsvae_jax.report import write_report
+
+    paths = write_report(folder)
+    print((folder / "table.md").read_text())
+    print(f"report: {paths[-1]}")
 
 
 def evaluate(
@@ -161,15 +260,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         default: Any = Config()
-        if len(arguments) > 1 and arguments[0] == "train" and arguments[1] not in ("-h", "--help"):
+        grid = Sweep()
+        if len(arguments) > 1 and arguments[0] in ("train", "sweep") and arguments[1] not in ("-h", "--help"):
             if arguments[1].startswith("-"):
-                raise UserError("The config file comes first: bsvae train CONFIG [options].")
+                raise UserError(f"The config file comes first: bsvae {arguments[0]} CONFIG [options].")
             # The config decides which options there are, so its file and the kinds named beside it are read first.
-            default, _ = tyro.cli(_choose, args=arguments[1:], return_unknown_args=True, add_help=False)
+            kinds = _choose if arguments[0] == "train" else _choose_for_sweep
+            default, _ = tyro.cli(kinds, args=arguments[1:], return_unknown_args=True, add_help=False)
+            grid = load_sweep(arguments[1]) if arguments[0] == "sweep" else grid
         tyro.extras.subcommand_cli_from_dict(
-            {"train": _train_command(default), "evaluate": evaluate, "sample": sample},
+            {
+                "train": _train_command(default),
+                "sweep": _sweep_command(default, grid),
+                "report": report,
+                "evaluate": evaluate,
+                "sample": sample,
+            },
             prog="bsvae",
-            description="Gaussian VAEs with their decoder variance treated properly: train, evaluate, sample.",
+            description="Gaussian VAEs with their decoder variance treated properly: train, sweep, report, evaluate, sample.",
             args=arguments,
             config=(tyro.conf.FlagConversionOff,),
         )

@@ -15,7 +15,8 @@ STYLE: dict[str, dict[str, Any]] = {
 }
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches, apart from any figures of the caller's session."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -44,7 +45,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     )
     last = max(rows, key=lambda row: row["step"])
     epochs_per_step = last["epoch"] / last["step"]
-    figure = _figure(10.0, 5.5)
+    figure = new_figure(10.0, 5.5)
     figure.suptitle(title)
     for axes, (name, label, logarithmic) in zip(figure.subplots(2, 3, sharex=True).flat, panels, strict=True):
         for split, style in STYLE.items():
@@ -65,7 +66,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def _tile(images: np.ndarray, columns: int) -> np.ndarray:
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
     """[N, H, W, C] as one image of `columns` images a row, one white pixel between them; rows filled up with white."""
     count, height, width, channels = images.shape
     rows = -(-count // columns)
@@ -77,7 +78,8 @@ def _tile(images: np.ndarray, columns: int) -> np.ndarray:
     return canvas
 
 
-def _show(axes: Any, canvas: np.ndarray) -> None:
+def show_image(axes: Any, canvas: np.ndarray) -> None:
+    """Show one image [H, W, C] in [0, 1] without ticks or frame."""
     channels = canvas.shape[-1]
     if channels in (3, 4):
         axes.imshow(canvas, interpolation="nearest")
@@ -91,10 +93,10 @@ def _show(axes: Any, canvas: np.ndarray) -> None:
 
 def image_grid(images: np.ndarray, title: str, columns: int = 10) -> Figure:
     """A grid of images [N, H, W, C] in [0, 1]; values outside are clipped."""
-    canvas = _tile(images, columns)
-    figure = _figure(7.0, 7 * canvas.shape[0] / canvas.shape[1] + 0.4)
+    canvas = tile(images, columns)
+    figure = new_figure(7.0, 7 * canvas.shape[0] / canvas.shape[1] + 0.4)
     axes = figure.subplots()
-    _show(axes, canvas)
+    show_image(axes, canvas)
     axes.set_title(title)
     return figure
 
@@ -102,11 +104,11 @@ def image_grid(images: np.ndarray, title: str, columns: int = 10) -> Figure:
 def reconstructions(originals: np.ndarray, means: np.ndarray, title: str, columns: int = 10) -> Figure:
     """Originals above their reconstructions, [N, H, W, C] each, in rows of `columns` pairs."""
     rows = -(-len(originals) // columns)
-    figure = _figure(8.0, 0.4 + rows * (16 / columns * originals.shape[1] / originals.shape[2]))
+    figure = new_figure(8.0, 0.4 + rows * (16 / columns * originals.shape[1] / originals.shape[2]))
     figure.suptitle(title)
     for row, axes in enumerate(np.atleast_1d(figure.subplots(rows, 1))):
         part = slice(row * columns, (row + 1) * columns)
-        _show(axes, _tile(np.concatenate([originals[part], means[part]]), len(originals[part])))
+        show_image(axes, tile(np.concatenate([originals[part], means[part]]), len(originals[part])))
         height = originals.shape[1]
         axes.set_yticks([height / 2, 1.5 * height + 1], ["original", "mean"])
         axes.tick_params(axis="y", length=0)
@@ -119,9 +121,9 @@ def latent_traversals(images: np.ndarray, values: Sequence[float], labels: Seque
     `labels` name the rows.
     """
     latents, steps, height, width, _ = images.shape
-    figure = _figure(1.2 + 0.55 * steps, 0.9 + 0.55 * latents * height / width)
+    figure = new_figure(1.2 + 0.55 * steps, 0.9 + 0.55 * latents * height / width)
     axes = figure.subplots()
-    _show(axes, _tile(images.reshape(-1, *images.shape[2:]), steps))
+    show_image(axes, tile(images.reshape(-1, *images.shape[2:]), steps))
     axes.set_yticks([(height + 1) * (i + 0.5) for i in range(latents)], labels)
     axes.set_xticks([(width + 1) * (i + 0.5) for i in range(steps)], [f"{value:g}" for value in values])
     axes.tick_params(length=0)

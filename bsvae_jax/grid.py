@@ -129,7 +129,8 @@ def choose_variances(
             continue
         if kind not in kinds:
             raise UserError(f"--decoder-variance.{field} is for {kind.__name__.lower()}, which the sweep does not train.")
-        kinds[kind] = [dataclasses.replace(kinds[kind][0], **{field: value}) for value in values]
+        usual: Any = kinds[kind][0]
+        kinds[kind] = [dataclasses.replace(usual, **{field: value}) for value in values]
     return tuple(model for models in kinds.values() for model in models)
 
 

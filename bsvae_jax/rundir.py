@@ -118,22 +118,40 @@ def read_calibration(folder: Path) -> Calibration | None:
         return Calibration(int(values["step"]), float(values["variance"]), per_pixel, float(values["floor"]))
 
 
-def read_evaluation(folder: Path, step: int, checkpoint: str = "latest") -> Report:
-    """What `evaluation.json` says of the parameters of a step; empty where it says nothing."""
+class Evaluation(NamedTuple):
+    """What `evaluation.json` says."""
+
+    step: int
+    checkpoint: str
+    report: Report
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """Read `evaluation.json`; None before anything was evaluated.
+
+    Raises:
+      UserError: a damaged file.
+    """
     path = folder / "evaluation.json"
     if not path.is_file():
-        return {}
+        return None
     try:
         values = json.loads(path.read_text())
-        same = (values["step"], values["checkpoint"]) == (step, checkpoint)
-        return from_json(values["splits"]) if same else {}
+        return Evaluation(int(values["step"]), str(values["checkpoint"]), from_json(values["splits"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and evaluate again.") from error
 
 
+def evaluation_at(folder: Path, step: int, checkpoint: str = "latest") -> Report:
+    """The report of `evaluation.json` for the parameters of a step; empty where it is of others."""
+    evaluation = read_evaluation(folder)
+    same = evaluation is not None and evaluation[:2] == (step, checkpoint)
+    return evaluation.report if evaluation is not None and same else {}
+
+
 def write_evaluation(folder: Path, step: int, report: Report, checkpoint: str = "latest") -> None:
     """Write `evaluation.json`; splits evaluated before, for the same parameters, stay."""
-    report = read_evaluation(folder, step, checkpoint) | report
+    report = evaluation_at(folder, step, checkpoint) | report
     values = {"step": step, "checkpoint": checkpoint, "splits": as_json(report)}
     write_atomically(folder / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())
 

@@ -215,7 +215,7 @@ def _split_scores(batches: Sequence[_BatchScores], count: int, decoder_variance:
         return np.concatenate([getattr(batch, name) for batch in batches])[:count].astype(np.float64)
 
     def mean(name: str) -> np.ndarray:
-        return np.sum([getattr(batch, name) for batch in batches], axis=0, dtype=np.float64) / count
+        return np.asarray(np.sum([getattr(batch, name) for batch in batches], axis=0, dtype=np.float64) / count)
 
     scores = SplitScores(
         squared_error=examples("squared_error"),

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ from bsvae_jax.rundir import (
     ProgressBar,
     RunDirectory,
     check_same_data,
-    read_evaluation,
+    evaluation_at,
     read_failure,
     read_info,
     warn,
@@ -41,6 +42,7 @@ from bsvae_jax.rundir import (
 )
 from bsvae_jax.scoring import SplitScores
 from bsvae_jax.trainer import Member, Program, Trainer, program_config
+from bsvae_jax.training import check_against_data
 
 FORMAT = 1
 """Version of the layout of a sweep's folder."""
@@ -63,8 +65,8 @@ def choose_driving(config: Config, platform: str) -> Driving:
     """How to drive a stack, from measurement.
 
     On CPU, XLA runs convolutions slowly under `vmap` and inside loops, so such members take turns, one compiled step for all.
-    Dense networks run on CPU at least as fast one after the other in one call as side by side, with results that do not depend on
-    how many there are. Accelerators are filled by batched products.
+    Dense networks run there at least as fast one after the other in one call as side by side, with results that do not
+    depend on how many there are. Accelerators are filled by batched products.
     """
     if platform == "cpu":
         return "loop" if isinstance(config.network, Residual) else "scan"
@@ -106,13 +108,8 @@ def sweep(
         raise UserError("Driving 'loop' trains one member at a time; leave out --members-at-once, or choose scan or vmap.")
     data_mesh(config.devices, config.batch_size if driving == "loop" else None)
     images = load(config.data)
-    for member in members:
-        if config.batch_size > len(images.train):
-            break
-    from bsvae_jax.training import check_against_data
-
     check_against_data(config, images)
-    with _SweepDirectory(folder, config, images, progress) as directory:
+    with _SweepDirectory(folder, config, images, members, progress) as directory:
         todo = [member for member in members if not directory.is_done(member)]
         directory.say(
             f"{len(members)} members, {len(members) - len(todo)} of them done; "
@@ -122,9 +119,7 @@ def sweep(
         programs: dict[Config, list[GridMember]] = {}
         for member in todo:
             programs.setdefault(program_config(member.config), []).append(member)
-        sizes = {
-            program: _stack_size(program, images, driving, len(own), members_at_once) for program, own in programs.items()
-        }
+        sizes = {program: _stack_size(program, images, driving, len(own), members_at_once) for program, own in programs.items()}
         total = steps_through(config.epochs, len(images.train), config.batch_size) * config.batch_size
         done = sum(max(directory.saved_steps(member), default=0) for member in todo) * config.batch_size
         with ProgressBar(total * len(todo), done, progress) as bar:
@@ -150,9 +145,7 @@ def _stack_size(config: Config, images: ImageSet, driving: Driving, members: int
     fits = max(0, per_device) * (member_slots(mesh, 1))
     needed = f"{fixed / 2**20:,.0f} MiB for the images and {each / 2**20:,.1f} MiB per member of {available / 2**20:,.0f} MiB"
     if fits < 1:
-        raise UserError(
-            f"Not one member fits into the memory of a device ({needed}); use a smaller batch_size or network, or --driving loop."
-        )
+        raise UserError(f"Not one member fits into the memory of a device ({needed}); use a smaller batch_size or network.")
     if at_once is not None and at_once > fits:
         raise UserError(f"{at_once} members at once do not fit into memory, {fits} do ({needed}).")
     turns = -(-members // min(members, fits, at_once or members))
@@ -190,9 +183,7 @@ def _train_all(
         waiting = [member for member in waiting if member not in turn]
 
 
-def _next_turn(
-    directory: "_SweepDirectory", waiting: Sequence[GridMember], size: int
-) -> tuple[int | None, list[GridMember]]:
+def _next_turn(directory: "_SweepDirectory", waiting: Sequence[GridMember], size: int) -> tuple[int | None, list[GridMember]]:
     """Members to train next, all of one step, and the step (None: the beginning). Those begun before come first."""
     steps = {member.name: directory.saved_steps(member) for member in waiting}
     begun = [member for member in waiting if steps[member.name]][:size]
@@ -247,8 +238,8 @@ def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray) -> N
 class _SweepDirectory:
     """The folder of a sweep while it trains."""
 
-    def __init__(self, folder: Path, config: Config, images: ImageSet, progress: bool):
-        """Opens or creates it.
+    def __init__(self, folder: Path, config: Config, images: ImageSet, members: Sequence[GridMember], progress: bool):
+        """Opens or creates it, and notes which members are wanted.
 
         Raises:
           UserError: it holds another sweep or something else, or cannot be written.
@@ -256,6 +247,7 @@ class _SweepDirectory:
         self.folder, self._config, self._images, self._progress = folder, config, images, progress
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
+        info = None
         if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
             if not (folder / "sweep.json").is_file():
                 raise UserError(f"{folder} is not empty and not a sweep of bsvae; choose another --workdir.")
@@ -275,16 +267,19 @@ class _SweepDirectory:
             except BlockingIOError as error:
                 self._lock.close()
                 raise UserError(f"Another process is sweeping in {folder}; choose another --workdir.") from error
-            if not (folder / "sweep.json").is_file():
-                write_atomically(folder / "sweep.json", self._description())
+            before = [] if info is None else info.members
+            names = [*before, *(member.name for member in members if member.name not in before)]
+            if names != before:
+                write_atomically(folder / "sweep.json", self._description(names, info))
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --workdir.") from error
 
-    def _description(self) -> bytes:
-        images, spectrum = self._images, None
-        if np.prod(images.image_shape) <= SPECTRUM_LIMIT:
+    def _description(self, members: list[str], before: "SweepInfo | None") -> bytes:
+        images = self._images
+        spectrum = None if before is None else before.eigenvalues
+        if before is None and np.prod(images.image_shape) <= SPECTRUM_LIMIT:
             data = images.train.astype(np.float32) * (images.step if images.train.dtype == np.uint8 else 1.0)
-            spectrum = theory.covariance_eigenvalues(data).tolist()
+            spectrum = theory.covariance_eigenvalues(data)
         values = {
             "format": FORMAT,
             "config": configs.to_dict(base_config(self._config)),
@@ -293,8 +288,9 @@ class _SweepDirectory:
                 "fingerprint": images.fingerprint(),
                 "image_shape": images.image_shape,
                 "levels": images.levels,
-                "covariance_eigenvalues": spectrum,
+                "covariance_eigenvalues": None if spectrum is None else spectrum.tolist(),
             },
+            "members": members,
         }
         return (json.dumps(values) + "\n").encode()
 
@@ -309,8 +305,6 @@ class _SweepDirectory:
     def say(self, message: str) -> None:
         """Show a line to the user."""
         if self._progress:
-            import sys
-
             tqdm.write(message, file=sys.stderr)
 
     def member(self, member: GridMember) -> Path:
@@ -325,7 +319,7 @@ class _SweepDirectory:
         """Whether its last step is trained, evaluated and drawn, by this very config and data."""
         folder = self.member(member)
         total = steps_through(member.config.epochs, len(self._images.train), member.config.batch_size)
-        if not (folder / "pictures.npz").is_file() or set(read_evaluation(folder, total)) != {"train", "test"}:
+        if not (folder / "pictures.npz").is_file() or set(evaluation_at(folder, total)) != {"train", "test"}:
             return False
         info = read_info(folder)
         changed = configs.differences(info.config, member.config)
@@ -354,6 +348,8 @@ class SweepInfo(NamedTuple):
     levels: int
     eigenvalues: np.ndarray | None
     """Of the covariance of the training images in [0, 1], largest first; None for large images."""
+    members: list[str]
+    """Names of all members ever asked for."""
 
 
 def read_sweep(folder: Path) -> SweepInfo:
@@ -374,6 +370,7 @@ def read_sweep(folder: Path) -> SweepInfo:
         spectrum = data["covariance_eigenvalues"]
         eigenvalues = None if spectrum is None else np.asarray(spectrum, np.float64)
         shape = (height, width, channels)
-        return SweepInfo(config, str(data["name"]), str(data["fingerprint"]), shape, int(data["levels"]), eigenvalues)
+        members = [str(name) for name in values["members"]]
+        return SweepInfo(config, str(data["name"]), str(data["fingerprint"]), shape, int(data["levels"]), eigenvalues, members)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error

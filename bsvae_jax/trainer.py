@@ -36,7 +36,7 @@ from bsvae_jax.parallel import (
     replicate,
     stack,
 )
-from bsvae_jax.rundir import ProgressBar, RunDirectory, read_evaluation, write_evaluation
+from bsvae_jax.rundir import ProgressBar, RunDirectory, evaluation_at, write_evaluation
 from bsvae_jax.scoring import EVALUATION_BATCH, SplitScores, calibrate, score_members, split_key
 from bsvae_jax.summary import Report, summarize
 from bsvae_jax.training import (
@@ -88,7 +88,7 @@ class Program:
             "test": replicate(images.test, mesh),
         }
         self.window = steps_per_dispatch(config, mesh.devices.flat[0].platform)
-        self._run_steps = lift(
+        self._run_steps: Any = lift(
             functools.partial(run_steps, levels=images.levels, augmentation=config.augmentation),
             mesh,
             (REPLICATED, REPLICATED, P(None, DATA_AXIS), REPLICATED, REPLICATED),
@@ -178,9 +178,7 @@ class Trainer:
           DivergenceError: every member diverged. If only some do, `failures` says so and the others go on.
         """
         program = self.program
-        states = [
-            member.run.resume(create_state(member.config, program.model, program.total), at) for member in self.members
-        ]
+        states = [member.run.resume(create_state(member.config, program.model, program.total), at) for member in self.members]
         step = int(states[0].step)
         orders = {state_config.seed: self._order(state) for state, state_config in zip(states, self.configs, strict=True)}
         state = program.pack(states)
@@ -239,7 +237,9 @@ class Trainer:
 
     def _fail(self, member: int, step: int, what: str) -> None:
         run = self.members[member].run
-        message = f"{what} {run.last_checkpoint()} A lower --optimizer.learning-rate or --optimizer.gradient-clip 1.0 usually helps."
+        message = (
+            f"{what} {run.last_checkpoint()} A lower --optimizer.learning-rate or --optimizer.gradient-clip 1.0 usually helps."
+        )
         self.failures[member] = error = DivergenceError(message)
         run.fail(step, message)
         if None not in self.failures:
@@ -376,7 +376,7 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
         with ProgressBar(program.total * config.batch_size, done * config.batch_size, progress) as bar:
             trainer = Trainer(program, [Member(config, run)], bar)
             state = trainer.train()
-        report = read_evaluation(run.folder, program.total)
+        report = evaluation_at(run.folder, program.total)
         if not {"train", "test"} <= set(report):
             (report,) = trainer.finish(state)
         return FitResult(state, images, run.folder, report)

@@ -15,7 +15,8 @@ The gap between training and test is real: 1,500 images are few for this network
 """
 
 from bsvae_jax.config import MLP, Config, Digits, Optimizer
-from bsvae_jax.objective import Optimal
+from bsvae_jax.grid import Sweep
+from bsvae_jax.objective import Constant, Optimal
 
 
 def get_config() -> Config:
@@ -29,5 +30,10 @@ def get_config() -> Config:
         optimizer=Optimizer(learning_rate=1e-3, weight_decay=1e-5, schedule="cosine", ema_decay=0.99),
         epochs=100,
         batch_size=96,
-        evaluate_every=10,
+        evaluate_every=20,
     )
+
+
+def get_sweep() -> Sweep:
+    """The paper's betas, BS-VAE against the conventional beta-VAE."""
+    return Sweep(beta=(0.01, 0.1, 1.0, 10.0, 100.0), decoder_variance=(Optimal(), Constant(0.5)), seeds=3)

@@ -17,7 +17,8 @@ Hardware and time: an accelerator. One run is 5,860 steps of 512 images; not mea
 """
 
 from bsvae_jax.config import MNIST, Augmentation, Config, Optimizer, Residual
-from bsvae_jax.objective import PAPER_FLOOR, Optimal
+from bsvae_jax.grid import Sweep
+from bsvae_jax.objective import PAPER_FLOOR, Constant, Optimal
 
 
 def get_config() -> Config:
@@ -33,3 +34,9 @@ def get_config() -> Config:
         epochs=50,
         batch_size=512,
     )
+
+
+def get_sweep() -> Sweep:
+    """The paper's table: 2 objectives, 5 betas, 5 seeds."""
+    optimal = Optimal(over="example", floor=PAPER_FLOOR)
+    return Sweep(beta=(0.01, 0.1, 1.0, 10.0, 100.0), decoder_variance=(optimal, Constant(0.5)), seeds=5)
