@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bsvae_jax.checkpoint import Checkpoints
+from bsvae_jax.checkpoint import Checkpoints, DamagedCheckpointError, saved_steps
 from bsvae_jax.errors import UserError
 from bsvae_jax.parallel import data_mesh, replicate
 
@@ -63,18 +63,78 @@ def test_nothing_saved(tmp_path):
             checkpoints.restore(_state(0.0))
 
 
-def test_damage_is_reported_and_passed_over(tmp_path):
+def _damage(folder):
+    for path in folder.rglob("*"):
+        if path.is_file() and "default" in path.parts:
+            path.write_bytes(b"damaged")
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Steps 1 and 2, of which 2 is damaged."""
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, _state(float(step)), float(-step))
-    for path in (tmp_path / "checkpoints" / "2").rglob("*"):
-        if path.is_file() and "default" in path.parts:
-            path.write_bytes(b"damaged")
+    _damage(tmp_path / "checkpoints" / "2")
+    return tmp_path / "checkpoints"
+
+
+def test_damage_is_reported_and_passed_over(damaged):
     warnings: list[str] = []
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    with Checkpoints(damaged) as checkpoints:
         step, state = checkpoints.restore(_state(0.0), warn=warnings.append)
         assert (step, float(state["weights"][0, 0])) == (1, 1.0)
         assert len(warnings) == 1
         assert "checkpoints/2 does not load" in warnings[0]
-        with pytest.raises(UserError, match="No checkpoint loads"):
+        assert checkpoints.steps() == [1]
+        checkpoints.save(2, _state(20.0), -2.0)  # the step is free again
+        checkpoints.wait()
+        assert float(checkpoints.restore(_state(0.0), step=2)[1]["weights"][0, 0]) == 20.0
+    assert [path.name for path in (damaged.parent / "damaged_checkpoints").iterdir()] == ["2_0"]
+
+
+def test_a_damaged_step_asked_for_by_name_is_moved_aside(damaged):
+    warnings: list[str] = []
+    with Checkpoints(damaged) as checkpoints:
+        with pytest.raises(DamagedCheckpointError, match=r"checkpoints/2 does not load .* was moved to .*damaged_checkpoints"):
+            checkpoints.restore(_state(0.0), 2, warnings.append)
+        assert checkpoints.steps() == [1]
+        step, state = checkpoints.restore(_state(0.0), step=1)
+        assert (step, float(state["weights"][0, 0])) == (1, 1.0)
+    assert not warnings  # the caller is told by the error
+    assert [path.name for path in (damaged.parent / "damaged_checkpoints").iterdir()] == ["2_0"]
+
+
+def test_reading_moves_nothing(damaged):
+    with Checkpoints(damaged, read_only=True) as checkpoints:
+        with pytest.raises(UserError, match=r"No checkpoint loads: .*checkpoints/2 does not load") as error:
             checkpoints.restore(_state(0.0), step=2)
+        assert not isinstance(error.value, DamagedCheckpointError)
+        assert checkpoints.restore(_state(0.0))[0] == 1
+    assert saved_steps(damaged) == [1, 2]
+    assert not (damaged.parent / "damaged_checkpoints").exists()
+
+
+def test_nothing_loads(damaged):
+    _damage(damaged / "1")
+    with Checkpoints(damaged) as checkpoints, pytest.raises(UserError, match=r"No checkpoint loads: .*/2 .*; .*/1 does not"):
+        checkpoints.restore(_state(0.0))
+    assert saved_steps(damaged) == [1, 2]  # left for the user to look at
+
+
+@pytest.mark.parametrize(
+    "read_only",
+    [True, pytest.param(False, marks=pytest.mark.xfail(strict=True, reason="moves aside what is not there"))],
+)
+def test_a_step_that_is_not_saved(damaged, read_only):
+    with Checkpoints(damaged, read_only=read_only) as checkpoints, pytest.raises(UserError, match="/7 does not load"):
+        checkpoints.restore(_state(0.0), step=7)
+
+
+def test_saved_steps_need_no_folder_and_make_none(tmp_path):
+    assert saved_steps(tmp_path / "checkpoints") == []
+    assert not (tmp_path / "checkpoints").exists()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step in (4, 10):
+            checkpoints.save(step, _state(1.0), 0.0)
+    assert saved_steps(tmp_path / "checkpoints") == [4, 10]

@@ -66,6 +66,7 @@ NUMBERS = [
     (Config, "beta", "beta", ">= 0", [-1e-9]),
 ]
 COUNTS = [
+    (Arrays, "holdout_seed", "data.holdout_seed", 0),
     (Optimizer, "cycles", "optimizer.cycles", 1),
     (Optimizer, "warmup_steps", "optimizer.warmup_steps", 0),
     (Config, "latent_size", "latent_size", 1),
@@ -112,6 +113,7 @@ def test_counts_out_of_range(kind, field, value, message):
     [
         (Arrays, {"holdout": 1e-9}),
         (Arrays, {"holdout": 0.9}),
+        (Arrays, {"holdout_seed": 0}),
         (Augmentation, {"rotation_degrees": 180}),
         (Augmentation, {"crop_scale": (0.08, 1.0), "crop_ratio": (0.75, 1.3333)}),
         (Augmentation, {"crop_scale": (0.5, 0.5), "crop_ratio": (3, 3)}),
@@ -272,7 +274,11 @@ def test_choices_name_every_kind(field, union, expected):
 EVERY_KIND = [
     Config(),
     Config(data=MNIST(folder="a/b"), network=Linear(), decoder_variance=Constant(0.25), beta=0.5),
-    Config(data=Arrays(path="x.npz", holdout=0.2), network=Residual(widths=(4, 8)), decoder_variance=Learned(2.0, floor=1e-6)),
+    Config(
+        data=Arrays(path="x.npz", holdout=0.2, holdout_seed=3),
+        network=Residual(widths=(4, 8)),
+        decoder_variance=Learned(2.0, floor=1e-6),
+    ),
     Config(
         data=TFDS(name="svhn", data_dir="d"), decoder_variance=Predicted(floor=0.01), optimizer=Optimizer(gradient_clip=1.0)
     ),

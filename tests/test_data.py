@@ -184,8 +184,8 @@ def test_mnist_names_the_missing_file(tmp_path, missing):
 # --- Arrays of one's own ----------------------------------------------------------------------------------------------
 
 
-def load_arrays(path: Path, seed: int = 0, **settings) -> data.ImageSet:
-    return data.load(config.Arrays(path=str(path), **settings), seed=seed)
+def load_arrays(path: Path, **settings) -> data.ImageSet:
+    return data.load(config.Arrays(path=str(path), **settings))
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,9 @@ def test_holdout_is_disjoint_and_complete(tmp_path, count, holdout, held_out, su
     assert sorted(image.tobytes() for image in [*split.train, *split.test]) == sorted(image.tobytes() for image in images)
 
 
-def test_holdout_is_decided_by_the_seed(tmp_path):
+def test_holdout_is_decided_by_its_seed(tmp_path):
     np.save(tmp_path / "own.npy", random_bytes(40, 4, 4))
-    one, again, other = (load_arrays(tmp_path / "own.npy", seed=seed).test for seed in (0, 0, 1))
+    one, again, other = (load_arrays(tmp_path / "own.npy", holdout_seed=seed).test for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
 
@@ -229,7 +229,7 @@ def test_holdout_is_decided_by_the_seed(tmp_path):
 def test_holdout_is_drawn_at_random(tmp_path):
     """Every image has its turn: of 60 seeds, about 6 hold out any one of 10 images."""
     np.save(tmp_path / "own.npy", np.arange(10, dtype=np.uint8)[:, None, None])
-    held_out = [int(load_arrays(tmp_path / "own.npy", seed=seed).test.item()) for seed in range(60)]
+    held_out = [int(load_arrays(tmp_path / "own.npy", holdout_seed=seed).test.item()) for seed in range(60)]
     assert set(held_out) == set(range(10))
 
 

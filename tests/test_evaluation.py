@@ -24,7 +24,16 @@ def scores(residuals):
     rate = generator.uniform(1, 5, N)
     posterior_mean = generator.normal(size=(N, LATENTS)) * np.array([1.0, 0.5, 0.01])  # the last one is inactive
     squared = np.square(residuals)
-    return SplitScores(squared.sum(axis=(1, 2, 3)), rate, squared.mean(axis=0), posterior_mean, 2.0 * rate, 0.01)
+    latent_rate = generator.dirichlet(np.ones(LATENTS)) * rate.mean()
+    return SplitScores(
+        squared_error=squared.sum(axis=(1, 2, 3)),
+        rate=rate,
+        pixel_squared_error=squared.mean(axis=0),
+        posterior_mean=posterior_mean,
+        latent_rate=latent_rate,
+        model_distortion=2.0 * rate,
+        model_variance=0.01,
+    )
 
 
 def test_likelihoods_are_gaussian_densities(scores, residuals):
@@ -76,6 +85,7 @@ def test_table_and_json_say_the_same(scores):
     report = {"test": summarize(scores, 1.0, calibrate(scores, 7, FLOOR))}
     values = json.loads(json.dumps(as_json(report)))
     assert values["test"]["rate"]["value"] == pytest.approx(scores.rate.mean())
+    assert from_json(values) == report
     (line,) = [line for line in as_table(report).splitlines() if line.startswith("rate ")]
     assert f"{scores.rate.mean():.5g} ± " in line
 

@@ -12,20 +12,22 @@ import numpy as np
 import optax
 import pytest
 
-from bsvae_jax import theory
+from bsvae_jax import theory, training
 from bsvae_jax.config import MLP, MNIST, Arrays, Augmentation, Config, Digits, Linear, Optimizer, Residual, load_config
 from bsvae_jax.data import load
 from bsvae_jax.errors import DivergenceError, UserError
+from bsvae_jax.evaluation import evaluate
 from bsvae_jax.loading import restore
 from bsvae_jax.objective import Constant, Learned, Optimal, quantization_variance
 from bsvae_jax.parallel import data_mesh
-from bsvae_jax.rundir import read_calibration, read_info, read_metrics
+from bsvae_jax.rundir import read_calibration, read_failure, read_info, read_metrics
 from bsvae_jax.scoring import score_split
+from bsvae_jax.summary import as_json
+from bsvae_jax.trainer import fit
 from bsvae_jax.training import (
     build_model,
     build_optimizer,
     create_state,
-    fit,
     learning_rate_schedule,
     steps_per_dispatch,
     train_step,
@@ -171,6 +173,22 @@ def test_the_update_is_adamw_of_the_gradient(key):
     assert float(metrics.objective) == pytest.approx(float(metrics.distortion + 3.0 * metrics.rate), rel=1e-5)
 
 
+def test_a_variance_given_to_the_step_takes_the_place_of_the_models(key):
+    images = jax.random.uniform(key, (5, 8, 8, 1))
+    states = {
+        variance: create_state(config, build_model(config, (8, 8, 1), 1 / 16), 10)
+        for variance in (0.1, 0.5)
+        for config in [dataclasses.replace(SMALL, decoder_variance=Constant(variance))]
+    }
+    step = jax.jit(train_step)
+    expected, expected_metrics = step(states[0.1], images, key, 1.0)
+    after, metrics = step(states[0.5], images, key, 1.0, jnp.float32(0.1))
+    chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-6)
+    chex.assert_trees_all_close(after.params, expected.params, atol=1e-6)
+    assert float(metrics.variance) == pytest.approx(0.1)
+    assert float(step(states[0.5], images, key, 1.0)[1].variance) == 0.5
+
+
 def test_the_average_of_parameters_follows_its_recursion(key):
     model = build_model(SMALL, (8, 8, 1), 1 / 16)
     state = create_state(SMALL, model, 10)
@@ -237,11 +255,38 @@ def test_a_run_leaves_its_record(tmp_path):
     ]
     for row in rows:
         assert row["objective"] == pytest.approx(row["distortion"] + row["rate"], rel=1e-5)
+    # Half a cosine from 1e-3 over 6 steps; a row says the rate of its last step.
+    rates = [row["learning_rate"] for row in rows if row["split"] == "train"]
+    np.testing.assert_allclose(rates, [5e-4 * (1 + np.cos(np.pi * step / 6)) for step in (2, 5)], rtol=1e-5)
     assert read_info(tmp_path / "run").config == SMALL
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     restored = restore(tmp_path / "run")
     assert (restored.step, restored.image_shape, restored.levels) == (6, (8, 8, 1), 17)
     assert restored.calibration is not None
+
+
+def test_a_run_ends_with_its_evaluation(tmp_path):
+    result = fit(SMALL, tmp_path / "run", progress=False)
+    path = tmp_path / "run" / "evaluation.json"
+    written = json.loads(path.read_text())
+    assert (written["step"], written["checkpoint"]) == (6, "latest")
+    assert written["splits"] == as_json(result.report)
+    assert list(written["splits"]) == ["train", "test"]
+    # Against another pass over the data, by the parameters read back, on all eight devices.
+    again = evaluate(restore(tmp_path / "run"), result.images)
+    for split, quantities in result.report.items():
+        for name, quantity in quantities.items():
+            assert quantity.value == pytest.approx(again[split][name].value, rel=1e-6), (split, name)
+    last = read_metrics(tmp_path / "run")[-1]
+    for name in ("objective", "distortion", "rate", "mse", "variance"):
+        assert result.report["test"][name].value == pytest.approx(last[name], rel=1e-9)
+    # A kill between the last checkpoint and the evaluation is made good.
+    content = path.read_bytes()
+    path.unlink()
+    (tmp_path / "run" / "calibration.npz").unlink()
+    fit(SMALL, tmp_path / "run", progress=False)
+    assert path.read_bytes() == content
+    assert read_calibration(tmp_path / "run").variance == result.report["train"]["calibrated_variance"].value
 
 
 def test_calibration_is_the_optimal_variance_of_the_training_set(tmp_path):
@@ -285,11 +330,12 @@ def test_an_interrupted_run_continues_to_the_same_numbers(network, tmp_path, mon
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
-    first = fit(SMALL, tmp_path / "run", progress=False).state
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    second = fit(SMALL, tmp_path / "run", progress=False).state
-    chex.assert_trees_all_equal(first.arrays(), second.arrays())
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    first = fit(SMALL, tmp_path / "run", progress=False)
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("metrics.jsonl", "evaluation.json", "calibration.npz")}
+    second = fit(SMALL, tmp_path / "run", progress=False)
+    chex.assert_trees_all_equal(first.state.arrays(), second.state.arrays())
+    assert first.report == second.report
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
 
 
 def test_devices_and_dispatch_do_not_change_a_run(tmp_path):
@@ -329,13 +375,21 @@ def test_a_run_that_diverges_says_where_and_keeps_the_last_checkpoint(tmp_path, 
     def explode(optimizer, steps):
         return optax.join_schedules([schedule(optimizer, steps), optax.constant_schedule(1e30)], [3])
 
-    monkeypatch.setattr("bsvae_jax.training.learning_rate_schedule", explode)
+    monkeypatch.setattr(training, "learning_rate_schedule", explode)
+    # Optimizers are kept by their settings: neither may an earlier one be used here, nor this one later.
+    monkeypatch.setattr(training, "_unit_optimizer", training._unit_optimizer.__wrapped__)
     config = dataclasses.replace(SMALL, epochs=3, optimizer=Optimizer())
-    with pytest.raises(DivergenceError, match=r"Step 5 is not finite: objective .*, rate .*checkpoints/3\. A lower"):
+    with pytest.raises(DivergenceError, match=r"Step 5 is not finite: objective .*, rate .*checkpoints/3\. A lower") as error:
         fit(config, tmp_path / "run", progress=False)
     monkeypatch.undo()
     assert restore(tmp_path / "run").step == 3
     assert all(np.isfinite(row["objective"]) for row in read_metrics(tmp_path / "run"))
+    assert read_failure(tmp_path / "run") == str(error.value)
+    assert json.loads((tmp_path / "run" / "failure.json").read_text())["step"] == 5
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    # Without the explosion the same command goes on from the checkpoint, and the failure is forgotten.
+    assert int(fit(config, tmp_path / "run", progress=False).state.step) == 9
+    assert read_failure(tmp_path / "run") is None
 
 
 def test_restore_gives_the_averaged_parameters_and_the_best_step(tmp_path, unchecked):
@@ -424,6 +478,15 @@ def test_other_data_under_the_same_config_are_refused(tmp_path):
     np.save(path, np.ones((20, 4, 4), np.uint8))
     with pytest.raises(UserError, match="was trained on other images of images: their content has changed"):
         fit(config, tmp_path / "run", progress=False)
+
+
+def test_the_seed_of_a_run_does_not_choose_its_test_images(tmp_path):
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (30, 4, 4), np.uint8))
+    config = dataclasses.replace(SMALL, data=Arrays(str(tmp_path / "images.npy")), batch_size=9, latent_size=2, epochs=1)
+    runs = [fit(dataclasses.replace(config, seed=seed), tmp_path / str(seed), progress=False) for seed in (0, 1)]
+    np.testing.assert_array_equal(runs[0].images.test, runs[1].images.test)
+    weights = [np.asarray(run.state.params["encoder"]["posterior"]["kernel"]) for run in runs]
+    assert np.abs(weights[0] - weights[1]).max() > 0.1
 
 
 def test_a_torn_last_line_of_the_metrics_is_repaired(tmp_path):
