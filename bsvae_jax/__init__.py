@@ -3,13 +3,14 @@
     import bsvae_jax as bv
 
 The loss is made of pure functions of arrays (`gaussian_nll`, `optimal_gaussian_nll`, `kl_to_standard_normal`,
-`elbo_terms`, `mean_objective`); `VAE` is the Flax model; `theory` holds what is known exactly; `fit` and `restore` are what
-the command line calls. Importing the package touches no device.
+`elbo_terms`, `mean_objective`); `VAE` is the Flax model; `theory` holds what is known exactly; `fit`, `fit_sweep` and
+`restore` are what the command line calls. Importing the package touches no device.
 """
 
 from bsvae_jax import data, theory
 from bsvae_jax.config import Config, load_config
 from bsvae_jax.errors import BsvaeError, DivergenceError, UserError
+from bsvae_jax.grid import Sweep
 from bsvae_jax.loading import Restored, restore
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import (
@@ -29,6 +30,7 @@ from bsvae_jax.objective import (
     optimal_variance,
     quantization_variance,
 )
+from bsvae_jax.sweep import SweepResult, fit_sweep
 from bsvae_jax.trainer import FitResult, fit
 from bsvae_jax.training import TrainState, train_step
 
@@ -48,12 +50,15 @@ __all__ = [
     "Optimal",
     "Predicted",
     "Restored",
+    "Sweep",
+    "SweepResult",
     "TrainState",
     "UserError",
     "bits_per_dimension",
     "data",
     "elbo_terms",
     "fit",
+    "fit_sweep",
     "gaussian_nll",
     "kl_to_standard_normal",
     "load_config",

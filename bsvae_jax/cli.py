@@ -141,13 +141,13 @@ def _sweep_command(default: Config, file_grid: Sweep) -> Callable[..., None]:
           data: Kind of data source to use instead of the config's.
           network: Kind of network to use instead of the config's.
         """
-        from bsvae_jax.sweep import sweep as run_sweep
+        from bsvae_jax.sweep import fit_sweep
 
         variances = choose_variances(default, file_grid.decoder_variance, decoder_variance, constant, optimal)
         grid = Sweep(beta, variances, seeds, learning_rate)
         base = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
         folder = Path("runs") / f"{config_file.stem}-sweep" if workdir is None else workdir
-        result = run_sweep(base, grid, folder, driving, members_at_once)
+        result = fit_sweep(base, grid, folder, driving, members_at_once)
         _report(folder)
         if result.failed:
             raise DivergenceError(
@@ -169,11 +169,14 @@ def report(workdir: tyro.conf.Positional[Run]) -> None:
 
 
 def _report(folder: Path) -> None:
-    from bsvae_jax.report import write_report
+    from bsvae_jax.report import best_beta, status, write_report
+    from bsvae_jax.results import as_text, read_results
 
-    paths = write_report(folder)
-    print((folder / "table.md").read_text())
-    print(f"report: {paths[-1]}")
+    *_, page = write_report(folder)
+    results = read_results(folder)
+    print(f"{status(results)} Test set, mean ± standard deviation over seeds:\n\n{as_text(results)}\n")
+    print("\n".join(best_beta(results)))
+    print(f"\nreport: {page}")
 
 
 def evaluate(

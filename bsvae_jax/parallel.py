@@ -53,23 +53,18 @@ def data_mesh(devices: int | None = None, batch_size: int | None = None) -> Mesh
 def sweep_mesh(devices: int | None, members: int, batch_size: int) -> Mesh:
     """A mesh for `members` models trained at once: the member axis takes what it can, the data axis the rest.
 
-    The member axis gets the largest divisor of the device count that is at most `members`; each of its devices holds
-    `ceil(members / size)` members, and the batch is shared by the devices of the data axis.
+    The member axis gets the largest divisor of the device count that is at most `members`, if the batch divides over the
+    devices left, and the next larger one that it does divide over otherwise. Each device of the axis holds
+    `ceil(members / size)` members.
 
     Raises:
-      UserError: more devices asked for than there are, or a batch that does not divide evenly over the data axis.
+      UserError: more devices asked for than there are.
     """
     available = data_mesh(devices).devices.reshape(-1)
     count = len(available)
-    size = max(size for size in range(1, min(count, members) + 1) if count % size == 0)
-    rest = count // size
-    if batch_size % rest:
-        nearby = max(1, round(batch_size / rest)) * rest
-        raise UserError(
-            f"batch_size {batch_size} does not divide over the {rest} devices that share each of {members} members "
-            f"({count} devices in all); {nearby} would."
-        )
-    return Mesh(available.reshape(size, rest), (MEMBER_AXIS, DATA_AXIS))
+    sizes = [size for size in range(1, count + 1) if count % size == 0 and batch_size % (count // size) == 0]
+    size = max((size for size in sizes if size <= members), default=sizes[0])
+    return Mesh(available.reshape(size, count // size), (MEMBER_AXIS, DATA_AXIS))
 
 
 def member_slots(mesh: Mesh, members: int) -> int:

@@ -22,6 +22,7 @@ from bsvae_jax.results import (
     as_csv,
     as_markdown,
     collapse_constants,
+    display,
     display_rows,
     families,
     mean_and_deviation,
@@ -83,6 +84,17 @@ def status(results: SweepResults) -> str:
     if results.unfinished:
         text += f"; {len(results.unfinished)} are still to be trained (`bsvae sweep` continues)"
     return text + "."
+
+
+def best_beta(results: SweepResults) -> list[str]:
+    """A sentence per model: where its calibrated likelihood on the test set is best."""
+    sentences = []
+    for family in families(results):
+        cells = [mean_and_deviation(own, "calibrated_elbo", "test") for own in family.members]
+        index = int(np.argmax([mean for mean, _ in cells]))
+        value, beta = display(*cells[index]), family.betas[index]
+        sentences.append(f"{family.label}: best calibrated ELBO on the test set at β = {beta:g}, {value} nats.")
+    return sentences
 
 
 # --- Curves -----------------------------------------------------------------------------------------------------------
@@ -209,7 +221,7 @@ def _points(family: Family) -> list[tuple[float, list[MemberResult]]]:
 
 def _galleries(results: SweepResults) -> dict[str, Picture]:
     drawn = {}
-    for index, family in enumerate(families(results)):
+    for family in families(results):
         first = [own[0] for own in family.members]
         pictures = {
             name: np.stack([member.pictures[name] for member in first]).astype(np.float32) / 255.0
@@ -220,7 +232,7 @@ def _galleries(results: SweepResults) -> dict[str, Picture]:
             pictures["originals"][0], pictures["reconstructions"], pictures["samples"], labels, family.label
         )
         caption = f"{family.label}: one posterior sample per held-out image (left), samples of the prior (right), first seed."
-        drawn[f"pictures_{index}"] = Picture(figure, caption)
+        drawn[f"pictures_{family.name}"] = Picture(figure, caption)
     return drawn
 
 
@@ -414,7 +426,10 @@ th { border-bottom: 2px solid #888; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 td.failed { color: #b00; text-align: left; white-space: normal; }
 pre { overflow-x: auto; background: #f5f5f5; padding: .6rem; font-size: .8rem; }
-@media (max-width: 40rem) { th:first-child, td:first-child { max-width: 8.5rem; white-space: normal; } }
+@media (max-width: 40rem) {
+  th:first-child, td:first-child { max-width: 8.5rem; white-space: normal; }
+  figure img { max-width: none; width: 46rem; }
+}
 """
 
 
@@ -422,11 +437,13 @@ def page(results: SweepResults, images: Mapping[str, bytes], captions: Mapping[s
     """`report.html`: one file that needs nothing else, readable on a phone."""
     info = results.info
     title = f"{info.data_name}: {len(results.members)} models over β"
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(status(results))}</p>"]
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts += [f"<p>{html.escape(sentence)}</p>" for sentence in (status(results), *best_beta(results))]
     for name, picture in images.items():
         data, caption = base64.b64encode(picture).decode(), html.escape(captions[name])
         parts.append(
-            f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+            f'<figure><div class="scroll"><img src="data:image/png;base64,{data}" alt="{html.escape(name)}"></div>'
+            f"<figcaption>{caption}</figcaption></figure>"
         )
     for split, heading in (("test", "Test set"), ("train", "Training set")):
         headings, rows = display_rows(results, split)

@@ -278,9 +278,22 @@ def as_markdown(results: SweepResults) -> str:
     return "\n".join(parts)
 
 
+def as_text(results: SweepResults) -> str:
+    """The test set's table for a terminal, the most telling columns only."""
+    headings, rows = display_rows(results, "test")
+    shown = ("rate", "profile_elbo", "calibrated_elbo", "psnr", "active_units", "fid")
+    kept = [i for i, heading in enumerate(headings) if heading not in HEADINGS.values()]
+    kept += [headings.index(HEADINGS[name]) for name in shown if HEADINGS[name] in headings]
+    lines = [[line[i] for i in kept] for line in (headings, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(kept))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
 class Family(NamedTuple):
     """The settings of one decoder-variance model and learning rate, by ascending beta."""
 
+    name: str
+    """For file names."""
     label: str
     decoder_variance: DecoderVariance
     betas: np.ndarray
@@ -298,7 +311,8 @@ def families(results: SweepResults) -> list[Family]:
     found = []
     for (variance, rate), points in grouped.items():
         label = variance_label(variance) + (f", learning rate {rate:g}" if several else "")
-        found.append(Family(label, variance, np.array([beta for beta, _ in points]), [members for _, members in points]))
+        name = variance_name(variance) + (f"_rate{rate:g}" if several else "")
+        found.append(Family(name, label, variance, np.array([beta for beta, _ in points]), [members for _, members in points]))
     return found
 
 

@@ -73,7 +73,7 @@ def choose_driving(config: Config, platform: str) -> Driving:
     return "vmap"
 
 
-def sweep(
+def fit_sweep(
     config: Config,
     grid: Sweep,
     workdir: str | Path,
@@ -179,7 +179,7 @@ def _train_all(
             pass  # recorded in the folder of every member of the turn
         for member in turn:
             if (failure := directory.failure(member)) is not None:
-                warn(f"{member.name} diverged. {failure}")
+                warn(f"{member.name} diverged and is left out (delete its folder to try again). {failure}")
         waiting = [member for member in waiting if member not in turn]
 
 

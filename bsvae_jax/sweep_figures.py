@@ -51,6 +51,7 @@ def _draw(axes: Any, curves: Sequence[Curve], lines: Sequence[Line] = ()) -> Non
 
 def _name_points(axes: Any, curves: Sequence[Curve]) -> None:
     """Write the names beside their points, points too close together under one label; call once the scales are set."""
+    axes.autoscale_view()
     for index, curve in enumerate(curves):
         last, text = None, None
         for x, y, name in zip(curve.x, curve.y, curve.names, strict=False):
@@ -59,7 +60,8 @@ def _name_points(axes: Any, curves: Sequence[Curve]) -> None:
                 text.set_text(f"{text.get_text()}, {name.removeprefix('β=')}")
                 continue
             style = dict(fontsize=7, color=COLOURS[(index if curve.family is None else curve.family) % 8])
-            text, last = axes.annotate(name, (x, y), (5, 5), textcoords="offset points", **style), place
+            side = dict(ha="right", xytext=(-5, 5)) if place[0] > 0.9 else dict(ha="left", xytext=(5, 5))
+            text, last = axes.annotate(name, (x, y), textcoords="offset points", **side, **style), place
 
 
 def rate_distortion(
@@ -210,7 +212,13 @@ def beta_variance_grid(
             if np.isfinite(value):
                 bright = image.norm(value) > 0.6
                 axes.text(
-                    column, row, f"{value:.3g}", ha="center", va="center", fontsize=8, color="black" if bright else "white"
+                    column,
+                    row,
+                    f"{value:.3g}" if abs(value) >= 0.01 else f"{value:.1g}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="black" if bright else "white",
                 )
         axes.set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas])
         axes.set_yticks(range(len(rows)), [*(f"{variance:g}" for variance in variances), *others])
