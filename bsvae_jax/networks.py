@@ -79,7 +79,7 @@ class LinearEncoder(nn.Module):
         origin, log_scale = self.frame()
         projected = _as_float32(dense(self.latent_size, self.dtype, use_bias=False, name="mean")(flat))
         # In units of sqrt(D), because weights are of size 1 / sqrt(D), log-variances of size 1, and Adam moves both by as much.
-        own = self.param("log_variance", nn.initializers.zeros, (self.latent_size,)) * math.sqrt(flat.shape[1])
+        own = math.sqrt(flat.shape[1]) * self.param("log_variance", nn.initializers.zeros, (self.latent_size,))[None]
         mean = jnp.exp(log_scale) * (projected + origin)
         return mean, jnp.broadcast_to(own + 2.0 * log_scale, mean.shape)
 

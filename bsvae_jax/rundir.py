@@ -157,9 +157,18 @@ def write_evaluation(folder: Path, step: int, report: Report, checkpoint: str = 
 
 
 def read_failure(folder: Path) -> str | None:
-    """Why training stopped in this folder, None where it did not."""
+    """Why training stopped in this folder, None where it did not.
+
+    Raises:
+      UserError: a damaged file.
+    """
     path = folder / "failure.json"
-    return str(json.loads(path.read_text())["error"]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text())["error"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it.") from error
 
 
 class RunDirectory:

@@ -32,17 +32,17 @@ LOG_EVERY = 50
 class TrainState(struct.PyTreeNode):
     """Everything that decides the future of a run. `model` and `optimizer` are static; the rest are arrays."""
 
-    step: Array
-    """Steps taken. (Shapes are not annotated: under `pmap` every leaf has a leading axis of devices.)"""
+    step: Any
+    """Steps taken. (Types are not annotated: leaves may be abstract, and have a leading axis of devices or members.)"""
     params: Any
     batch_stats: Any
     """BatchNorm's running statistics; empty for networks without."""
     optimizer_state: Any
     ema_params: Any
     """Exponential moving average of the parameters, or None."""
-    key: Array
+    key: Any
     """Root of all randomness of the run; never changed, folded with the step."""
-    learning_rate: Array
+    learning_rate: Any
     """Peak learning rate: a factor of the optimizer's updates, whose schedule has a peak of 1."""
     model: VAE = struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
