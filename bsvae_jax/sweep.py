@@ -29,7 +29,7 @@ from bsvae_jax.data.order import steps_through
 from bsvae_jax.errors import DivergenceError, UserError
 from bsvae_jax.gallery import PICTURES, Gallery, draw_members
 from bsvae_jax.grid import GridMember, Sweep, base_config
-from bsvae_jax.parallel import Driving, available_bytes, data_mesh, describe_devices, member_slots, sweep_mesh
+from bsvae_jax.parallel import Driving, available_bytes, data_mesh, describe_devices, sweep_mesh
 from bsvae_jax.rundir import (
     ProgressBar,
     RunDirectory,
@@ -109,17 +109,18 @@ def fit_sweep(
     data_mesh(config.devices, config.batch_size if driving == "loop" else None)
     images = load(config.data)
     check_against_data(config, images)
-    with _SweepDirectory(folder, config, images, members, progress) as directory:
-        todo = [member for member in members if not directory.is_done(member)]
+    directory = _SweepDirectory(folder, config, images, members, progress)
+    todo = [member for member in members if not directory.is_done(member)]
+    programs: dict[Config, list[GridMember]] = {}
+    for member in todo:
+        programs.setdefault(program_config(member.config), []).append(member)
+    sizes = {program: _stack_size(program, images, driving, len(own), members_at_once) for program, own in programs.items()}
+    with directory:
         directory.say(
             f"{len(members)} members, {len(members) - len(todo)} of them done; "
             f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
             f"{describe_devices(devices)}; members driven by {driving}"
         )
-        programs: dict[Config, list[GridMember]] = {}
-        for member in todo:
-            programs.setdefault(program_config(member.config), []).append(member)
-        sizes = {program: _stack_size(program, images, driving, len(own), members_at_once) for program, own in programs.items()}
         total = steps_through(config.epochs, len(images.train), config.batch_size) * config.batch_size
         done = sum(max(directory.saved_steps(member), default=0) for member in todo) * config.batch_size
         with ProgressBar(total * len(todo), done, progress) as bar:
@@ -138,17 +139,27 @@ def _stack_size(config: Config, images: ImageSet, driving: Driving, members: int
     """
     if driving == "loop":
         return 1
-    mesh = sweep_mesh(config.devices, min(members, at_once or members), config.batch_size)
-    fixed, each = Program(config, images, mesh, driving).needed_bytes(min(members, at_once or members))
-    available = available_bytes(mesh)
-    per_device = (available - fixed) // each
-    fits = max(0, per_device) * (member_slots(mesh, 1))
-    needed = f"{fixed / 2**20:,.0f} MiB for the images and {each / 2**20:,.1f} MiB per member of {available / 2**20:,.0f} MiB"
-    if fits < 1:
-        raise UserError(f"Not one member fits into the memory of a device ({needed}); use a smaller batch_size or network.")
-    if at_once is not None and at_once > fits:
-        raise UserError(f"{at_once} members at once do not fit into memory, {fits} do ({needed}).")
-    turns = -(-members // min(members, fits, at_once or members))
+
+    def needed(size: int) -> int:
+        return Program(config, images, sweep_mesh(config.devices, size, config.batch_size), driving).needed_bytes(size)
+
+    wanted = size = members if at_once is None else min(members, at_once)
+    available = available_bytes(sweep_mesh(config.devices, size, config.batch_size))
+    bytes_needed = first = needed(size)
+    while bytes_needed > available and size > 1:  # the compiler has the last word on each guess
+        size = max(1, min(size - 1, int(size * available / bytes_needed)))
+        bytes_needed = needed(size)
+    if bytes_needed > available:
+        raise UserError(
+            f"Not one member fits into the memory of a device: it needs {bytes_needed / 2**20:,.0f} MiB of "
+            f"{available / 2**20:,.0f} MiB. Use a smaller batch_size or network."
+        )
+    if at_once is not None and size < wanted:
+        raise UserError(
+            f"{wanted} members at once do not fit into the memory of a device, {size} do: they need {first / 2**20:,.0f} MiB "
+            f"of {available / 2**20:,.0f} MiB. Give --members-at-once {size}, or leave it out."
+        )
+    turns = -(-members // size)
     return -(-members // turns)
 
 
@@ -239,15 +250,14 @@ class _SweepDirectory:
     """The folder of a sweep while it trains."""
 
     def __init__(self, folder: Path, config: Config, images: ImageSet, members: Sequence[GridMember], progress: bool):
-        """Opens or creates it, and notes which members are wanted.
+        """Looks at the folder, and writes nothing before it is entered.
 
         Raises:
-          UserError: it holds another sweep or something else, or cannot be written.
+          UserError: it holds another sweep or something else.
         """
         self.folder, self._config, self._images, self._progress = folder, config, images, progress
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
-        info = None
         if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
             if not (folder / "sweep.json").is_file():
                 raise UserError(f"{folder} is not empty and not a sweep of bsvae; choose another --workdir.")
@@ -259,20 +269,7 @@ class _SweepDirectory:
                 )
             if info.fingerprint != images.fingerprint():
                 raise UserError(f"{folder} was trained on other images of {images.name}; choose another --workdir.")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / ".lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self._lock.close()
-                raise UserError(f"Another process is sweeping in {folder}; choose another --workdir.") from error
-            before = [] if info is None else info.members
-            names = [*before, *(member.name for member in members if member.name not in before)]
-            if names != before:
-                write_atomically(folder / "sweep.json", self._description(names, info))
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --workdir.") from error
+        self._wanted = [member.name for member in members]
 
     def _description(self, members: list[str], before: "SweepInfo | None") -> bytes:
         images = self._images
@@ -295,7 +292,27 @@ class _SweepDirectory:
         return (json.dumps(values) + "\n").encode()
 
     def __enter__(self) -> "_SweepDirectory":
-        """Nothing more to open."""
+        """Make the folder, keep others out and note which members are wanted.
+
+        Raises:
+          UserError: another process is sweeping there, or it cannot be written.
+        """
+        folder = self.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / ".lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self._lock.close()
+                raise UserError(f"Another process is sweeping in {folder}; choose another --workdir.") from error
+            info = read_sweep(folder) if (folder / "sweep.json").is_file() else None  # once more, now that it stays
+            before = [] if info is None else info.members
+            names = [*before, *(name for name in self._wanted if name not in before)]
+            if names != before:
+                write_atomically(folder / "sweep.json", self._description(names, info))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --workdir.") from error
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -113,13 +113,14 @@ class Program:
         """The first `count` steps of the window `order`; the state's memory is reused."""
         return self._run_steps(state, self.splits["train"], order, jnp.int32(count), knobs)
 
-    def needed_bytes(self, members: int) -> tuple[int, int]:
-        """Memory per device for training a stack of `members`: the part that does not grow with them, and that of one.
+    def needed_bytes(self, members: int) -> int:
+        """Memory per device for training a stack of `members`, as the compiler counts it; compiles the training program.
 
-        As the compiler counts it: arguments, results and temporary arrays of the training program, which is compiled here.
+        Arguments, results and temporary arrays, with the images of both splits. A 'vmap' needs temporary arrays for every
+        member, a 'scan' for one.
         """
-        mesh, sharding = self.mesh, NamedSharding(self.mesh, P(MEMBER_AXIS))
-        slots = member_slots(mesh, members)
+        sharding = NamedSharding(self.mesh, P(MEMBER_AXIS))
+        slots = member_slots(self.mesh, members)
         batch = jax.ShapeDtypeStruct((self.window, self.config.batch_size), jnp.int32)
         one = jax.eval_shape(lambda: (create_state(self.config, self.model, self.total), build_knobs(self.config)))
         state, knobs, order = jax.tree.map(
@@ -127,9 +128,8 @@ class Program:
         )
         count = jnp.int32(self.window)
         sizes = self._run_steps.lower(state, self.splits["train"], order, count, knobs).compile().memory_analysis()
-        train = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
-        images = self.images.train.nbytes, self.images.test.nbytes
-        return sum(images), max(1, (train - images[0]) * mesh.shape[MEMBER_AXIS] // slots)
+        total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        return int(total + sizes.temp_size_in_bytes + self.images.test.nbytes)
 
     def score(self, state: TrainState, split: str, configs: Sequence[Config]) -> Iterator[SplitScores]:
         """Scores of each member on a split, with the posterior samples that every evaluation of it takes."""
