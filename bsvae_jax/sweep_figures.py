@@ -37,10 +37,12 @@ class Line(NamedTuple):
     y: np.ndarray
 
 
-def _draw(axes: Any, curves: Sequence[Curve], lines: Sequence[Line] = ()) -> None:
+def _draw(axes: Any, curves: Sequence[Curve], lines: Sequence[Line] = (), joined: bool = True) -> None:
     for index, curve in enumerate(curves):
         family = (index if curve.family is None else curve.family) % 8
         style = dict(color=COLOURS[family], marker=MARKERS[family], markersize=4, linewidth=1.2, capsize=2)
+        if not joined:
+            style["linestyle"] = "none"
         if curve.dashed:
             style |= dict(linestyle="--", markerfacecolor="white")
         axes.errorbar(curve.x, curve.y, curve.y_deviation, curve.x_deviation, label=curve.label, **style)
@@ -247,7 +249,7 @@ def linear_theory(
     figure = new_figure(11.0, 4.5)
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
-    _draw(left, measured, lines)
+    _draw(left, measured, lines, joined=False)
     left.set_xlabel("rate [nats per image]")
     left.set_ylabel("mean squared error [intensity²]")
     left.set_yscale("log")

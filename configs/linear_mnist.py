@@ -1,10 +1,24 @@
 """Linear VAE on MNIST with one optimal variance for all: the model whose optimum is known exactly.
 
     bsvae train configs/linear_mnist.py --data.folder FOLDER_OF_THE_FOUR_FILES --beta 10 --workdir runs/linear10
+    bsvae sweep configs/linear_mnist.py --data.folder FOLDER_OF_THE_FOUR_FILES
 
-`bsvae_jax.theory.linear_optimum` of the covariance eigenvalues of the 60,000 images says where training must end.
+`bsvae_jax.theory.linear_optimum` of the covariance eigenvalues of the 60,000 images says where training must end; the report
+of the sweep draws both.
 
-HARDWARE_AND_NUMBERS
+Hardware and time: 2 CPU cores; the 20 models of the sweep took 25 minutes beside other jobs. Expect on the training set
+(measured, seed 0; theory in brackets):
+
+    beta      rate [nats]           objective minus theory's [nats]
+    0.01      35.51  (35.47)        0.002
+    0.1129    25.87  (25.77)        0.013
+    1.274     16.07  (16.03)        0.072
+    14.38      5.746 (5.749)        0.078
+    37.93      1.044 (1.044)       -0.079
+    61.58      0.114 (0.116)       -0.046
+    100        0     (0)            collapsed: beyond the critical beta of 76.1
+
+(A difference below 0 is the noise of one posterior sample per image.) `pytest -m slow -k linear_mnist` holds four betas to it.
 """
 
 import numpy as np
