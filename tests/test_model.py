@@ -122,26 +122,39 @@ def test_encode_and_decode_of_a_linear_model_are_its_matrices(key):
     model, variables = vae(Linear())
     x, params = images(), jax.tree.map(f64, variables["params"])
     encoder, decoder = params["encoder"], params["decoder"]["mean"]
-    mean = f64(x).reshape(BATCH, D) @ encoder["mean"]["kernel"] + encoder["mean"]["bias"]
+    scale, origin = np.exp(encoder["frame"]["log_scale"]), encoder["frame"]["origin"]
+    mean = scale * (f64(x).reshape(BATCH, D) @ encoder["mean"]["kernel"] + origin)
+    log_variance = np.sqrt(D) * encoder["log_variance"] + 2 * np.log(scale)
     posterior = model.apply(variables, x, method="encode")
     np.testing.assert_allclose(posterior.mean, mean, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(posterior.log_variance, np.tile(encoder["log_variance"], (BATCH, 1)), rtol=1e-6)
+    np.testing.assert_allclose(posterior.log_variance, np.tile(log_variance, (BATCH, 1)), rtol=1e-5, atol=1e-6)
     output = model.apply(variables, x, key)
-    z = mean + np.exp(encoder["log_variance"] / 2) * noise_of(key)
-    expected = (z @ decoder["kernel"] + decoder["bias"]).reshape(BATCH, *SHAPE)
+    z = mean + np.exp(log_variance / 2) * noise_of(key)
+    expected = ((z / scale - origin) @ decoder["kernel"] + decoder["bias"]).reshape(BATCH, *SHAPE)
     np.testing.assert_allclose(output.decoded.mean, expected, rtol=1e-5, atol=1e-5)
     decoded = model.apply(variables, jnp.asarray(z, jnp.float32), method="decode")
     np.testing.assert_allclose(decoded.mean, expected, rtol=1e-5, atol=1e-5)
     assert decoded.log_variance is None
 
 
+def test_the_frame_of_a_linear_model_changes_its_rate_and_not_its_distortion(key):
+    model, variables = vae(Linear())
+    moved = jax.tree.map(jnp.copy, variables)
+    moved["params"]["encoder"]["frame"] = {"origin": jnp.array([0.5, -1.0, 2.0]), "log_scale": jnp.array([-1.0, 0.3, 1.0])}
+    before, after = (model.apply(v, images(), key, method="elbo_terms") for v in (variables, moved))
+    np.testing.assert_allclose(after.distortion, before.distortion, rtol=1e-4)
+    assert np.min(np.abs(after.rate - before.rate)) > 0.1
+
+
 def test_samples_of_a_linear_model_have_its_mean_and_covariance(key):
-    """x = W'z + b with z ~ N(0, I) is N(b, W'W); the decoder's mean carries no pixel noise. Five standard errors."""
+    """x = W'(z - origin) + b with z ~ N(0, I / scale^2) is Gaussian; the decoder's mean has no pixel noise. Five std errors."""
     count = 20_000
     model, variables = vae(Linear())
     x = f64(model.apply(variables, key, count, method="sample"))
     assert x.shape == (count, *SHAPE)
     weights, bias = f64(*(variables["params"]["decoder"]["mean"][name] for name in ("kernel", "bias")))
+    origin, log_scale = f64(*(variables["params"]["encoder"]["frame"][name] for name in ("origin", "log_scale")))
+    bias, weights = bias - origin @ weights, np.exp(-log_scale)[:, None] * weights
     covariance, x = weights.T @ weights, x.reshape(count, D)
     deviation = np.sqrt(np.diag(covariance))
     assert np.max(np.abs(x.mean(0) - bias) / deviation) < 5 / np.sqrt(count)

@@ -335,11 +335,19 @@ def silu(x):
 
 
 def test_linear_networks_are_affine():
+    """`scale (W x + origin)` and `W (z / scale - origin) + b`; the log-variance is in units of sqrt(D), D = 60."""
     (encoder, e, x), (decoder, d, z) = built(Linear())
+    (own, frame), (d_frame, d_mean) = (
+        [jax.tree.map(np.float64, params[name]) for name in names]
+        for params, names in ((e["params"], ("mean", "frame")), (d["params"], ("frame", "mean")))
+    )
     mean, log_variance = encoder.apply(e, x)
-    assert relative_error(mean, dense(np.asarray(x).reshape(BATCH, 60), e["params"]["mean"])) < 1e-6
-    np.testing.assert_array_equal(log_variance, np.tile(e["params"]["log_variance"], (BATCH, 1)))
-    assert relative_error(decoder.apply(d, z), dense(np.asarray(z), d["params"]["mean"]).reshape(BATCH, *SHAPE)) < 1e-6
+    expected = np.exp(frame["log_scale"]) * (np.asarray(x).reshape(BATCH, 60) @ own["kernel"] + frame["origin"])
+    assert relative_error(mean, expected) < 1e-6
+    expected = np.sqrt(60) * np.float64(e["params"]["log_variance"]) + 2 * frame["log_scale"]
+    np.testing.assert_allclose(log_variance, np.tile(expected, (BATCH, 1)), rtol=1e-6)
+    expected = dense(np.asarray(z) / np.exp(d_frame["log_scale"]) - d_frame["origin"], d_mean).reshape(BATCH, *SHAPE)
+    assert relative_error(decoder.apply(d, z), expected) < 1e-6
 
 
 def test_linear_log_variance_does_not_depend_on_x():
