@@ -150,9 +150,7 @@ def _sweep_command(default: Config, file_grid: Sweep) -> Callable[..., None]:
         result = fit_sweep(base, grid, folder, driving, members_at_once)
         _report(folder)
         if result.failed:
-            raise DivergenceError(
-                f"{len(result.failed)} members diverged: {', '.join(result.failed)}; the report has the rest."
-            )
+            raise DivergenceError(f"{len(result.failed)} diverged: {', '.join(result.failed)}. The report has the rest.")
 
     return sweep
 

@@ -62,6 +62,8 @@ def read_info(folder: Path) -> RunInfo:
       UserError: not a run folder, a damaged file, or one written by a newer version.
     """
     path = folder / "config.json"
+    if (folder / "sweep.json").is_file():
+        raise UserError(f"{folder} is a sweep, not a run: give one of its members, {folder}/members/NAME.")
     if not path.is_file():
         raise UserError(f"{folder} is not a run: it has no config.json. Give the folder that `bsvae train` wrote.")
     try:

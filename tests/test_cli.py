@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it leaves, what it prints, and the sentence for everything that is wrong."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -103,7 +104,9 @@ def test_samples_are_reproducible_and_the_first_do_not_depend_on_the_count(train
     assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["sample", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], *([name, "--help"] for name in ("train", "sweep", "report", "evaluate", "sample"))]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(command)
@@ -162,8 +165,6 @@ def test_wrong_options_are_answered_before_anything_is_written(options, sentence
 
 
 def assert_matches(text, sentence):
-    import re
-
     assert re.search(sentence, text), text
 
 
@@ -286,3 +287,117 @@ def test_wrong_workdirs_and_files(trained, tmp_path, capsys):
 def test_a_run_without_a_checkpoint(trained, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((trained / "config.json").read_bytes())
     assert "has no checkpoint yet" in refused(["evaluate", tmp_path], capsys)
+
+
+# --- Sweeps -----------------------------------------------------------------------------------------------------------
+
+SWEEP = """
+from bsvae_jax.config import MLP, Config
+from bsvae_jax.grid import Sweep
+from bsvae_jax.objective import Constant, Optimal
+def get_config():
+    return Config(network=MLP((16,)), latent_size=4, epochs=1, batch_size=500, devices=1, decoder_variance=Optimal(floor=1e-3))
+def get_sweep():
+    return Sweep(beta=(1.0, 4.0), decoder_variance=(Optimal(floor=1e-3), Constant(0.1)), seeds=2)
+"""
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swept")
+    (folder / "grid.py").write_text(SWEEP)
+    cli.main(["sweep", str(folder / "grid.py"), "--workdir", str(folder / "sweep")])
+    return folder / "sweep"
+
+
+def members(folder):
+    return sorted(path.name for path in (folder / "members").iterdir())
+
+
+def test_sweep_trains_the_files_grid_and_leaves_the_report(swept):
+    assert members(swept) == sorted(
+        f"{variance}_beta{beta}_seed{seed}" for variance in ("optimal", "constant-0.1") for beta in (1, 4) for seed in (0, 1)
+    )
+    assert {"table.csv", "table.md", "members.csv", "report.html", "figures"} <= {path.name for path in swept.iterdir()}
+    config = read_info(swept / "members" / "optimal_beta4_seed1").config
+    assert (config.beta, config.seed, config.decoder_variance.floor) == (4.0, 1, 1e-3)
+
+
+def test_lists_on_the_command_line_replace_the_files(swept, tmp_path):
+    command = ["sweep", swept.parent / "grid.py", "--workdir", tmp_path / "sweep", "--beta", 0.5, "--seeds", 1, "--seed", 7]
+    command += ["--decoder-variance", "constant", "optimal", "--decoder-variance.variance", 0.2, 0.3]
+    command += ["--decoder-variance.over", "batch", "--learning-rate", 1e-3, 1e-2, "--latent-size", 3]
+    cli.main([str(part) for part in command])
+    assert members(tmp_path / "sweep") == sorted(
+        f"{variance}{rate}_beta0.5_seed7"
+        for variance in ("constant-0.2", "constant-0.3", "optimal-batch")
+        for rate in ("", "_rate0.01")
+    )
+    config = read_info(tmp_path / "sweep" / "members" / "optimal-batch_rate0.01_beta0.5_seed7").config
+    assert (config.optimizer.learning_rate, config.latent_size) == (1e-2, 3)
+    assert config.decoder_variance.floor == 1e-3  # the config file's own, for models of its kind
+
+
+def test_members_are_runs_like_any_other(swept, capsys):
+    member = swept / "members" / "constant-0.1_beta1_seed0"
+    before = json.loads((member / "evaluation.json").read_text())["splits"]["test"]["rate"]["value"]
+    cli.main(["evaluate", str(member)])
+    assert json.loads((member / "evaluation.json").read_text())["splits"]["test"]["rate"]["value"] == pytest.approx(before)
+    cli.main(["sample", str(member), "--count", "3", "--out", str(swept / "three.npz")])
+    assert np.load(swept / "three.npz")["images"].shape == (3, 8, 8, 1)
+
+
+def test_report_repeats_what_sweep_wrote(swept, capsys):
+    cli.main(["report", str(swept)])
+    before = (swept / "table.csv").read_bytes()
+    (swept / "table.csv").unlink()
+    cli.main(["report", str(swept)])
+    assert (swept / "table.csv").read_bytes() == before
+    printed = capsys.readouterr().out
+    assert "8 of 8 members finished" in printed
+    assert "β-VAE, constant σ² = 0.1: best calibrated ELBO on the test set at β = " in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--beta"], "A sweep needs at least one beta"),
+        (["--beta", 1, 1.0], "beta names 1.0 twice"),
+        (["--beta", 1, -1], r"beta must be a finite number >= 0, got -1\.0"),
+        (["--beta", "nan"], "beta must be a finite number >= 0, got nan"),
+        (["--beta", "one"], "one"),
+        (["--seeds", 0], "seeds must be a whole number >= 1, got 0"),
+        (["--decoder-variance"], "--decoder-variance needs at least one value"),
+        (["--decoder-variance", "optimal", "optimal"], "--decoder-variance names optimal twice"),
+        (["--decoder-variance", "optimel"], "optimel"),
+        (["--decoder-variance", "optimal", "--decoder-variance.variance", 0.1], "which the sweep does not train"),
+        (["--decoder-variance.variance", 0.1, 0.1], "twice"),
+        (["--decoder-variance.variance", 0], "must be a finite number > 0, got 0"),
+        (["--learning-rate", 0], "optimizer.learning_rate must be a finite number > 0"),
+        (["--members-at-once", 0], "members_at_once must be a whole number >= 1, got 0"),
+        (["--members-at-once", 2, "--driving", "loop"], "trains one member at a time"),
+        (["--driving", "map"], "map"),
+        (["--batch-size", 9999], "batch_size 9999 exceeds the 1500 training images"),
+        (["--bta", 1], "--beta"),
+    ],
+)
+def test_wrong_lists_are_answered_before_anything_is_written(options, sentence, swept, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(sentence, refused(["sweep", swept.parent / "grid.py", *options], capsys))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_are_no_sweep(trained, swept, tmp_path, capsys):
+    assert "is not a sweep: it has no sweep.json" in refused(["report", tmp_path], capsys)
+    assert "is not empty and not a sweep" in refused(["sweep", swept.parent / "grid.py", "--workdir", trained], capsys)
+    text = refused(["sweep", swept.parent / "grid.py", "--workdir", swept, "--epochs", 2], capsys)
+    assert "holds a sweep of another config (epochs: 1 -> 2)" in text
+    assert "is a sweep, not a run: give one of its members" in refused(["evaluate", swept], capsys)
+
+
+def test_a_diverging_member_is_reported_at_the_end(swept, tmp_path, capsys):
+    command = ["sweep", swept.parent / "grid.py", "--workdir", tmp_path / "sweep", "--beta", 1, "--seeds", 1, "--epochs", 3]
+    command += ["--learning-rate", 1e-3, 1e30, "--decoder-variance", "optimal"]
+    text = refused(command, capsys)
+    assert "1 diverged: optimal_rate1e+30_beta1_seed0" in text
+    assert "1 of 2 members finished, 1 diverged" in text
