@@ -18,7 +18,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -36,6 +36,27 @@ FORMAT = 1
 """Version of the layout of a run folder."""
 
 State = TypeVar("State")
+
+
+def take_folder(folder: Path, doing: str) -> TextIO:
+    """Make a folder and keep other processes out until the file returned is closed; the system closes it for a dead process.
+
+    Raises:
+      UserError: another process has it (`doing` says what), or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --workdir.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(f"Another process is {doing} in {folder}; choose another --workdir.") from error
+    return lock
 
 
 class RunInfo(NamedTuple):
@@ -201,20 +222,9 @@ class RunDirectory:
                     f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir or that config."
                 )
             check_same_data(folder, info, images)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-            self._lock = (folder / ".lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends
-            except BlockingIOError as error:
-                self._lock.close()
-                raise UserError(f"Another process is training in {folder}; choose another --workdir.") from error
-            if not (folder / "config.json").is_file():
-                write_atomically(folder / "config.json", self._description(config, images))
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --workdir.") from error
+        self._lock = take_folder(folder, "training")
+        if not (folder / "config.json").is_file():
+            write_atomically(folder / "config.json", self._description(config, images))
 
     @staticmethod
     def _description(config: Config, images: ImageSet) -> bytes:

@@ -8,7 +8,6 @@ continued by `bsvae train` instead.
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import sys
@@ -37,6 +36,7 @@ from bsvae_jax.rundir import (
     evaluation_at,
     read_failure,
     read_info,
+    take_folder,
     warn,
     write_atomically,
 )
@@ -298,21 +298,12 @@ class _SweepDirectory:
           UserError: another process is sweeping there, or it cannot be written.
         """
         folder = self.folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / ".lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self._lock.close()
-                raise UserError(f"Another process is sweeping in {folder}; choose another --workdir.") from error
-            info = read_sweep(folder) if (folder / "sweep.json").is_file() else None  # once more, now that it stays
-            before = [] if info is None else info.members
-            names = [*before, *(name for name in self._wanted if name not in before)]
-            if names != before:
-                write_atomically(folder / "sweep.json", self._description(names, info))
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --workdir.") from error
+        self._lock = take_folder(folder, "sweeping")
+        info = read_sweep(folder) if (folder / "sweep.json").is_file() else None  # once more, now that it stays
+        before = [] if info is None else info.members
+        names = [*before, *(name for name in self._wanted if name not in before)]
+        if names != before:
+            write_atomically(folder / "sweep.json", self._description(names, info))
         return self
 
     def __exit__(self, *exception: object) -> None:
