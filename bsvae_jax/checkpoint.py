@@ -113,7 +113,7 @@ class Checkpoints:
                 failures.append(f"{self.path(candidate)} does not load ({reason})")
                 if candidate != candidates[-1]:
                     warn(f"{failures[-1]}; using the checkpoint before it.")
-        if step is not None and not self._read_only:
+        if step is not None and not self._read_only and self.path(step).is_dir():
             self._move_aside(candidates)
             raise DamagedCheckpointError(f"{failures[0]}; it was moved to {self._folder.parent / 'damaged_checkpoints'}.")
         raise UserError(f"No checkpoint loads: {'; '.join(failures)}. Move the folder away to start again.")

@@ -276,15 +276,15 @@ def load_config(path: str | Path) -> Config:
     module = load_module(Path(path))
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} has no function get_config() returning a bsvae_jax Config.")
-    with _explained(Path(path)):
+    with explained(Path(path)):
         config = module.get_config()
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {path} must return a bsvae_jax Config, got {type(config).__name__}.")
     return config
 
 
-def load_module(path: Path) -> Any:
-    """Run a config file; what it defines."""
+def load_module(path: Path, *also: type) -> Any:
+    """Run a config file; what it defines. `also`: classes beyond the config's own whose fields an error may name."""
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UserError(f"There is no config file {path}{nearest(str(path), siblings)}.")
@@ -292,25 +292,31 @@ def load_module(path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file; a config is a .py file with get_config().")
     module = importlib.util.module_from_spec(spec)
-    with _explained(path):
+    with explained(path, *also):
         spec.loader.exec_module(module)
     return module
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Says which field of which config a file got wrong."""
+def explained(path: Path, *also: type) -> Iterator[None]:
+    """Says which field of which config (or of the classes `also`) a file got wrong."""
     try:
         yield
     except TypeError as error:
         unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
             raise
-        raise UserError(f"{path}: {_unknown_field(*unknown.groups())}") from error
+        raise UserError(f"{path}: {_unknown_field(unknown[1], unknown[2], *also)}") from error
 
 
-def _unknown_field(class_name: str, name: str) -> str:
-    known_classes = [Config, Optimizer, Augmentation, *(c for choice in CHOICES.values() for c in choice.values())]
+def _unknown_field(class_name: str, name: str, *also: type) -> str:
+    known_classes: list[Any] = [
+        Config,
+        Optimizer,
+        Augmentation,
+        *also,
+        *(c for choice in CHOICES.values() for c in choice.values()),
+    ]
     known = [f.name for c in known_classes if c.__name__ == class_name for f in dataclasses.fields(c)]
     return f"{class_name} has no field {name!r}{nearest(name, known)}."
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bsvae_jax.config import CHOICES, Config, load_module
+from bsvae_jax.config import CHOICES, Config, explained, load_module
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Constant, DecoderVariance, Optimal
 
@@ -56,7 +56,8 @@ class Sweep:
         members = []
         for variance, rate, beta, seed in product:
             optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
-            own = dataclasses.replace(config, decoder_variance=variance, optimizer=optimizer, beta=float(beta), seed=seed)
+            beta = float(beta) if type(beta) is int else beta  # what is no number is for Config to refuse
+            own = dataclasses.replace(config, decoder_variance=variance, optimizer=optimizer, beta=beta, seed=seed)
             members.append(GridMember(member_name(own, config.optimizer.learning_rate), own))
         names = [member.name for member in members]
         repeated = sorted({name for name in names if names.count(name) > 1})
@@ -140,10 +141,11 @@ def load_sweep(path: str | Path) -> Sweep:
     Raises:
       UserError: as `load_config`; or `get_sweep` returns something else.
     """
-    module = load_module(Path(path))
+    module = load_module(Path(path), Sweep)
     if not hasattr(module, "get_sweep"):
         return Sweep()
-    sweep = module.get_sweep()
+    with explained(Path(path), Sweep):
+        sweep = module.get_sweep()
     if not isinstance(sweep, Sweep):
         raise UserError(f"get_sweep() of {path} must return a bsvae_jax Sweep, got {type(sweep).__name__}.")
     return sweep

@@ -8,6 +8,7 @@ continued by `bsvae train` instead.
 """
 
 import contextlib
+import functools
 import io
 import json
 import sys
@@ -140,27 +141,31 @@ def _stack_size(config: Config, images: ImageSet, driving: Driving, members: int
     if driving == "loop":
         return 1
 
+    @functools.cache
     def needed(size: int) -> int:
         return Program(config, images, sweep_mesh(config.devices, size, config.batch_size), driving).needed_bytes(size)
 
-    wanted = size = members if at_once is None else min(members, at_once)
-    available = available_bytes(sweep_mesh(config.devices, size, config.batch_size))
-    bytes_needed = first = needed(size)
+    def plan(size: int) -> tuple[int, int]:
+        """Size of the turns, made even, and the memory that the largest and the last of them need."""
+        turns = -(-members // size)
+        size = -(-members // turns)
+        return size, max(needed(size), needed(members - size * (turns - 1)))
+
+    available = available_bytes(data_mesh(config.devices))
+    size, bytes_needed = wanted, wanted_bytes = plan(members if at_once is None else min(members, at_once))
     while bytes_needed > available and size > 1:  # the compiler has the last word on each guess
-        size = max(1, min(size - 1, int(size * available / bytes_needed)))
-        bytes_needed = needed(size)
+        size, bytes_needed = plan(max(1, min(size - 1, int(size * available / bytes_needed))))
     if bytes_needed > available:
         raise UserError(
-            f"Not one member fits into the memory of a device: it needs {bytes_needed / 2**20:,.0f} MiB of "
-            f"{available / 2**20:,.0f} MiB. Use a smaller batch_size or network."
+            f"Not one member fits into the memory of a device: it needs {bytes_needed / 2**20:,.1f} MiB of "
+            f"{available / 2**20:,.1f} MiB. Use a smaller batch_size or network."
         )
     if at_once is not None and size < wanted:
         raise UserError(
-            f"{wanted} members at once do not fit into the memory of a device, {size} do: they need {first / 2**20:,.0f} MiB "
-            f"of {available / 2**20:,.0f} MiB. Give --members-at-once {size}, or leave it out."
+            f"{wanted} members at once do not fit into the memory of a device, {size} do: they need "
+            f"{wanted_bytes / 2**20:,.1f} MiB of {available / 2**20:,.1f} MiB. Give --members-at-once {size}, or leave it out."
         )
-    turns = -(-members // size)
-    return -(-members // turns)
+    return size
 
 
 def _train_all(

@@ -160,13 +160,25 @@ def test_the_member_axis_takes_what_divides_and_the_batch_the_rest(devices, memb
     assert describe_devices(mesh) == f"{devices or 8} x cpu (cpu)"
 
 
-def test_a_batch_that_does_not_divide_over_the_data_axis_is_refused():
-    with pytest.raises(UserError) as error:
-        sweep_mesh(8, 3, 18)
-    assert str(error.value) == (
-        "batch_size 18 does not divide over the 4 devices that share each of 3 members (8 devices in all); 16 would."
-    )
-    assert sweep_mesh(8, 8, 18).devices.shape == (8, 1)  # nothing is shared
+@pytest.mark.parametrize(
+    ("devices", "members", "batch_size", "shape"),
+    [
+        (8, 3, 18, (4, 2)),  # 18 does not divide by 4
+        (8, 3, 19, (8, 1)),
+        (8, 1, 20, (2, 4)),
+        (8, 5, 19, (8, 1)),
+        (8, 8, 19, (8, 1)),  # nothing is shared
+        (6, 2, 2, (3, 2)),
+        (1, 3, 19, (1, 1)),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_shared_by_fewer_devices(devices, members, batch_size, shape):
+    mesh = sweep_mesh(devices, members, batch_size)
+    assert mesh.devices.shape == shape
+    assert batch_size % shape[1] == 0
+
+
+def test_a_sweep_takes_no_more_devices_than_there_are():
     with pytest.raises(UserError, match=r"devices must lie in 1 \.\.\. 8"):
         sweep_mesh(9, 3, 16)
 
