@@ -330,8 +330,8 @@ def test_posterior_noise_does_not_depend_on_the_devices(images, key):
         np.asarray(lift(forward, data_mesh(n), (REPLICATED, SHARDED, REPLICATED), SHARDED)(variables, images, key))
         for n in (1, 2, 8)
     ]
-    np.testing.assert_allclose(z[1], z[0], rtol=1e-6)
-    np.testing.assert_allclose(z[2], z[0], rtol=1e-6)
+    # A float32 product of another share of the batch: a few units of the last place of numbers of size 1.
+    np.testing.assert_allclose(z[1:], [z[0], z[0]], rtol=1e-6, atol=1e-6)
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_would():
