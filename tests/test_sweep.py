@@ -175,6 +175,12 @@ def test_every_member_is_the_run_of_its_config_alone(driving, grid, stacks, alon
         rate = member.config.optimizer.learning_rate
         # scan does, for each member, the very operations of a single run; vmap batches the matrix products of all.
         check_same(tmp_path / "sweep" / "members" / member.name, alone(member.config), driving != "vmap", rate)
+        if isinstance(member.config.decoder_variance, Constant):  # D/2 log(2 pi v) + SSE / (2 v) of 64 pixels
+            variance = member.config.decoder_variance.variance
+            values = evaluation(tmp_path / "sweep" / "members" / member.name)["splits"]["test"]
+            assert values["variance"]["value"] == variance
+            expected = 32 * np.log(2 * np.pi * variance) + 64 * values["mse"]["value"] / (2 * variance)
+            assert values["distortion"]["value"] == pytest.approx(expected, rel=1e-9)
     numbers = [evaluation(tmp_path / "sweep" / "members" / m.name)["splits"]["test"]["rate"]["value"] for m in members]
     assert len(set(numbers)) == len(numbers)  # no two members are the same run
 

@@ -331,11 +331,14 @@ def test_an_interrupted_run_continues_to_the_same_numbers(network, tmp_path, mon
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
     first = fit(SMALL, tmp_path / "run", progress=False)
-    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("metrics.jsonl", "evaluation.json", "calibration.npz")}
+    files = [tmp_path / "run" / name for name in ("metrics.jsonl", "evaluation.json", "calibration.npz")]
+    before = [path.read_bytes() for path in files]
+    written = [path.stat().st_mtime_ns for path in files[1:]]
     second = fit(SMALL, tmp_path / "run", progress=False)
     chex.assert_trees_all_equal(first.state.arrays(), second.state.arrays())
     assert first.report == second.report
-    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
+    assert before == [path.read_bytes() for path in files]
+    assert written == [path.stat().st_mtime_ns for path in files[1:]]  # nor evaluated
 
 
 def test_devices_and_dispatch_do_not_change_a_run(tmp_path):
