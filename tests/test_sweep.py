@@ -75,7 +75,7 @@ def check_same(folder, expected, exact=True, rate=1e-3):
     check_numbers(folder, expected, exact, rate)
 
 
-def check_numbers(folder, expected, exact, rate=1e-3, biases=True):
+def check_numbers(folder, expected, exact, rate=1e-3, biases=True, rel=1e-4):
     """The same, of configs that may differ in what must not matter."""
     ours, theirs = restore(folder), restore(expected)
     assert ours.step == theirs.step
@@ -92,10 +92,10 @@ def check_numbers(folder, expected, exact, rate=1e-3, biases=True):
     for split, quantities in evaluation(expected)["splits"].items():
         for name, quantity in quantities.items():
             value = evaluation(folder)["splits"][split][name]["value"]
-            assert value == pytest.approx(quantity["value"], rel=1e-4), (split, name)
+            assert value == pytest.approx(quantity["value"], rel=rel), (split, name)
     for one, other in zip(rows(folder), rows(expected), strict=True):
         assert one.pop("split") == other.pop("split")
-        assert one == pytest.approx(other, rel=1e-4)
+        assert one == pytest.approx(other, rel=rel)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -224,7 +224,8 @@ def test_a_stack_with_batch_norm(driving, alone, tmp_path):
     run_sweep(config, grid, tmp_path / "sweep", driving=driving)
     for member in grid.members(config):
         folder, single = tmp_path / "sweep" / "members" / member.name, alone(member.config)
-        check_numbers(folder, single, exact=False, rate=1e-3, biases=False)
+        # Those biases are in the running means, of which three steps are but a few; ELBOs are differences of larger numbers.
+        check_numbers(folder, single, exact=False, rate=1e-3, biases=False, rel=5e-3)
         assert restore(folder).variables["batch_stats"]
 
 
