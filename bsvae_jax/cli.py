@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 
 from bsvae_jax import config as configs
@@ -181,31 +180,84 @@ def evaluate(
     workdir: tyro.conf.Positional[Run],
     split: tuple[Literal["train", "test"], ...] = ("train", "test"),
     checkpoint: Literal["latest", "best"] = "latest",
+    samples: int | None = None,
+    bound_images: int | None = None,
+    fid: int | None = None,
+    protocol: Literal["standard", "paper"] = "standard",
+    inception_weights: Path | None = None,
+    figures: bool = True,
 ) -> None:
-    """Evaluate a trained run: a table with units and standard errors, also as evaluation.json in its folder.
+    """Evaluate a trained run, or every finished member of a sweep: a table with units and standard errors, and figures.
 
     The profile likelihood gives each image its own optimal variance and is not a density; the calibrated one freezes the
-    training set's variance and is. Compare models by the calibrated one.
+    training set's variance and is. Compare models by the calibrated one. The numbers go to evaluation.json in the folder, the
+    figures to figures/. Long computations continue where they were interrupted.
 
     Args:
-      workdir: Folder that bsvae train wrote.
+      workdir: Folder that bsvae train or bsvae sweep wrote.
       split: Splits to evaluate.
       checkpoint: The end of training, or the least held-out objective.
+      samples: Importance samples per image for a tighter bound of log p(x), 1 to 5,000; no such bound if not given.
+      bound_images: Take that bound of the first so many images only.
+      fid: Compute FID and KID with so many samples of the prior against the images of each split; 10,000 is usual.
+      protocol: The paper stretches the contrast of each of 25,600 samples before FID; its numbers are marked as such.
+      inception_weights: Weights of the FID network, pytorch-fid's .pth or an .npz; downloaded at first use if not given.
+      figures: Draw figures; --figures False leaves them out.
     """
-    from bsvae_jax import summary
-    from bsvae_jax.data import load
-    from bsvae_jax.evaluation import evaluate as evaluate_run
-    from bsvae_jax.loading import restore
-    from bsvae_jax.rundir import check_same_data, read_info, write_evaluation
+    from bsvae_jax.evaluation import PAPER_SAMPLES, Fid
+    from bsvae_jax.inception import load_weights
+    from bsvae_jax.likelihood import check_samples
 
     if not split:
         raise UserError("--split needs at least one of train and test.")
-    run = restore(workdir, checkpoint)
+    if samples is not None:
+        check_samples(samples)
+    if protocol == "paper" and fid is None:
+        fid = PAPER_SAMPLES
+    if fid is None and inception_weights is not None:
+        raise UserError("--inception-weights is for FID; give --fid N, the number of samples, as well.")
+    options = None
+    if fid is not None:
+        options = Fid(fid, protocol=protocol)
+        options = dataclasses.replace(options, weights=load_weights(inception_weights))
+    is_sweep = (workdir / "sweep.json").is_file()
+    for folder in _finished_members(workdir) if is_sweep else [workdir]:
+        _evaluate_run(folder, split, checkpoint, samples, bound_images, options, figures and not is_sweep)
+    if is_sweep:
+        _report(workdir)
+
+
+def _finished_members(folder: Path) -> list[Path]:
+    from bsvae_jax.results import read_results
+
+    return [folder / "members" / member.name for member in read_results(folder).members]
+
+
+def _evaluate_run(
+    folder: Path,
+    split: tuple[str, ...],
+    checkpoint: Literal["latest", "best"],
+    samples: int | None,
+    bound_images: int | None,
+    fid: Any,
+    figures: bool,
+) -> None:
+    from bsvae_jax import evaluation, evaluation_pictures, rundir, summary
+    from bsvae_jax.data import load
+    from bsvae_jax.loading import restore
+
+    run = restore(folder, checkpoint)
     images = load(run.config.data)
-    check_same_data(workdir, read_info(workdir), images)
-    report = evaluate_run(run, images, split)
-    write_evaluation(workdir, run.step, report, checkpoint)
-    print(summary.as_table(report))
+    rundir.check_same_data(folder, rundir.read_info(folder), images)
+    print(f"{folder}, step {run.step}:")
+    found = evaluation.evaluate(
+        run, images, split, samples=samples, bound_images=bound_images, fid_options=fid, workdir=folder, progress=True
+    )
+    rundir.write_evaluation(folder, run.step, found.report, checkpoint)
+    print(summary.as_table(found.report))
+    if figures:
+        evaluation_pictures.draw(run, images, found, folder)
+        print(f"figures: {folder / 'figures'}")
 
 
 def sample(
@@ -218,6 +270,8 @@ def sample(
 ) -> None:
     """Draw images from a trained run: z from the prior, then the decoder's mean, as 8-bit images.
 
+    An interrupted command continues where it stopped when it is given again.
+
     Args:
       workdir: Folder that bsvae train wrote.
       count: Number of images.
@@ -227,33 +281,36 @@ def sample(
       checkpoint: The end of training, or the least held-out objective.
       overwrite: Replace what is already at out.
     """
-    from bsvae_jax import figures
+    from bsvae_jax import sampling
+    from bsvae_jax.figures import image_grid, save
     from bsvae_jax.loading import restore
-    from bsvae_jax.sampling import sample_prior
+    from bsvae_jax.rundir import ProgressBar
 
     if count < 1:
         raise UserError(f"--count must be >= 1, got {count}.")
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed must lie in 0 ... 2**32 - 1, got {seed}.")
     out = workdir / "samples.npz" if out is None else out
-    if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
+    if out.suffix in (".npz", ".png") and out.exists() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it.")
     run = restore(workdir, checkpoint)
-    if out.suffix not in (".npz", ".png") and run.image_shape[2] not in (1, 3):
-        raise UserError(f"PNG files hold 1 or 3 channels, the model has {run.image_shape[2]}; give --out FILE.npz.")
+    channels = run.image_shape[2]
+    if out.suffix != ".npz" and channels not in (1, 3):
+        raise UserError(f"PNG files hold 1 or 3 channels, the model has {channels}; give --out FILE.npz.")
+    there = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        images = sample_prior(run, count, seed)
-        if out.suffix == ".npz":
-            with out.open("wb") as file:
-                np.savez_compressed(file, images=images)
-        elif out.suffix == ".png":
-            figures.save(figures.image_grid(images / 255.0, f"{count} samples of the prior"), out)
+        if out.suffix == ".png":
+            images = sampling.sample_prior(run, count, seed)
+            save(image_grid(images / 255.0, f"{count} samples of the prior"), out)
         else:
-            figures.save_images(images, out)
+            write = sampling.write_npz if out.suffix == ".npz" else sampling.write_folder
+            with ProgressBar(count, 0, enabled=count > sampling.BATCH) as bar:
+                there = write(run, out, count, seed, overwrite, bar.update)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}).") from error
-    print(f"{count} images {images.shape[1:]}: {out}")
+    before = f", {there} of them there already" if there else ""
+    print(f"{count} images {run.image_shape}{before}: {out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,34 +1,115 @@
-"""Evaluation of a restored run on splits of its data; `summary` says what the numbers are."""
+"""Evaluation of a restored run: every number that can be said of it, and the figures that show where it comes from."""
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bsvae_jax import aggregate, details, feature_statistics, fid, inception, likelihood, priors
 from bsvae_jax.data import ImageSet
+from bsvae_jax.data.sources import to_unit_interval
 from bsvae_jax.errors import UserError, nearest
+from bsvae_jax.likelihood import Density, ImportanceScores
 from bsvae_jax.loading import Restored
+from bsvae_jax.objective import bits_per_dimension
 from bsvae_jax.parallel import data_mesh, replicate
-from bsvae_jax.scoring import EVALUATION_BATCH, SplitScores, calibrate, score_split, split_key
-from bsvae_jax.summary import Report, summarize
+from bsvae_jax.rundir import ProgressBar, warn
+from bsvae_jax.sampling import fingerprint, sample_batches, stretch_contrast, to_8_bits
+from bsvae_jax.scoring import EVALUATION_BATCH, Calibration, SplitScores, calibrate, score_split, split_key
+from bsvae_jax.summary import Quantity, Report, mean_quantity, summarize
+
+PAPER_SAMPLES = 25_600
+"""Images drawn for FID by the code of Kim & Lee (2024)."""
+
+BOUND_SALT = 0x65760003
+"""Folded into a split's key for its importance samples."""
+FID_SALT = 0x65760004
+"""Folded into the config's seed for the samples of FID."""
 
 
-def evaluate(run: Restored, images: ImageSet, splits: Sequence[str] = ("train", "test")) -> Report:
+@dataclasses.dataclass(frozen=True)
+class Fid:
+    """How FID and KID are computed."""
+
+    samples: int = 10_000
+    """Images drawn from the prior."""
+    weights: inception.Weights | None = None
+    """Of `inception.load_weights`; None: downloaded at first use."""
+    protocol: Literal["standard", "paper"] = "standard"
+    """'paper': every sample's contrast is stretched to [0, 1] first, as the code of Kim & Lee (2024) does; not comparable."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 4:
+            raise UserError(f"FID needs samples, at least 4, got {self.samples}; 10,000 or more make it comparable.")
+        if self.protocol not in ("standard", "paper"):
+            raise UserError(f"The protocol must be 'standard' or 'paper', got {self.protocol!r}.")
+
+
+class SplitEvaluation(NamedTuple):
+    """What the numbers of one split were made of."""
+
+    scores: SplitScores
+    details: details.Details
+    rate: aggregate.RateSplit
+    bound: ImportanceScores | None
+    densities: tuple[Density, ...]
+
+
+class Evaluated(NamedTuple):
+    """The result of `evaluate`."""
+
+    report: Report
+    splits: dict[str, SplitEvaluation]
+    """What figures are drawn from."""
+    calibration: Calibration
+
+
+def evaluate(
+    run: Restored,
+    images: ImageSet,
+    splits: Sequence[str] = ("train", "test"),
+    *,
+    samples: int | None = None,
+    bound_images: int | None = None,
+    fid_options: Fid | None = None,
+    workdir: Path | None = None,
+    progress: bool = False,
+) -> Evaluated:
     """Evaluate a restored run on splits of its data, over all devices.
 
     Args:
       run: from `restore`.
       images: the data of its config, from `data.load`.
       splits: 'train', 'test' or both, in the order to report.
+      samples: importance samples per image, 1 to 5,000; None: no importance-weighted bound.
+      bound_images: of the first images of each split for that bound; None: all.
+      fid_options: None: no FID.
+      workdir: where long computations are kept in case they are interrupted; None: nowhere.
+      progress: show a bar on stderr.
 
     Returns:
-      `{split: {name: Quantity}}`. The training set is scored as well if the run has not recorded its calibration.
+      The report, `{split: {name: Quantity}}`, and what it was made of. The training set is scored as well if the run has not
+      recorded its calibration.
 
     Raises:
-      UserError: an unknown split, or images of another shape than the model's.
+      UserError: an unknown split, images of another shape than the model's, a number out of range, or a model whose
+        parameters are not finite.
     """
-    for split in splits:
-        if split not in ("train", "test"):
-            raise UserError(f"There is no split {split!r}{nearest(split, ('train', 'test'))}; the splits are train and test.")
-    if images.image_shape != run.image_shape:
-        raise UserError(f"The model takes images of shape {run.image_shape}, the data have {images.image_shape}.")
+    _check(run, images, splits, samples, bound_images)
+    weights = None
+    if fid_options is not None:
+        if images.image_shape[2] not in (1, 3):
+            raise UserError(f"FID takes images of 1 or 3 channels, these have {images.image_shape[2]}.")
+        weights = fid_options.weights or inception.load_weights()
     mesh = data_mesh()
     variables = replicate(run.variables, mesh)
 
@@ -42,4 +123,277 @@ def evaluate(run: Restored, images: ImageSet, splits: Sequence[str] = ("train", 
     calibration = run.calibration
     if calibration is None:
         calibration = calibrate(scores.get("train") or score("train"), run.step, run.floor)
-    return {split: summarize(scores[split], run.config.beta, calibration) for split in splits}
+    report: Report = {}
+    evaluated = {}
+    for split in splits:
+        parts = _evaluate_split(
+            run, images, split, scores[split], variables, calibration, samples, bound_images, workdir, progress
+        )
+        evaluated[split] = parts
+        report[split] = summarize(scores[split], run.config.beta, calibration) | _quantities(parts, images, samples)
+    if fid_options is not None and weights is not None:
+        drawn = _sample_statistics(run, weights, fid_options, mesh, workdir, progress)
+        for split in splits:
+            report[split] |= _fid_quantities(drawn, images, split, weights, fid_options, mesh, progress)
+        _forget(workdir)
+    return Evaluated(report, evaluated, calibration)
+
+
+def _check(run: Restored, images: ImageSet, splits: Sequence[str], samples: int | None, bound_images: int | None) -> None:
+    for split in splits:
+        if split not in ("train", "test"):
+            raise UserError(f"There is no split {split!r}{nearest(split, ('train', 'test'))}; the splits are train and test.")
+    if images.image_shape != run.image_shape:
+        raise UserError(f"The model takes images of shape {run.image_shape}, the data have {images.image_shape}.")
+    if samples is not None:
+        likelihood.check_samples(samples)
+    if bound_images is not None and bound_images < 1:
+        raise UserError(f"The bound needs at least one image, got {bound_images}.")
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.variables)):
+        raise UserError(
+            f"The parameters of step {run.step} are not finite: this run has diverged, there is nothing to evaluate."
+        )
+
+
+def _evaluate_split(
+    run: Restored,
+    images: ImageSet,
+    split: str,
+    scores: SplitScores,
+    variables: Any,
+    calibration: Calibration,
+    samples: int | None,
+    bound_images: int | None,
+    workdir: Path | None,
+    progress: bool,
+) -> SplitEvaluation:
+    mesh = data_mesh()
+    stored = replicate(getattr(images, split), mesh)
+    key = split_key(run.config.seed, split)
+    with ProgressBar(len(stored), 0, progress) as bar:
+        bar.describe(f"{split}: residuals")
+        found = details.details_of_split(
+            run.model,
+            variables,
+            stored,
+            key,
+            calibration,
+            levels=images.levels,
+            mesh=mesh,
+            batch_size=EVALUATION_BATCH,
+            progress=bar.update,
+        )
+    normal = isinstance(priors.build(run.config.prior, run.config.latent_size), priors.StandardNormal)
+    densities = aggregate.aggregate_posterior(
+        found.z, found.posterior_mean, found.posterior_log_variance, found.log_prior, normal
+    )
+    rate = aggregate.split_rate(densities)
+    if samples is None:
+        return SplitEvaluation(scores, found, rate, None, ())
+    wanted = [Density(frozen=True, dequantised=False), Density(frozen=True, dequantised=True)]
+    if likelihood.has_own_density(run.model):
+        wanted += [Density(frozen=False, dequantised=False), Density(frozen=False, dequantised=True)]
+    count = min(bound_images or len(stored), len(stored))
+    file = _Unfinished(workdir, split, [fingerprint(run), samples, count, calibration.variance, images.fingerprint()])
+    partial = file.read()
+    with ProgressBar(count, 0 if partial is None else partial.done, progress) as bar:
+        bar.describe(f"{split}: {samples} importance samples")
+        bound = likelihood.importance_weighted(
+            run.model,
+            variables,
+            stored,
+            jax.random.fold_in(key, BOUND_SALT),
+            wanted,
+            calibration.variance,
+            samples,
+            levels=images.levels,
+            mesh=mesh,
+            count=count,
+            partial=partial,
+            progress=bar.update,
+            keep=file.write,
+        )
+    file.remove()
+    return SplitEvaluation(scores, found, rate, bound, tuple(wanted))
+
+
+class _Unfinished:
+    """The file from which an interrupted bound continues."""
+
+    def __init__(self, workdir: Path | None, split: str, identity: list[Any]):
+        self._path = None if workdir is None else workdir / f".bound-{split}.npz"
+        self._identity = json.dumps(identity)
+
+    def read(self) -> likelihood.Partial | None:
+        """What was kept for the same computation; None where there is nothing of use."""
+        if self._path is None or not self._path.is_file():
+            return None
+        try:
+            with np.load(self._path, allow_pickle=False) as arrays:
+                if str(arrays["identity"]) != self._identity:
+                    return None
+                values = {name: arrays[name] for name in likelihood.Partial._fields}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            warn(f"{self._path} is damaged; starting that bound again.")
+            return None
+        return likelihood.Partial(**values | {"done": int(values["done"])})
+
+    def write(self, partial: likelihood.Partial) -> None:
+        """Keep how far it has come."""
+        if self._path is not None:
+            temporary = self._path.with_suffix(".part")
+            with temporary.open("wb") as file:
+                np.savez(file, identity=np.array(self._identity), **partial._asdict())
+            temporary.replace(self._path)
+
+    def remove(self) -> None:
+        """The computation has ended."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+# --- Numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _quantities(parts: SplitEvaluation, images: ImageSet, samples: int | None) -> dict[str, Quantity]:
+    """What a split's details and bounds amount to."""
+    rate = parts.rate
+    window = details.window(*images.image_shape[:2])
+    most = math.log(len(parts.details.ssim))
+    saturated = rate.mutual_information.mean() > most - 1.0
+    # N narrow posteriors that hardly overlap are no picture of q(z): then all that is known is rate - log N.
+    limit = f"; SATURATED at log N = {most:.2f}, so more images would raise it" if saturated else f" <= log N = {most:.2f}"
+    limited = "; too high, see mutual_information" if saturated else ""
+    one_sigma = details.residual_coverage(parts.details.residuals[0], np.array([1.0]))
+    found = {
+        "ssim": mean_quantity(
+            parts.details.ssim, "", f"structural similarity of image and reconstruction, {window}-pixel window"
+        ),
+        "residuals_within_one_sigma": Quantity(
+            float(one_sigma[0]), None, "", "share of residuals within one calibrated standard deviation; 0.683 if Gaussian"
+        ),
+        "mutual_information": mean_quantity(rate.mutual_information, "nats", f"I(x; z) of index and code{limit}"),
+        "aggregate_kl": mean_quantity(rate.aggregate_kl, "nats", f"KL(q(z) || p(z)), aggregate posterior and prior{limited}"),
+    }
+    if rate.total_correlation is not None and rate.dimension_kl is not None:
+        found["total_correlation"] = mean_quantity(rate.total_correlation, "nats", f"KL(q(z) || prod_l q(z_l)){limited}")
+        found["dimension_kl"] = mean_quantity(rate.dimension_kl.sum(axis=1), "nats", "sum_l KL(q(z_l) || p(z_l))")
+    if parts.bound is not None and samples is not None:
+        found |= _bound_quantities(parts.bound, parts.densities, images, samples)
+    return found
+
+
+def bound_name(density: Density) -> str:
+    """How a density's bound is called in reports."""
+    name = "importance_weighted_bound" if density.frozen else "own_importance_weighted_bound"
+    return f"{name}_dequantised" if density.dequantised else name
+
+
+def _bound_quantities(
+    bound: ImportanceScores, densities: Sequence[Density], images: ImageSet, samples: int
+) -> dict[str, Quantity]:
+    found = {}
+    shape, step = images.image_shape, 1.0 / (images.levels - 1)
+    for density, values, effective in zip(densities, bound.log_likelihood, bound.effective_samples, strict=True):
+        variance = "calibrated variance" if density.frozen else "the model's own variance"
+        point = "with uniform noise u, " if density.dequantised else "at the grid point, "
+        meaning = f"lower bound of log p(x), K = {samples}, {len(values)} images, {point}{variance}"
+        found[bound_name(density)] = mean_quantity(values, "nats", meaning)
+        if density.dequantised:
+            bits = np.asarray(bits_per_dimension(-values, shape, step))
+            name = f"{bound_name(density).removesuffix('_dequantised')}_bits_per_dimension"
+            found[name] = mean_quantity(bits, "bits/dim", "upper bound, from the dequantised one")
+        elif density.frozen:
+            found["effective_samples"] = mean_quantity(
+                effective, "", f"of the {samples}; near 1, the bound would still rise much"
+            )
+    return found
+
+
+# --- FID --------------------------------------------------------------------------------------------------------------
+
+
+def _as_8_bits(images: np.ndarray, levels: int) -> np.ndarray:
+    return (
+        images
+        if images.dtype == np.uint8 and levels == 256
+        else to_8_bits(np.asarray(to_unit_interval(jnp.asarray(images), levels)))
+    )
+
+
+def _groups(stored: np.ndarray, levels: int, first: int) -> Iterator[np.ndarray]:
+    for start in range(first, len(stored), feature_statistics.GROUP):
+        yield _as_8_bits(stored[start : start + feature_statistics.GROUP], levels)
+
+
+def _sample_statistics(
+    run: Restored, weights: inception.Weights, options: Fid, mesh: Mesh, workdir: Path | None, progress: bool
+) -> feature_statistics.FeatureStatistics:
+    seed = int(jax.random.bits(jax.random.fold_in(jax.random.key(run.config.seed), FID_SALT)))
+
+    def drawn(first: int) -> Iterator[np.ndarray]:
+        for means in sample_batches(run, options.samples, seed, first):
+            yield to_8_bits(stretch_contrast(means) if options.protocol == "paper" else means)
+
+    name = f".fid-{fingerprint(run)[:16]}-{options.protocol}-{weights.source[:16]}-{options.samples}.npz"
+    folder = inception.cache_folder() / "samples" if workdir is None else workdir
+    return _statistics(weights, drawn, options.samples, mesh, folder / name, "FID features of samples", progress)
+
+
+def _forget(workdir: Path | None) -> None:
+    """Remove the statistics of samples, which are of no use once their FID is known."""
+    for path in (inception.cache_folder() / "samples" if workdir is None else workdir).glob(".fid-*.npz"):
+        path.unlink()
+
+
+def _statistics(
+    weights: inception.Weights,
+    images: Callable[[int], Iterator[np.ndarray]],
+    total: int,
+    mesh: Mesh,
+    path: Path,
+    description: str,
+    progress: bool,
+) -> feature_statistics.FeatureStatistics:
+    with ProgressBar(total, 0, progress) as bar:
+        bar.describe(description)
+        return feature_statistics.feature_statistics(weights, images, total, mesh, path, bar.update, bar.update)
+
+
+def _fid_quantities(
+    drawn: feature_statistics.FeatureStatistics,
+    images: ImageSet,
+    split: str,
+    weights: inception.Weights,
+    options: Fid,
+    mesh: Mesh,
+    progress: bool,
+) -> dict[str, Quantity]:
+    stored = getattr(images, split)
+    path = inception.cache_folder() / "fid" / f"{images.fingerprint()[:32]}-{split}-{weights.source[:16]}.npz"
+    reference = _statistics(
+        weights,
+        functools.partial(_groups, stored, images.levels),
+        len(stored),
+        mesh,
+        path,
+        f"FID features of the {split} images (kept in {path.parent})",
+        progress,
+    )
+    few = min(reference.moments.size, drawn.moments.size)
+    if few <= inception.FEATURES:
+        warn(
+            f"FID of {few} images has covariances of rank {few - 1} in {inception.FEATURES} dimensions and is far too high; "
+            f"use more than {inception.FEATURES}, 10,000 to be comparable. KID is unbiased."
+        )
+    moments = (drawn.moments, reference.moments)
+    distance = fid.frechet_distance(*(part for m in moments for part in (m.mean, m.covariance)))
+    kernel = fid.kernel_distance(drawn.features, reference.features)
+    paper = "" if options.protocol == "standard" else "; PAPER'S PROTOCOL: contrast of each sample stretched"
+    other = "" if weights.published else "; NOT the published weights"
+    against = f"{drawn.moments.size} samples against {reference.moments.size} {split} images{paper}{other}"
+    suffix = "" if options.protocol == "standard" else "_paper_protocol"
+    return {
+        f"fid{suffix}": Quantity(distance, None, "", f"Frechet inception distance, {against}"),
+        f"kid{suffix}": Quantity(kernel.value, kernel.standard_error, "", f"kernel inception distance (unbiased), {against}"),
+    }

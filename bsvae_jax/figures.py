@@ -132,10 +132,8 @@ def latent_traversals(images: np.ndarray, values: Sequence[float], labels: Seque
     return figure
 
 
-def save_images(images: np.ndarray, folder: Path) -> None:
-    """Write uint8 images [N, H, W, C], C of 1 or 3, as `000000.png`, ... in a folder; images of that name already there go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"):
-        old.unlink()
-    for index, image in enumerate(images):
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(folder / f"{index:06d}.png")
+def save_image(image: np.ndarray, path: Path) -> None:
+    """Write one uint8 image [H, W, C], C of 1 or 3, as PNG, whole or not at all."""
+    temporary = path.with_suffix(".part")
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, format="png")
+    temporary.replace(path)

@@ -96,9 +96,17 @@ class VAE(nn.Module):
             return Decoded(mean, log_variance)
         return Decoded(mean, self.log_variance if isinstance(self.decoder_variance, Learned) else None)
 
+    def log_prior(self, z: Latents) -> Float[Array, " batch"]:
+        """`log p(z)` of latents [B, L], nats, [B]."""
+        return self.prior_model.log_prob(z)
+
+    def sample_latents(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
+        """`count` samples of the prior, [count, L]."""
+        return self.prior_model.sample(key, count)
+
     def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count height width channels"]:
         """Decoder means of `count` samples of the prior, [count, H, W, C], without pixel noise."""
-        return self.decode(self.prior_model.sample(key, count)).mean
+        return self.decode(self.sample_latents(key, count)).mean
 
     def __call__(self, x: Images, key: Key[Array, "*batch"], train: bool = False) -> VAEOutput:
         """One forward pass with one posterior sample per image.

@@ -38,7 +38,7 @@ FORMAT = 1
 State = TypeVar("State")
 
 
-def take_folder(folder: Path, doing: str) -> TextIO:
+def take_folder(folder: Path, doing: str, option: str = "--workdir") -> TextIO:
     """Make a folder and keep other processes out until the file returned is closed; the system closes it for a dead process.
 
     Raises:
@@ -50,12 +50,12 @@ def take_folder(folder: Path, doing: str) -> TextIO:
             pass
         lock = (folder / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --workdir.") from error
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another {option}.") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise UserError(f"Another process is {doing} in {folder}; choose another --workdir.") from error
+        raise UserError(f"Another process is {doing} in {folder}; choose another {option}.") from error
     return lock
 
 
@@ -173,8 +173,9 @@ def evaluation_at(folder: Path, step: int, checkpoint: str = "latest") -> Report
 
 
 def write_evaluation(folder: Path, step: int, report: Report, checkpoint: str = "latest") -> None:
-    """Write `evaluation.json`; splits evaluated before, for the same parameters, stay."""
-    report = evaluation_at(folder, step, checkpoint) | report
+    """Write `evaluation.json`; splits and quantities found before, for the same parameters, stay."""
+    before = evaluation_at(folder, step, checkpoint)
+    report = before | {split: before.get(split, {}) | quantities for split, quantities in report.items()}
     values = {"step": step, "checkpoint": checkpoint, "splits": as_json(report)}
     write_atomically(folder / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())
 

@@ -34,7 +34,8 @@ Report = dict[str, dict[str, Quantity]]
 """`{split: {name: Quantity}}`"""
 
 
-def _mean(values: np.ndarray, unit: str, meaning: str) -> Quantity:
+def mean_quantity(values: np.ndarray, unit: str, meaning: str) -> Quantity:
+    """The mean of per-example values [N] and its standard error."""
     error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return Quantity(float(values.mean()), error, unit, meaning)
 
@@ -57,7 +58,7 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dic
     per_pixel = 0.5 * np.sum(np.log(2 * np.pi * pixel_variance) + (scores.pixel_squared_error + floor) / pixel_variance)
     active = int(np.sum(scores.posterior_mean.var(axis=0) > ACTIVE_THRESHOLD))
     own = {
-        name: _mean(values, "nats", meaning)
+        name: mean_quantity(values, "nats", meaning)
         for name, values, meaning in (
             ("objective", scores.model_distortion + beta * rate, "distortion + beta * rate, the model's own"),
             ("distortion", scores.model_distortion, "-log p(x|z) under the model's decoder variance"),
@@ -68,17 +69,17 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dic
     bits = bits_per_dimension(calibrated + rate, shape, step)
     return {
         **own,
-        "rate": _mean(rate, "nats", "KL(q(z|x) || p(z))"),
-        "profile_distortion": _mean(profile, "nats", "with sigma^2*(x) of each example; not a density"),
-        "profile_elbo": _mean(-profile - rate, "nats", "the paper's likelihood; not a density"),
-        "calibrated_distortion": _mean(calibrated, "nats", "variance frozen at the training set's optimum"),
-        "calibrated_elbo": _mean(-calibrated - rate, "nats", "lower bound of log p(x), a density"),
-        "calibrated_bits_per_dimension": _mean(np.asarray(bits), "bits/dim", "upper bound, from calibrated_elbo"),
+        "rate": mean_quantity(rate, "nats", "KL(q(z|x) || p(z))"),
+        "profile_distortion": mean_quantity(profile, "nats", "with sigma^2*(x) of each example; not a density"),
+        "profile_elbo": mean_quantity(-profile - rate, "nats", "the paper's likelihood; not a density"),
+        "calibrated_distortion": mean_quantity(calibrated, "nats", "variance frozen at the training set's optimum"),
+        "calibrated_elbo": mean_quantity(-calibrated - rate, "nats", "lower bound of log p(x), a density"),
+        "calibrated_bits_per_dimension": mean_quantity(np.asarray(bits), "bits/dim", "upper bound, from calibrated_elbo"),
         "calibrated_elbo_per_pixel_variance": Quantity(
             float(-per_pixel - rate.mean()), None, "nats", "the same with one frozen variance per pixel"
         ),
-        "mse": _mean(mse, "intensity^2", "squared error per pixel"),
-        "psnr": _mean(-10 * np.log10(np.maximum(mse, 1e-12)), "dB", "peak signal-to-noise ratio, mean over images"),
+        "mse": mean_quantity(mse, "intensity^2", "squared error per pixel"),
+        "psnr": mean_quantity(-10 * np.log10(np.maximum(mse, 1e-12)), "dB", "peak signal-to-noise ratio, mean over images"),
         "variance": Quantity(scores.model_variance, None, "intensity^2", "the model's decoder variance, averaged"),
         "calibrated_variance": Quantity(calibration.variance, None, "intensity^2", "optimum of the training set"),
         "active_units": Quantity(float(active), None, "latents", "variance of the posterior mean > 0.01"),

@@ -81,14 +81,19 @@ def check_numbers(folder, expected, exact, rate=1e-3, biases=True, rel=1e-4):
     assert ours.step == theirs.step
     if exact:
         chex.assert_trees_all_equal(ours.variables, theirs.variables)
-        assert evaluation(folder) == evaluation(expected)
-        assert rows(folder) == rows(expected)
+        # The parameters are the same to the bit; sums over 512 images may be taken in another order, in a scan as outside
+        # (seen with JAX 0.12: the last place of float32).
+        compare_reports(folder, expected, rel=1e-6)
         return
     # Sums in another order. Adam divides a gradient by its own size, so that one near 0 may turn an update around; a tenth
     # of one step's learning rate is far above what rounding has been seen to do in nine steps (1e-6), and far below a step.
     for (path, one), (_, other) in zip(*(jax.tree.leaves_with_path(run.variables) for run in (ours, theirs)), strict=True):
         if biases or "bias" not in str(path[-1]):  # before batch normalisation a bias has rounding for a gradient, no more
             np.testing.assert_allclose(one, other, atol=0.1 * rate, rtol=1e-5, err_msg=str(path))
+    compare_reports(folder, expected, rel)
+
+
+def compare_reports(folder, expected, rel):
     for split, quantities in evaluation(expected)["splits"].items():
         for name, quantity in quantities.items():
             value = evaluation(folder)["splits"][split][name]["value"]
@@ -474,8 +479,9 @@ def test_a_member_may_be_continued_alone(three, trained, monkeypatch, tmp_path):
     for name in NAMES:
         check_same(tmp_path / "sweep" / "members" / name, three / "members" / name)
         pictures = [np.load(root / "members" / name / "pictures.npz") for root in (tmp_path / "sweep", three)]
-        for kind in ("originals", "reconstructions", "samples", "latent_rate"):
+        for kind in ("originals", "reconstructions", "samples"):
             np.testing.assert_array_equal(pictures[0][kind], pictures[1][kind])
+        np.testing.assert_allclose(pictures[0]["latent_rate"], pictures[1]["latent_rate"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("damaged", [[NAMES[1]], NAMES], ids=["one member", "all members"])

@@ -1,0 +1,174 @@
+"""Pictures of an evaluation: runs the model where that is still needed and hands the arrays to `evaluation_figures`."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.stats import norm
+
+from bsvae_jax import details, evaluation_figures, figures
+from bsvae_jax.data import ImageSet
+from bsvae_jax.data.sources import to_unit_interval
+from bsvae_jax.evaluation import Evaluated, SplitEvaluation, bound_name
+from bsvae_jax.loading import Restored
+from bsvae_jax.neighbours import nearest_images
+from bsvae_jax.sampling import sample_prior
+from bsvae_jax.scoring import split_key
+
+EXTREMES = 16
+"""Images shown of the least and of the greatest variance."""
+INTERPOLATED = 5
+"""Pairs of images between which is interpolated."""
+STEPS = 11
+COMPARED = 300
+"""Samples and held-out images compared with the training set."""
+DENSITY_BINS = 4
+"""Bins of the residuals taken together in their density."""
+SHOWN = 20
+"""Samples shown above their nearest training images."""
+BOUND_LABELS = {
+    "importance_weighted_bound": "calibrated σ²",
+    "importance_weighted_bound_dequantised": "calibrated σ², dequantised",
+    "own_importance_weighted_bound": "the model's σ²",
+    "own_importance_weighted_bound_dequantised": "the model's σ², dequantised",
+}
+
+
+def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -> list[Path]:
+    """All figures of an evaluation, as PNG files in `workdir/figures`."""
+    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
+    drawn: dict[str, Any] = {
+        "interpolations": _interpolations(run, images, title),
+        "nearest_neighbours": _neighbours(run, images, title),
+    }
+    for split, parts in evaluated.splits.items():
+        own = f"{title}, {split} set"
+        drawn[f"residuals_{split}"] = _residuals(parts, own)
+        drawn[f"variance_maps_{split}"] = evaluation_figures.variance_maps(
+            _mean_image(images), parts.scores.pixel_squared_error, evaluated.calibration.variance_per_pixel, own
+        )
+        drawn[f"variance_by_difficulty_{split}"] = _difficulty(images, split, parts, evaluated, own)
+        drawn[f"rate_parts_{split}"] = _rate(parts, own)
+        if parts.bound is not None:
+            names = [BOUND_LABELS[bound_name(density)] for density in parts.densities]
+            curves = dict(zip(names, parts.bound.curve, strict=True))
+            drawn[f"likelihood_{split}"] = evaluation_figures.likelihood_curves(curves, own)
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(workdir / "figures" / f"{name}.png")
+        figures.save(figure, paths[-1])
+    return paths
+
+
+def _mean_image(images: ImageSet) -> np.ndarray:
+    scale = 1.0 if np.issubdtype(images.train.dtype, np.floating) else images.levels - 1
+    return images.train.mean(axis=0, dtype=np.float64) / scale
+
+
+def _residuals(parts: SplitEvaluation, title: str) -> Any:
+    probabilities = np.asarray(norm.cdf(np.linspace(-4.0, 4.0, 201)), np.float64)
+    widths = np.linspace(0.02, 4.0, 200)
+    count = details.BINS // DENSITY_BINS
+    width = 2 * details.LIMIT / count
+    bins = (np.arange(count) + 0.5) * width - details.LIMIT
+    counts = dict(zip(details.STANDARDISED_BY, parts.details.residuals, strict=True))
+    return evaluation_figures.residual_calibration(
+        probabilities,
+        np.linspace(-4.0, 4.0, 201),
+        {name: details.residual_quantiles(row, probabilities) for name, row in counts.items()},
+        np.asarray(2 * norm.cdf(widths) - 1),
+        {name: details.residual_coverage(row, widths) for name, row in counts.items()},
+        {name: row.reshape(count, -1).sum(axis=1) / row.sum() / width for name, row in counts.items()},
+        bins,
+        f"Residuals x + u − μ over σ: {title}",
+    )
+
+
+def _difficulty(images: ImageSet, split: str, parts: SplitEvaluation, evaluated: Evaluated, title: str) -> Any:
+    variance = parts.scores.squared_error / parts.scores.pixels + evaluated.calibration.floor
+    stored, mean = getattr(images, split), _mean_image(images)
+
+    def at(positions: np.ndarray) -> np.ndarray:
+        return np.asarray(to_unit_interval(jnp.asarray(stored[positions]), images.levels))
+
+    parts_of_split = np.split(np.arange(len(stored)), range(1000, len(stored), 1000))
+    difficulty = np.concatenate([np.square(at(part) - mean).mean(axis=(1, 2, 3)) for part in parts_of_split])
+    order = np.argsort(variance)
+    return evaluation_figures.variance_by_difficulty(
+        variance,
+        difficulty,
+        parts.scores.rate,
+        evaluated.calibration.variance,
+        at(order[:EXTREMES]),
+        at(order[-EXTREMES:]),
+        title,
+    )
+
+
+def _rate(parts: SplitEvaluation, title: str) -> Any:
+    def mean(values: np.ndarray) -> tuple[float, float]:
+        return float(values.mean()), float(values.std() / np.sqrt(max(len(values) - 1, 1)))
+
+    split, total = parts.rate, parts.scores.rate
+    bars = {"rate": mean(total), "mutual information I(x; z)": mean(split.mutual_information)}
+    bars["KL(q(z) || p(z))"] = mean(split.aggregate_kl)
+    latents = {"rate: KL(q(z|x) || p(z))": parts.scores.latent_rate}
+    if split.total_correlation is not None and split.dimension_kl is not None:
+        bars |= {
+            "  total correlation": mean(split.total_correlation),
+            "  dimension-wise KL": mean(split.dimension_kl.sum(axis=1)),
+        }
+        latents["dimension-wise: KL(q(z) || p(z))"] = split.dimension_kl.mean(axis=0)
+    return evaluation_figures.rate_decomposition(bars, latents, float(np.log(len(total))), title)
+
+
+def spherical(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Spherical interpolation (Shoemake 1985) between two vectors [L], their lengths interpolated linearly, [steps, L]."""
+    lengths = np.linalg.norm(one), np.linalg.norm(other)
+    ends = one / max(lengths[0], 1e-12), other / max(lengths[1], 1e-12)
+    angle = np.arccos(np.clip(ends[0] @ ends[1], -1.0, 1.0))
+    if np.sin(angle) < 1e-6:  # one direction, or opposite ones: no plane to turn in
+        return linear(one, other, shares)
+    share = shares[:, None]
+    direction = (np.sin((1 - share) * angle) * ends[0] + np.sin(share * angle) * ends[1]) / np.sin(angle)
+    return direction * ((1 - share) * lengths[0] + share * lengths[1])
+
+
+def linear(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Straight interpolation between two vectors [L], [steps, L]."""
+    return (1 - shares[:, None]) * one + shares[:, None] * other
+
+
+def _interpolations(run: Restored, images: ImageSet, title: str) -> Any:
+    pairs = min(INTERPOLATED, len(images.test) // 2)
+    x = to_unit_interval(jnp.asarray(images.test[: 2 * pairs]), images.levels)
+    apply = jax.jit(run.model.apply, static_argnames="method")
+    ends = np.asarray(apply(run.variables, x, method="encode").mean, np.float64)
+    shares = np.linspace(0.0, 1.0, STEPS)
+    paths = [path(ends[i], ends[i + 1], shares) for i in range(0, 2 * pairs, 2) for path in (linear, spherical)]
+    z = np.concatenate(paths).astype(np.float32)
+    decoded = np.asarray(apply(run.variables, z, method="decode").mean).reshape(len(paths), STEPS, *run.image_shape)
+    return evaluation_figures.interpolations(
+        decoded, ["linear", "spherical"] * pairs, f"Between the posterior means of held-out images: {title}"
+    )
+
+
+def _neighbours(run: Restored, images: ImageSet, title: str) -> Any:
+    samples = sample_prior(run, COMPARED, run.config.seed) / 255.0
+    held_out = to_unit_interval(jnp.asarray(images.test[:COMPARED]), images.levels)
+    output: Any = jax.jit(run.model.apply)(run.variables, held_out, split_key(run.config.seed, "test"))
+    sets = {
+        "samples": samples,
+        "held-out reconstructions": np.clip(np.asarray(output.decoded.mean), 0.0, 1.0),
+        "held-out images": np.asarray(held_out),
+    }
+    found = {name: nearest_images(queries, images.train, images.levels) for name, queries in sets.items()}
+    nearest = to_unit_interval(jnp.asarray(images.train[found["samples"].positions[:SHOWN]]), images.levels)
+    return evaluation_figures.nearest_neighbours(
+        samples[:SHOWN],
+        np.asarray(nearest),
+        {name: neighbours.distance for name, neighbours in found.items()},
+        f"Are samples memories? {title}",
+    )
