@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
+import io
 import json
 import math
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,7 @@ from bsvae_jax import aggregate, details, feature_statistics, fid, inception, li
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.sources import to_unit_interval
 from bsvae_jax.errors import UserError, nearest
+from bsvae_jax.files import read_arrays, write_atomically
 from bsvae_jax.likelihood import Density, ImportanceScores
 from bsvae_jax.loading import Restored
 from bsvae_jax.objective import bits_per_dimension
@@ -229,22 +230,22 @@ class _Unfinished:
         if self._path is None or not self._path.is_file():
             return None
         try:
-            with np.load(self._path, allow_pickle=False) as arrays:
-                if str(arrays["identity"]) != self._identity:
-                    return None
-                values = {name: arrays[name] for name in likelihood.Partial._fields}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            warn(f"{self._path} is damaged; starting that bound again.")
+            arrays = read_arrays(self._path, "it is made again")
+        except UserError as error:
+            warn(str(error))
             return None
-        return likelihood.Partial(**values | {"done": int(values["done"])})
+        expected = {"identity", *likelihood.Partial._fields}
+        if set(arrays) != expected or str(arrays.pop("identity")) != self._identity:
+            return None
+        values: dict[str, Any] = arrays | {"done": int(arrays["done"])}
+        return likelihood.Partial(**values)
 
     def write(self, partial: likelihood.Partial) -> None:
         """Keep how far it has come."""
         if self._path is not None:
-            temporary = self._path.with_suffix(".part")
-            with temporary.open("wb") as file:
-                np.savez(file, identity=np.array(self._identity), **partial._asdict())
-            temporary.replace(self._path)
+            content = io.BytesIO()
+            np.savez(content, identity=np.array(self._identity), **partial._asdict())
+            write_atomically(self._path, content.getvalue())
 
     def remove(self) -> None:
         """The computation has ended."""
@@ -384,7 +385,7 @@ def _fid_quantities(
     if few <= inception.FEATURES:
         warn(
             f"FID of {few} images has covariances of rank {few - 1} in {inception.FEATURES} dimensions and is far too high; "
-            f"use more than {inception.FEATURES}, 10,000 to be comparable. KID is unbiased."
+            f"use more than {inception.FEATURES:,}, 10,000 to be comparable. KID is unbiased."
         )
     moments = (drawn.moments, reference.moments)
     distance = fid.frechet_distance(*(part for m in moments for part in (m.mean, m.covariance)))

@@ -1,7 +1,6 @@
 """Feature statistics of many images, kept in a file as they come, so that hours of work survive an interruption."""
 
 import io
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +10,8 @@ from jax.sharding import Mesh
 
 from bsvae_jax import fid
 from bsvae_jax.errors import UserError
+from bsvae_jax.files import read_arrays, write_atomically
 from bsvae_jax.inception import FEATURES, Weights, features
-from bsvae_jax.rundir import write_atomically
 from bsvae_jax.sampling import BATCH
 
 GROUP = BATCH
@@ -39,16 +38,13 @@ def read(path: Path) -> FeatureStatistics | None:
     """
     if not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            moments = fid.Moments(int(arrays["size"]), arrays["mean"], arrays["scatter"])
-            found = FeatureStatistics(moments, arrays["features"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it, it is computed again.") from error
-    shapes = (moments.mean.shape, moments.scatter.shape, found.features.shape)
-    if shapes != ((FEATURES,), (FEATURES, FEATURES), (min(moments.size, KEPT), FEATURES)):
-        raise UserError(f"{path} is damaged (arrays of shapes {shapes}); delete it, it is computed again.")
-    return found
+    remedy = "delete it, and it is computed again"
+    arrays = read_arrays(path, remedy)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    kept = (min(int(arrays["size"]), KEPT) if shapes.get("size") == () else -1, FEATURES)
+    if shapes != {"size": (), "mean": (FEATURES,), "scatter": (FEATURES, FEATURES), "features": kept}:
+        raise UserError(f"{path} is damaged (arrays of shapes {shapes}); {remedy}.")
+    return FeatureStatistics(fid.Moments(int(arrays["size"]), arrays["mean"], arrays["scatter"]), arrays["features"])
 
 
 def _write(path: Path, statistics: FeatureStatistics) -> None:

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import os
 import urllib.request
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from bsvae_jax.errors import UserError
+from bsvae_jax.files import read_arrays
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift, replicate
 from bsvae_jax.torchfile import read_state_dict
 
@@ -353,11 +353,7 @@ def load_weights(path: str | Path | None = None, sha256: str | None = WEIGHTS_SH
     if path.suffix != ".npz":
         _check_hash(path, sha256)
         return Weights(from_state_dict(read_state_dict(path), str(path)), _hash(path))
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not an .npz of arrays, or damaged ({error}).") from error
+    arrays = read_arrays(path, _how_to_get())
     source = arrays.pop("source_sha256", None)
     return Weights(from_state_dict(arrays, str(path)), _hash(path) if source is None else str(source))
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from bsvae_jax import figures, sweep_figures, theory
 from bsvae_jax.config import Linear, to_dict
+from bsvae_jax.files import write_atomically
 from bsvae_jax.objective import Constant, Optimal, quantization_variance
 from bsvae_jax.results import (
     HEADINGS,
@@ -31,7 +32,6 @@ from bsvae_jax.results import (
     tabled_quantities,
     variance_label,
 )
-from bsvae_jax.rundir import write_atomically
 from bsvae_jax.sweep_figures import Curve, Line
 
 

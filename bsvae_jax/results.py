@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 
 from bsvae_jax.config import Config
 from bsvae_jax.errors import UserError
+from bsvae_jax.files import read_arrays
 from bsvae_jax.grid import variance_name
 from bsvae_jax.objective import Constant, DecoderVariance, Learned, Optimal
 from bsvae_jax.rundir import read_evaluation, read_failure, read_info
@@ -150,11 +150,7 @@ def read_results(folder: Path) -> SweepResults:
 
 
 def _read_pictures(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and `bsvae sweep` makes it again.") from error
+    return read_arrays(path, "delete it, and `bsvae sweep` makes it again")
 
 
 def mean_and_deviation(members: Sequence[MemberResult], quantity: str, split: str) -> tuple[float, float]:

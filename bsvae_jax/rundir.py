@@ -13,7 +13,6 @@ figures/           written by the command line
 import fcntl
 import io
 import json
-import os
 import sys
 import tempfile
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from bsvae_jax.checkpoint import Checkpoints
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
+from bsvae_jax.files import read_arrays, write_atomically
 from bsvae_jax.scoring import Calibration
 from bsvae_jax.summary import Report, as_json, from_json
 
@@ -67,13 +67,6 @@ class RunInfo(NamedTuple):
     levels: int
     fingerprint: str
     """Of the images trained on, `ImageSet.fingerprint`."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def read_info(folder: Path) -> RunInfo:
@@ -136,9 +129,13 @@ def read_calibration(folder: Path) -> Calibration | None:
     path = folder / "calibration.npz"
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as values:
+    remedy = "delete it, and `bsvae train` or `bsvae evaluate` measures it again"
+    values = read_arrays(path, remedy)
+    try:
         per_pixel = values["variance_per_pixel"]
         return Calibration(int(values["step"]), float(values["variance"]), per_pixel, float(values["floor"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}.") from error
 
 
 class Evaluation(NamedTuple):

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 
 from bsvae_jax import figures
 from bsvae_jax.errors import UserError
+from bsvae_jax.files import read_arrays, write_atomically
 from bsvae_jax.loading import Restored
 from bsvae_jax.model import VAE
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, data_mesh, lift, replicate
-from bsvae_jax.rundir import take_folder, write_atomically
+from bsvae_jax.rundir import take_folder
 
 BATCH = 500
 """Images per device call; each batch has its own key, so the first images do not depend on how many are drawn."""
@@ -133,7 +134,7 @@ def write_npz(run: Restored, path: Path, count: int, seed: int, overwrite: bool,
         for start in range(0, count, BATCH):
             part = partial / f"{start:09d}.npy"
             if part.is_file():
-                images = np.load(part, allow_pickle=False)
+                images = read_arrays(part, "delete it, and it is drawn again")[""]
                 there += len(images)
             else:
                 (means,) = sample_batches(run, min(count, start + BATCH), seed, start)

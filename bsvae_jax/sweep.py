@@ -27,6 +27,7 @@ from bsvae_jax.config import Config, Residual
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.order import steps_through
 from bsvae_jax.errors import DivergenceError, UserError
+from bsvae_jax.files import write_atomically
 from bsvae_jax.gallery import PICTURES, Gallery, draw_members
 from bsvae_jax.grid import GridMember, Sweep, base_config
 from bsvae_jax.parallel import Driving, available_bytes, data_mesh, describe_devices, sweep_mesh
@@ -39,7 +40,6 @@ from bsvae_jax.rundir import (
     read_info,
     take_folder,
     warn,
-    write_atomically,
 )
 from bsvae_jax.scoring import SplitScores
 from bsvae_jax.trainer import Member, Program, Trainer, program_config

@@ -12,6 +12,7 @@ PACKAGE = Path(bsvae_jax.__file__).parent
 # From the ground up; a module may import only modules of lower layers. One layer a line.
 LAYERS = [
     ["errors", "figures"],
+    ["files"],
     ["objective", "theory", "randomness", "sweep_figures", "evaluation_figures", "torchfile", "fid"],
     ["config"],
     ["networks", "priors", "grid"],

@@ -317,7 +317,7 @@ EIGHT = random_bytes(8, 4, 4)
         pytest.param("a.npy", npy(EIGHT)[:40], "cannot be read as a NumPy file", id="npy header cut"),
         pytest.param("a.npz", npz(trian=EIGHT), "needs an array 'train' .* holds trian .*did you mean 'trian'", id="no train"),
         pytest.param("a.npz", npz(), "it holds nothing", id="empty npz"),
-        pytest.param("a.npz", plain_zip(), "needs an array 'train'.* it holds read.me", id="some other zip"),
+        pytest.param("a.npz", plain_zip(), "an archive of other files", id="some other zip"),
         pytest.param(
             "a.npz", npz(train=EIGHT, test=random_bytes(8, 4, 5)), "\\(4, 4, 1\\) uint8 .*\\(4, 5, 1\\) uint8", id="shape"
         ),

@@ -8,7 +8,6 @@ import functools
 import gzip
 import hashlib
 import math
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 
 from bsvae_jax import config
 from bsvae_jax.errors import UserError, nearest
+from bsvae_jax.files import read_arrays
 
 DIGITS_TEST = 297
 """Held-out digits, the last of scikit-learn's 1,797 (their own order, which mixes the writers)."""
@@ -184,14 +184,9 @@ def _mnist(folder: Path) -> ImageSet:
 def _arrays(path: Path, holdout: float, seed: int) -> ImageSet:
     if not path.is_file():
         raise UserError(f"There is no file {str(path)!r}; data.path must name a .npz or .npy of images.")
-    try:
-        with path.open("rb") as file:
-            content = np.load(file, allow_pickle=False)
-            named = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else {"train": content}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"{path} cannot be read as a NumPy file ({error}); it is truncated, damaged or holds objects."
-        ) from error
+    named = read_arrays(path, "data.path must name a .npz or .npy of images")
+    if "" in named:
+        named = {"train": named[""]}
     names = {key: next((n for n in (key, f"x_{key}", f"{key}_images") if n in named), None) for key in ("train", "test")}
     if names["train"] is None:
         found = ", ".join(named) or "nothing"

@@ -1,0 +1,47 @@
+"""Files that are whole or not there, and damaged ones that say so."""
+
+import os
+import struct
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from bsvae_jax.errors import UserError
+
+DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, MemoryError, RuntimeError, SyntaxError)
+DAMAGE += (struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError)
+"""What NumPy and the standard library have been seen to raise on damaged archives."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part, also after a crash of the machine."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` or the one of an `.npy` (under the name ''); never runs anything in it.
+
+    Raises:
+      UserError: not such a file, or a damaged one; the sentence ends with `remedy`.
+    """
+    try:
+        with path.open("rb") as file:  # np.load by name would leave a damaged file open
+            content = np.load(file, allow_pickle=False)
+            arrays = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else {"": content}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise ValueError("an archive of other files")
+            return arrays
+    except DAMAGE as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} cannot be read as a NumPy file ({what}): it is damaged or holds objects; {remedy}.") from error
