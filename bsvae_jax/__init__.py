@@ -3,13 +3,14 @@
     import bsvae_jax as bv
 
 The loss is made of pure functions of arrays (`gaussian_nll`, `optimal_gaussian_nll`, `kl_to_standard_normal`,
-`elbo_terms`, `mean_objective`); `VAE` is the Flax model; `theory` holds what is known exactly; `fit`, `fit_sweep` and
-`restore` are what the command line calls. Importing the package touches no device.
+`elbo_terms`, `mean_objective`); `VAE` is the Flax model; `theory` holds what is known exactly; `fit`, `fit_sweep`,
+`restore` and `evaluate` are what the command line calls. Importing the package touches no device.
 """
 
 from bsvae_jax import data, theory
 from bsvae_jax.config import Config, load_config
 from bsvae_jax.errors import BsvaeError, DivergenceError, UserError
+from bsvae_jax.evaluation import Fid, evaluate
 from bsvae_jax.grid import Sweep
 from bsvae_jax.loading import Restored, restore
 from bsvae_jax.model import VAE
@@ -45,6 +46,7 @@ __all__ = [
     "Constant",
     "DivergenceError",
     "ElboTerms",
+    "Fid",
     "FitResult",
     "Learned",
     "Optimal",
@@ -57,6 +59,7 @@ __all__ = [
     "bits_per_dimension",
     "data",
     "elbo_terms",
+    "evaluate",
     "fit",
     "fit_sweep",
     "gaussian_nll",

@@ -11,8 +11,10 @@ import numpy as np
 
 from bsvae_jax.errors import UserError
 
-DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, MemoryError, RuntimeError, SyntaxError)
-DAMAGE += (struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError)
+DAMAGE: tuple[type[Exception], ...] = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, MemoryError, RuntimeError, SyntaxError),
+    *(struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError),
+)
 """What NumPy and the standard library have been seen to raise on damaged archives."""
 
 
