@@ -11,7 +11,9 @@ from bsvae_jax import data, theory
 from bsvae_jax.config import Config, load_config
 from bsvae_jax.errors import BsvaeError, DivergenceError, UserError
 from bsvae_jax.evaluation import Fid, evaluate
+from bsvae_jax.failure import FailedStep, failed_step
 from bsvae_jax.grid import Sweep
+from bsvae_jax.interruption import Interrupted
 from bsvae_jax.loading import Restored, restore
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import (
@@ -46,8 +48,10 @@ __all__ = [
     "Constant",
     "DivergenceError",
     "ElboTerms",
+    "FailedStep",
     "Fid",
     "FitResult",
+    "Interrupted",
     "Learned",
     "Optimal",
     "Predicted",
@@ -60,6 +64,7 @@ __all__ = [
     "data",
     "elbo_terms",
     "evaluate",
+    "failed_step",
     "fit",
     "fit_sweep",
     "gaussian_nll",

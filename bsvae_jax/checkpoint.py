@@ -3,13 +3,16 @@
 A checkpoint holds plain arrays only, so it restores onto any number of devices: the caller gives the target shapes.
 """
 
+import hashlib
 import itertools
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -18,9 +21,26 @@ from bsvae_jax.errors import UserError
 
 Warn = Callable[[str], None]
 
+FORMAT = 1
+"""Version of what a checkpoint holds."""
+
 
 class DamagedCheckpointError(UserError):
     """The checkpoint asked for does not load; it was moved aside."""
+
+
+class NewerCheckpointError(UserError):
+    """The checkpoint was written by a newer version, which may have meant something else by it."""
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of names, types, shapes and values of all arrays: what a checkpoint must restore to."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
+        array = np.asarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -35,11 +55,13 @@ class Checkpoints:
     """The checkpoints under `folder`, one per step; keeps the latest two and the one of the least objective.
 
     Two, so that a damaged newest one leaves another. Saving is asynchronous; `wait` (or the end of the `with` block) makes it
-    final. Orbax writes to a temporary folder and renames it, so a kill never leaves a half-written step.
+    final. Orbax writes to a temporary folder and renames it, so a kill never leaves a half-written step. A digest of the arrays
+    is saved with them and compared when they are restored: a flipped bit is a damaged checkpoint, not another result.
     """
 
-    def __init__(self, folder: Path, read_only: bool = False):
-        """`folder` is made if absent, unless `read_only`."""
+    def __init__(self, folder: Path, read_only: bool = False, description: dict[str, Any] | None = None):
+        """`folder` is made if absent, unless `read_only`; `description` (plain JSON values) travels with every checkpoint."""
+        self._description = description or {}
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every internal step at INFO and WARNING
         self._folder, self._read_only = folder.resolve(), read_only
         best = BestN(get_metric_fn=lambda metrics: -metrics["objective"], n=1, keep_checkpoints_without_metrics=False)
@@ -66,12 +88,15 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step of the least held-out objective, None when nothing is saved."""
-        return self._manager.best_step()
+        """The step of the least held-out objective, None when none was evaluated."""
+        step = self._manager.best_step()
+        return None if step is None or math.isinf(self._manager.metrics(step)["objective"]) else step
 
-    def save(self, step: int, state: Any, objective: float) -> None:
-        """Save a pytree of arrays; `objective` (held-out, nats) ranks it."""
-        self._manager.save(step, args=ocp.args.StandardSave(state), metrics={"objective": objective})
+    def save(self, step: int, state: Any, objective: float | None) -> None:
+        """Save a pytree of arrays; `objective` (held-out, nats; None: not evaluated) ranks it."""
+        metadata = {"format": FORMAT, "sha256": digest(state), **self._description}
+        metrics = {"objective": math.inf if objective is None else objective}  # Orbax wants one
+        self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, custom_metadata=metadata)
 
     def wait(self) -> None:
         """Block until everything saved is on disk."""
@@ -95,6 +120,7 @@ class Checkpoints:
 
         Raises:
           DamagedCheckpointError: the `step` asked for does not load; unless `read_only`, it was moved aside as well.
+          NewerCheckpointError: a version that is not known wrote it.
           UserError: nothing is saved, or no checkpoint loads.
         """
         candidates = self.steps()[::-1] if step is None else [step]
@@ -104,10 +130,12 @@ class Checkpoints:
         failures = []
         for candidate in candidates:
             try:
-                state = self._manager.restore(candidate, args=ocp.args.StandardRestore(target))
+                state = self._restore(candidate, target)
                 if not self._read_only:
                     self._move_aside(candidates[: candidates.index(candidate)])
                 return candidate, state
+            except NewerCheckpointError:
+                raise
             except Exception as error:  # a damaged file surfaces as any of Orbax's, TensorStore's or JSON's errors
                 reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
                 failures.append(f"{self.path(candidate)} does not load ({reason})")
@@ -117,6 +145,17 @@ class Checkpoints:
             self._move_aside(candidates)
             raise DamagedCheckpointError(f"{failures[0]}; it was moved to {self._folder.parent / 'damaged_checkpoints'}.")
         raise UserError(f"No checkpoint loads: {'; '.join(failures)}. Move the folder away to start again.")
+
+    def _restore(self, step: int, target: Any) -> Any:
+        metadata = self._manager.metadata(step).custom_metadata or {}
+        if metadata.get("format", FORMAT) > FORMAT:
+            raise NewerCheckpointError(
+                f"{self.path(step)} was written by a newer bsvae_jax (format {metadata['format']}, this one knows {FORMAT})."
+            )
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        if metadata.get("sha256") != digest(state):
+            raise ValueError("its arrays are not those that were saved")
+        return state
 
     def _move_aside(self, steps: list[int]) -> None:
         for step in steps:

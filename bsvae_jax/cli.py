@@ -12,6 +12,7 @@ from bsvae_jax import config as configs
 from bsvae_jax.config import Config
 from bsvae_jax.errors import BsvaeError, DivergenceError, UserError
 from bsvae_jax.grid import Sweep, choose_variances, load_sweep
+from bsvae_jax.interruption import Interrupted
 from bsvae_jax.objective import Optimal
 
 DATA = Literal["digits", "mnist", "arrays", "tfds"]
@@ -313,8 +314,16 @@ def sample(
     print(f"{count} images {run.image_shape}{before}: {out}")
 
 
+def _first_line(error: Exception) -> str:
+    """What the compiler or the allocator says, with the size asked for."""
+    return str(error).strip().split("\n")[0][:300].rstrip(".")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command. Exit status 2: the message says what was wrong; 130: interrupted, the same command continues."""
+    """Run a command.
+
+    Exit status 2: the message says what was wrong; 130 and 143: stopped by SIGINT or SIGTERM, the same command continues.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         default: Any = Config()
@@ -345,6 +354,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:  # its text names the file
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except MemoryError as error:
+        print(f"error: out of memory ({error}). A smaller batch_size or network needs less.", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"error: out of device memory: {_first_line(error)}. A smaller batch_size or network needs less.", file=sys.stderr
+        )
+        sys.exit(2)
+    except Interrupted as error:
+        print(f"\n{error}; the same command continues there", file=sys.stderr)
+        sys.exit(128 + error.number)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command continues from what is saved", file=sys.stderr)
         sys.exit(130)

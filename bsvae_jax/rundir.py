@@ -6,15 +6,20 @@ tensorboard/       the same as TensorBoard events
 checkpoints/       Orbax, the latest two and the best
 calibration.npz    optimal variance of the training set (at the end)
 evaluation.json    every reported number of both splits (at the end, or by `bsvae evaluate`)
-failure.json       why training stopped, where it did
+failure.json       why training stopped, where it did; failure.npz has the state and the batch of that step
+row.npz            steps of the next row of metrics.jsonl, where a signal stopped training between two rows
 figures/           written by the command line
 """
 
+import errno
 import fcntl
 import io
 import json
+import os
+import re
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar
@@ -24,12 +29,13 @@ from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
 from bsvae_jax import config as configs
-from bsvae_jax.checkpoint import Checkpoints
+from bsvae_jax.checkpoint import Checkpoints, DamagedCheckpointError
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
 from bsvae_jax.files import read_arrays, write_atomically
 from bsvae_jax.scoring import Calibration
+from bsvae_jax.space import MARGIN, check_room, free_bytes, mebibytes, tree_bytes
 from bsvae_jax.summary import Report, as_json, from_json
 
 FORMAT = 1
@@ -44,6 +50,10 @@ def take_folder(folder: Path, doing: str, option: str = "--workdir") -> TextIO:
     Raises:
       UserError: another process has it (`doing` says what), or it cannot be written.
     """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):
+        raise UserError(
+            f"{folder} is a URL; {option} must be a local folder. Mount the bucket and give the folder it appears in."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -144,6 +154,8 @@ class Evaluation(NamedTuple):
     step: int
     checkpoint: str
     report: Report
+    findings: dict[str, str]
+    """What is wrong with the model, by the name of the ailment (`diagnosis`)."""
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
@@ -157,7 +169,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         return None
     try:
         values = json.loads(path.read_text())
-        return Evaluation(int(values["step"]), str(values["checkpoint"]), from_json(values["splits"]))
+        findings = {str(name): str(sentence) for name, sentence in values.get("findings", {}).items()}
+        return Evaluation(int(values["step"]), str(values["checkpoint"]), from_json(values["splits"]), findings)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and evaluate again.") from error
 
@@ -165,15 +178,20 @@ def read_evaluation(folder: Path) -> Evaluation | None:
 def evaluation_at(folder: Path, step: int, checkpoint: str = "latest") -> Report:
     """The report of `evaluation.json` for the parameters of a step; empty where it is of others."""
     evaluation = read_evaluation(folder)
-    same = evaluation is not None and evaluation[:2] == (step, checkpoint)
+    same = evaluation is not None and (evaluation.step, evaluation.checkpoint) == (step, checkpoint)
     return evaluation.report if evaluation is not None and same else {}
 
 
-def write_evaluation(folder: Path, step: int, report: Report, checkpoint: str = "latest") -> None:
-    """Write `evaluation.json`; splits and quantities found before, for the same parameters, stay."""
+def write_evaluation(
+    folder: Path, step: int, report: Report, checkpoint: str = "latest", findings: Mapping[str, str] | None = None
+) -> None:
+    """Write `evaluation.json`; splits, quantities and findings from before, for the same parameters, stay."""
     before = evaluation_at(folder, step, checkpoint)
+    if findings is None:
+        known = read_evaluation(folder) if before else None
+        findings = {} if known is None else known.findings
     report = before | {split: before.get(split, {}) | quantities for split, quantities in report.items()}
-    values = {"step": step, "checkpoint": checkpoint, "splits": as_json(report)}
+    values = {"step": step, "checkpoint": checkpoint, "findings": dict(findings), "splits": as_json(report)}
     write_atomically(folder / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())
 
 
@@ -203,8 +221,11 @@ class RunDirectory:
         """
         self.folder, self._progress = folder, progress
         self._check_folder(config, images)
-        self._checkpoints = Checkpoints(folder / "checkpoints")
+        self._checkpoints = Checkpoints(folder / "checkpoints", description={"config": configs.to_dict(config)})
         self._writer: SummaryWriter | None = None
+        self._unwritten: list[str] = []
+        self._paused = False
+        self._said: set[str] = set()
 
     def _check_folder(self, config: Config, images: ImageSet) -> None:
         folder = self.folder
@@ -261,9 +282,21 @@ class RunDirectory:
         """Steps with a checkpoint, oldest first."""
         return self._checkpoints.steps()
 
+    def state_before(self, state: State, step: int) -> State:
+        """The newest checkpoint before `step` that loads, else `state`, the beginning."""
+        self._checkpoints.wait()
+        for saved in reversed([saved for saved in self._checkpoints.steps() if saved < step]):
+            try:
+                return state.with_arrays(self._checkpoints.restore(state.arrays(), saved)[1])  # type: ignore[attr-defined]
+            except DamagedCheckpointError as error:
+                warn(str(error))
+        return state
+
     def resume(self, state: State, at: int | None = None) -> State:
         """The checkpoint of step `at`, or the newest that loads, or `state` itself in a new run; later metrics are dropped."""
-        (self.folder / "failure.json").unlink(missing_ok=True)
+        check_room(self.folder, tree_bytes(state.arrays()), saved=len(self._checkpoints.steps()))  # type: ignore[attr-defined]
+        for name in ("failure.json", "failure.npz"):
+            (self.folder / name).unlink(missing_ok=True)
         metrics = self.folder / "metrics.jsonl"
         if not self._checkpoints.steps():
             step = 0
@@ -280,19 +313,78 @@ class RunDirectory:
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
         return state
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Append one row to `metrics.jsonl` and to the event file."""
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def log(self, row: dict[str, Any], **clocked: float) -> None:
+        """Append one row to `metrics.jsonl` and to the event file; what depends on the clock, to the event file only.
+
+        Rows that a full disk refuses are kept and written with a later one.
+        """
+        self._unwritten.append(json.dumps(row) + "\n")
+        try:
+            with (self.folder / "metrics.jsonl").open("ab", buffering=0) as file:
+                start = file.tell()
+                content = "".join(self._unwritten).encode()
+                if file.write(content) != len(content):
+                    file.truncate(start)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.warn_once(
+                "metrics", f"{self.folder / 'metrics.jsonl'} cannot be written ({error.strerror}); trying again later."
+            )
+            return
+        self._unwritten.clear()
         assert self._writer is not None, "resume() opens the event file"
-        for name, value in row.items():
+        if free_bytes(self.folder) < MARGIN:  # the event file's thread would not survive a full disk
+            return
+        for name, value in (row | clocked).items():
             if name not in ("step", "epoch", "split"):
                 self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
-    def save(self, step: int, arrays: Any, objective: float) -> None:
-        """Save a checkpoint ranked by its held-out objective, unless this step is saved already."""
-        if step not in self._checkpoints.steps():
+    def warn_once(self, topic: str, message: str) -> None:
+        """Show a warning, once for each topic."""
+        if topic not in self._said:
+            self._said.add(topic)
+            warn(message)
+
+    def save(self, step: int, arrays: Any, objective: float | None) -> bool:
+        """Save a checkpoint, ranked by its held-out objective where that is known, unless this step is saved already.
+
+        Returns:
+          False where the disk is too full: the last good checkpoint stays, a warning says so, and later calls try again.
+        """
+        if step in self._checkpoints.steps():
+            return True
+        needed, free = tree_bytes(arrays) + MARGIN, free_bytes(self.folder)
+        if free < needed:
+            self._pause(f"{mebibytes(free)} are free, a checkpoint takes {mebibytes(needed)}")
+            return False
+        try:
             self._checkpoints.save(step, arrays, objective)
+        except OSError as error:
+            self._pause(str(error.strerror or error))
+            return False
+        if self._paused:
+            warn(f"{self.folder}: saving again, from step {step}.")
+            self._paused = False
+        return True
+
+    def _pause(self, why: str) -> None:
+        if not self._paused:
+            warn(f"Saving in {self.folder} is paused ({why}); training goes on. {self.last_checkpoint()} Free some space.")
+        self._paused = True
+
+    def save_row(self, step: int, values: np.ndarray) -> None:
+        """Keep the terms [terms, steps] of a row of metrics that a checkpoint at `step` cuts in two."""
+        content = io.BytesIO()
+        np.savez(content, step=step, values=values)
+        write_atomically(self.folder / "row.npz", content.getvalue())
+
+    def read_row(self, step: int) -> np.ndarray | None:
+        """What `save_row` kept for a checkpoint at `step`, None where it was not cut."""
+        path = self.folder / "row.npz"
+        if not path.is_file():
+            return None
+        arrays = read_arrays(path, "delete it")
+        return arrays["values"] if set(arrays) == {"step", "values"} and arrays["step"] == step else None
 
     def fail(self, step: int, error: str) -> None:
         """Record why training stopped."""
@@ -304,6 +396,13 @@ class RunDirectory:
         self._checkpoints.wait()
         steps = self._checkpoints.steps()
         return f"The last good checkpoint is {self._checkpoints.path(steps[-1])}." if steps else "No checkpoint was saved yet."
+
+    def save_failure(self, arrays: dict[str, np.ndarray]) -> Path:
+        """Keep what `failed_step` needs; the file."""
+        content = io.BytesIO()
+        np.savez(content, **arrays)  # type: ignore[arg-type]
+        write_atomically(self.folder / "failure.npz", content.getvalue())
+        return self.folder / "failure.npz"
 
     def write_calibration(self, calibration: Calibration) -> None:
         """Record the optimal variance of the training set."""

@@ -30,6 +30,7 @@ from bsvae_jax.errors import DivergenceError, UserError
 from bsvae_jax.files import write_atomically
 from bsvae_jax.gallery import PICTURES, Gallery, draw_members
 from bsvae_jax.grid import GridMember, Sweep, base_config
+from bsvae_jax.interruption import Stop, stop_on_signals
 from bsvae_jax.parallel import Driving, available_bytes, data_mesh, describe_devices, sweep_mesh
 from bsvae_jax.rundir import (
     ProgressBar,
@@ -116,7 +117,7 @@ def fit_sweep(
     for member in todo:
         programs.setdefault(program_config(member.config), []).append(member)
     sizes = {program: _stack_size(program, images, driving, len(own), members_at_once) for program, own in programs.items()}
-    with directory:
+    with stop_on_signals() as stop, directory:
         directory.say(
             f"{len(members)} members, {len(members) - len(todo)} of them done; "
             f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
@@ -126,7 +127,7 @@ def fit_sweep(
         done = sum(max(directory.saved_steps(member), default=0) for member in todo) * config.batch_size
         with ProgressBar(total * len(todo), done, progress) as bar:
             for program, own in programs.items():
-                _train_all(directory, program, images, driving, own, sizes[program], bar)
+                _train_all(directory, program, images, driving, own, sizes[program], bar, stop)
         finished = [member.name for member in members if directory.is_finished(member)]
         failed = {member.name: error for member in members if (error := directory.failure(member)) is not None}
         return SweepResult(folder, finished, failed)
@@ -176,6 +177,7 @@ def _train_all(
     members: Sequence[GridMember],
     size: int,
     bar: ProgressBar,
+    stop: Stop,
 ) -> None:
     """All members of one program, `size` at a time."""
     waiting, program, compiled_for = list(members), None, 0
@@ -187,7 +189,7 @@ def _train_all(
             program, compiled_for = Program(config, images, mesh, driving), len(turn)
         bar.describe(turn[0].name if len(turn) == 1 else f"{len(turn)} members from {turn[0].name}")
         try:
-            _train_turn(directory, program, turn, at, bar)
+            _train_turn(directory, program, turn, at, bar, stop)
         except DamagedCheckpointError as error:  # moved aside, so the next look finds an earlier one
             warn(f"{error} Continuing from an earlier checkpoint.")
             continue
@@ -197,6 +199,8 @@ def _train_all(
             if (failure := directory.failure(member)) is not None:
                 warn(f"{member.name} diverged and is left out (delete its folder to try again). {failure}")
         waiting = [member for member in waiting if member not in turn]
+        if waiting:
+            stop.check(f"stopped, {len(waiting)} members are not finished")
 
 
 def _next_turn(directory: "_SweepDirectory", waiting: Sequence[GridMember], size: int) -> tuple[int | None, list[GridMember]]:
@@ -214,14 +218,14 @@ def _next_turn(directory: "_SweepDirectory", waiting: Sequence[GridMember], size
 
 
 def _train_turn(
-    directory: "_SweepDirectory", program: Program, turn: Sequence[GridMember], at: int | None, bar: ProgressBar
+    directory: "_SweepDirectory", program: Program, turn: Sequence[GridMember], at: int | None, bar: ProgressBar, stop: Stop
 ) -> None:
     with contextlib.ExitStack() as runs:
         members = [
             Member(own.config, runs.enter_context(RunDirectory(directory.member(own), own.config, program.images, False)))
             for own in turn
         ]
-        trainer = Trainer(program, members, bar)
+        trainer = Trainer(program, members, bar, stop)
         state = trainer.train(at)
         keys = program.pack([jax.random.fold_in(jax.random.key(own.config.seed), 0x70696373) for own in turn])
         galleries = list(

@@ -22,7 +22,10 @@ from bsvae_jax import objective
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet, ShuffledOrder, load
 from bsvae_jax.data.order import steps_through
-from bsvae_jax.errors import DivergenceError
+from bsvae_jax.diagnosis import diagnose
+from bsvae_jax.errors import DivergenceError, UserError
+from bsvae_jax.failure import data_order, failing_step
+from bsvae_jax.interruption import Stop, stop_on_signals
 from bsvae_jax.parallel import (
     DATA_AXIS,
     MEMBER_AXIS,
@@ -156,9 +159,9 @@ class Member(NamedTuple):
 class Trainer:
     """Trains the members of one program from wherever their folders are to the end."""
 
-    def __init__(self, program: Program, members: Sequence[Member], bar: ProgressBar):
-        """All members stand at the same step; one member if the program's driving is 'loop'."""
-        self.program, self.members, self.bar = program, members, bar
+    def __init__(self, program: Program, members: Sequence[Member], bar: ProgressBar, stop: Stop):
+        """All members stand at the same step; one member if the program's driving is 'loop'. `stop` may ask to stop."""
+        self.program, self.members, self.bar, self.stop = program, members, bar, stop
         self.configs = [member.config for member in members]
         self.failures: list[DivergenceError | None] = [None] * len(members)
         # Read back once, here: in the loop it would wait for the steps in flight.
@@ -167,6 +170,8 @@ class Trainer:
             for config in self.configs
         ]
         self._test_scores: dict[int, list[SplitScores]] = {}
+        self._cut: list[_MetricsRow] = []
+        self._ailing: list[set[str]] = [set() for _ in members]
 
     def train(self, at: int | None = None) -> TrainState:
         """Run to the last step.
@@ -176,38 +181,54 @@ class Trainer:
 
         Raises:
           DivergenceError: every member diverged. If only some do, `failures` says so and the others go on.
+          Interrupted: a signal asked to stop; the step in flight is finished and saved.
+          UserError: the disk is full, so that the last step could not be saved.
         """
         program = self.program
         states = [member.run.resume(create_state(member.config, program.model, program.total), at) for member in self.members]
         step = int(states[0].step)
-        orders = {state_config.seed: self._order(state) for state, state_config in zip(states, self.configs, strict=True)}
+        orders = {
+            state_config.seed: data_order(state, program.images, program.config.batch_size)
+            for state, state_config in zip(states, self.configs, strict=True)
+        }
         state = program.pack(states)
         del states
         knobs = program.pack([build_knobs(config) for config in self.configs])
         config, count = program.config, len(program.images.train)
-        epoch = next(e for e in range(config.epochs + 1) if steps_through(e, count, config.batch_size) >= step)
+        epoch = next(e for e in range(config.epochs, -1, -1) if steps_through(e, count, config.batch_size) <= step)
+        saved = True
         while epoch < config.epochs:
             epoch += 1
             end = steps_through(epoch, count, config.batch_size)
-            state = self._epoch(state, orders, knobs, step, end, epoch)
-            step = end
-            if epoch % config.evaluate_every == 0 or epoch == config.epochs:
-                self._evaluate_and_save(state, step, epoch)
+            state, step = self._epoch(state, orders, knobs, step, end, epoch)
+            if step == end and (epoch % config.evaluate_every == 0 or epoch == config.epochs):
+                saved = self._evaluate_and_save(state, step, epoch)
+            elif self.stop.number is not None:
+                saved = self._save_unevaluated(state, step)
+            if step < program.total:
+                self.stop.check(
+                    f"stopped after step {step} of {program.total}" + ("" if saved else ", which could not be saved")
+                )
+        if not saved:
+            raise UserError(
+                f"The disk of {self.members[0].run.folder} is full: the end of training could not be saved. "
+                "Free some space and repeat the command; it continues from the last good checkpoint."
+            )
         return state
-
-    def _order(self, state: TrainState) -> ShuffledOrder:
-        key = jax.random.fold_in(state.key, 2**31 - 1)
-        return ShuffledOrder(key, len(self.program.images.train), self.program.config.batch_size)
 
     def _epoch(
         self, state: TrainState, orders: dict[int, ShuffledOrder], knobs: Any, step: int, end: int, epoch: int
-    ) -> TrainState:
+    ) -> tuple[TrainState, int]:
+        """To step `end`, or to where a signal asks to stop; the state and its step."""
         program = self.program
         in_flight: deque[tuple[int, int, StepMetrics]] = deque()
         rows = [_MetricsRow(epoch, program.config.batch_size) for _ in self.members]
-        while step < end or in_flight:
+        for row, begun in zip(rows, self.members, strict=True):  # the beginning of a row that a signal has cut
+            if (values_before := begun.run.read_row(step)) is not None:
+                row.add(values_before)
+        while (going := step < end and self.stop.number is None) or in_flight:  # one look: a signal may come at any time
             # Keep the device busy with a bounded number of dispatched calls while the oldest result is fetched.
-            while step < end and len(in_flight) < 2:
+            while going and step < end and len(in_flight) < 2:
                 count = min(program.window, end - step)
                 # The whole window, whatever is left of the epoch: one program.
                 windows = {seed: order(step, program.window) for seed, order in orders.items()}
@@ -227,18 +248,25 @@ class Trainer:
             if rows[0].steps >= LOG_EVERY or last == end:
                 for member, row in self._going(rows):
                     rate = float(self.learning_rates[member][last - 1])
-                    self.members[member].run.log({"step": last, **row.mean(), "learning_rate": rate})
+                    run = self.members[member].run
+                    run.log({"step": last, **row.mean(), "learning_rate": rate}, images_per_second=row.images_per_second())
                 rows = [_MetricsRow(epoch, program.config.batch_size) for _ in self.members]
-        return state
+        self._cut = rows
+        return state, step
 
     def _going(self, values: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """Index and value of the members that have not diverged."""
         return ((member, value) for member, value in enumerate(values) if self.failures[member] is None)
 
     def _fail(self, member: int, step: int, what: str) -> None:
-        run = self.members[member].run
+        config, run = self.members[member]
+        run.say(f"{what} Repeating the steps since the last checkpoint, to keep the state before it.")
+        file = run.save_failure(failing_step(config, self.program.images, self.program.total, step, run))
         message = (
-            f"{what} {run.last_checkpoint()} A lower --optimizer.learning-rate or --optimizer.gradient-clip 1.0 usually helps."
+            f"{what} {run.last_checkpoint()} A lower --optimizer.learning-rate or --optimizer.gradient-clip 1.0 usually helps. "
+            f"{file} holds the state and the batch of that step; to run it again:\n"
+            "    import jax, bsvae_jax as bv\n"
+            f"    with jax.debug_nans(True): bv.train_step(*bv.failed_step({str(run.folder)!r}))"
         )
         self.failures[member] = error = DivergenceError(message)
         run.fail(step, message)
@@ -252,7 +280,19 @@ class Trainer:
             terms = ", ".join(f"{name} {value:g}" for name, value in zip(StepMetrics._fields, values[:, first], strict=True))
             self._fail(member, start + first + 1, f"Step {start + first + 1} is not finite: {terms}.")
 
-    def _evaluate_and_save(self, state: TrainState, step: int, epoch: int) -> None:
+    def _save_unevaluated(self, state: TrainState, step: int) -> bool:
+        """A checkpoint between evaluations, because a signal asks to stop; whether all could be saved."""
+        saved = []
+        for member, arrays in self._going(self.program.unpack(state.arrays(), len(self.members))):
+            run = self.members[member].run
+            if self._cut[member].steps:
+                run.save_row(step, self._cut[member].values())
+            saved.append(run.save(step, arrays, None))
+        return all(saved)
+
+    def _evaluate_and_save(self, state: TrainState, step: int, epoch: int) -> bool:
+        """Whether all could be saved."""
+        saved = []
         scores = list(self.program.score(state, "test", self.configs))
         arrays = self.program.unpack(state.arrays(), len(self.members))
         for member, own in self._going(scores):
@@ -277,10 +317,16 @@ class Trainer:
                 "variance": own.model_variance,
             }
             run.log(row)
-            run.save(step, arrays[member], value)
+            findings = self._findings(own, config)
+            for name, sentence in findings.items():
+                if name in self._ailing[member] or step == self.program.total:  # what the next evaluation heals is none
+                    run.warn_once(name, f"{name} after step {step}: {sentence}")
+            self._ailing[member] = set(findings)
+            saved.append(run.save(step, arrays[member], value))
             if len(self.members) == 1:
                 self.bar.show(test=f"{value:.1f}")
         self._test_scores = {step: scores}
+        return all(saved)
 
     def finish(self, state: TrainState, also: Callable[[int, SplitScores], None] = lambda member, scores: None) -> list[Report]:
         """Write calibration and evaluation of every member that has not diverged.
@@ -309,8 +355,11 @@ class Trainer:
                 "test": summarize(test_scores, config.beta, calibration),
             }
             also(member, test_scores)
-            write_evaluation(run.folder, step, reports[member])
+            write_evaluation(run.folder, step, reports[member], findings=self._findings(test_scores, config))
         return reports
+
+    def _findings(self, scores: SplitScores, config: Config) -> dict[str, str]:
+        return diagnose(scores, config, self.program.images)
 
 
 class _MetricsRow:
@@ -328,11 +377,16 @@ class _MetricsRow:
     def latest(self) -> dict[str, float]:
         return dict(zip(StepMetrics._fields, map(float, self._values[-1][:, -1]), strict=True))
 
+    def values(self) -> np.ndarray:
+        return np.concatenate(self._values, axis=1)
+
     def mean(self) -> dict[str, Any]:
-        means = np.concatenate(self._values, axis=1).mean(axis=1, dtype=np.float64)
-        rate = self.steps * self.batch_size / max(time.perf_counter() - self._start, 1e-9)
+        means = self.values().mean(axis=1, dtype=np.float64)
         named = dict(zip(StepMetrics._fields, map(float, means), strict=True))
-        return {"epoch": self.epoch, "split": "train", **named, "images_per_second": rate}
+        return {"epoch": self.epoch, "split": "train", **named}
+
+    def images_per_second(self) -> float:
+        return self.steps * self.batch_size / max(time.perf_counter() - self._start, 1e-9)
 
 
 # --- fit --------------------------------------------------------------------------------------------------------------
@@ -362,11 +416,12 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
     Raises:
       UserError: before any training: the data, devices or workdir do not fit the config.
       DivergenceError: a loss or gradient is not finite; names the step, the terms and the last good checkpoint.
+      Interrupted: SIGINT or SIGTERM; the step in flight was finished and saved, the same call continues after it.
     """
     mesh = data_mesh(config.devices, config.batch_size)
     images = load(config.data)
     check_against_data(config, images)
-    with RunDirectory(Path(workdir), config, images, progress) as run:
+    with stop_on_signals() as stop, RunDirectory(Path(workdir), config, images, progress) as run:
         program = Program(config, images, mesh)
         run.say(
             f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
@@ -374,7 +429,7 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
         )
         done = max(run.saved_steps(), default=0)
         with ProgressBar(program.total * config.batch_size, done * config.batch_size, progress) as bar:
-            trainer = Trainer(program, [Member(config, run)], bar)
+            trainer = Trainer(program, [Member(config, run)], bar, stop)
             state = trainer.train()
         report = evaluation_at(run.folder, program.total)
         if not {"train", "test"} <= set(report):

@@ -154,12 +154,19 @@ def _data_step(
     augmentation: configs.Augmentation,
 ) -> tuple[TrainState, StepMetrics]:
     """Gather this device's share of the batch from the resident images, augment it, take a step."""
+    batch, posterior_key = prepare_batch(state, images, indices, levels, augmentation)
+    return train_step(state, batch, posterior_key, knobs.beta, knobs.variance)
+
+
+def prepare_batch(
+    state: TrainState, images: Array, indices: Int[Array, " batch"], levels: int, augmentation: configs.Augmentation
+) -> tuple[Float[Array, "batch height width channels"], Key[Array, ""]]:
+    """What `train_step` is given at the step that `state` stands before: this device's augmented batch, and the key."""
     step_key = jax.random.fold_in(state.key, state.step)
     augmentation_key, posterior_key = jax.random.split(step_key)
     batch = to_unit_interval(images[indices], levels)
     positions = example_positions(len(indices), state.model.axis_name)
-    batch = augment(batch, example_keys(augmentation_key, positions), augmentation)
-    return train_step(state, batch, posterior_key, knobs.beta, knobs.variance)
+    return augment(batch, example_keys(augmentation_key, positions), augmentation), posterior_key
 
 
 def run_steps(

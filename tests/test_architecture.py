@@ -11,8 +11,8 @@ PACKAGE = Path(bsvae_jax.__file__).parent
 
 # From the ground up; a module may import only modules of lower layers. One layer a line.
 LAYERS = [
-    ["errors", "figures"],
-    ["files"],
+    ["errors", "figures", "interruption"],
+    ["files", "space"],
     ["objective", "theory", "randomness", "sweep_figures", "evaluation_figures", "torchfile", "fid"],
     ["config"],
     ["networks", "priors", "grid"],
@@ -21,8 +21,10 @@ LAYERS = [
     ["data", "inception"],
     ["scoring", "gallery", "likelihood", "aggregate", "neighbours"],
     ["summary", "details"],
+    ["diagnosis"],
     ["rundir"],
     ["training"],
+    ["failure"],
     ["trainer"],
     ["loading", "sweep"],
     ["results"],

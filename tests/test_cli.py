@@ -392,7 +392,7 @@ def test_folders_that_are_no_sweep(trained, swept, tmp_path, capsys):
     assert "is not empty and not a sweep" in refused(["sweep", swept.parent / "grid.py", "--workdir", trained], capsys)
     text = refused(["sweep", swept.parent / "grid.py", "--workdir", swept, "--epochs", 2], capsys)
     assert "holds a sweep of another config (epochs: 1 -> 2)" in text
-    assert "is a sweep, not a run: give one of its members" in refused(["evaluate", swept], capsys)
+    assert "is a sweep, not a run: give one of its members" in refused(["sample", swept], capsys)
 
 
 def test_a_diverging_member_is_reported_at_the_end(swept, tmp_path, capsys):

@@ -273,7 +273,7 @@ def test_a_run_ends_with_its_evaluation(tmp_path):
     assert written["splits"] == as_json(result.report)
     assert list(written["splits"]) == ["train", "test"]
     # Against another pass over the data, by the parameters read back, on all eight devices.
-    again = evaluate(restore(tmp_path / "run"), result.images)
+    again = evaluate(restore(tmp_path / "run"), result.images).report
     for split, quantities in result.report.items():
         for name, quantity in quantities.items():
             assert quantity.value == pytest.approx(again[split][name].value, rel=1e-6), (split, name)

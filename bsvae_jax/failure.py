@@ -1,0 +1,89 @@
+"""The step that was not finite: the state before it and its batch, kept in the run's folder and ready to run again."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from bsvae_jax.config import Config
+from bsvae_jax.data import ImageSet, ShuffledOrder
+from bsvae_jax.errors import UserError
+from bsvae_jax.files import read_arrays
+from bsvae_jax.rundir import RunDirectory, read_info
+from bsvae_jax.training import TrainState, build_knobs, build_model, create_state, prepare_batch, train_step
+
+ORDER_SALT = 2**31 - 1
+"""Folded into the key of a run for the order of its data."""
+
+
+def data_order(state: TrainState, images: ImageSet, batch_size: int) -> ShuffledOrder:
+    """The order in which a run takes its training images."""
+    return ShuffledOrder(jax.random.fold_in(state.key, ORDER_SALT), len(images.train), batch_size)
+
+
+class FailedStep(NamedTuple):
+    """The arguments of `train_step` at the step that was not finite."""
+
+    state: TrainState
+    images: Array
+    """[B, H, W, C] in [0, 1], as augmented."""
+    key: Array
+    beta: Array
+    variance: Array | None
+
+
+def failing_step(config: Config, images: ImageSet, total: int, step: int, run: RunDirectory) -> dict[str, np.ndarray]:
+    """Repeat training from the last checkpoint up to the step before `step`, on one device; what `failed_step` reads.
+
+    Args:
+      config: of the run.
+      images: its data.
+      total: steps of the whole run.
+      step: that was not finite, counted from 1.
+      run: its open folder.
+    """
+    model = build_model(config, images.image_shape, images.step)
+    state = run.state_before(create_state(config, model, total), step)
+    order = data_order(state, images, config.batch_size)
+    knobs = build_knobs(config)
+    stored = jnp.asarray(images.train)
+    batch_of = jax.jit(prepare_batch, static_argnames=("levels", "augmentation"))
+    take = jax.jit(train_step)
+    while True:
+        (indices,) = order(int(state.step), 1)
+        batch, key = batch_of(state, stored, indices, levels=images.levels, augmentation=config.augmentation)
+        if int(state.step) >= step - 1:
+            break
+        state, _ = take(state, batch, key, knobs.beta, knobs.variance)
+    arrays = {f"state{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.arrays())}
+    arrays |= {"images": batch, "key": jax.random.key_data(key), "total": np.int64(total)}
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def failed_step(workdir: str | Path) -> FailedStep:
+    """The step at which the run in `workdir` stopped being finite: `train_step(*failed_step(workdir))` runs it again.
+
+    Raises:
+      UserError: not a run, or one that has not failed.
+    """
+    folder = Path(workdir)
+    info = read_info(folder)
+    path = folder / "failure.npz"
+    if not path.is_file():
+        raise UserError(f"{folder} has no failure.npz: no step of this run was found not to be finite.")
+    arrays = read_arrays(path, "train again to get it back")
+    model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
+    try:
+        state = create_state(info.config, model, int(arrays["total"]))
+        restored: Mapping[str, Any] = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jnp.asarray(arrays[f"state{jax.tree_util.keystr(path)}"]), state.arrays()
+        )
+        knobs = build_knobs(info.config)
+        key = jax.random.wrap_key_data(jnp.asarray(arrays["key"]))
+        return FailedStep(state.with_arrays(restored), jnp.asarray(arrays["images"]), key, knobs.beta, knobs.variance)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); train again to get it back.") from error

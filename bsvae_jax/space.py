@@ -1,0 +1,50 @@
+"""Room on the disk, asked before it is needed."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bsvae_jax.errors import UserError
+
+CHECKPOINTS = 4
+"""Checkpoints on disk at once: the latest two, the best, and the one being written."""
+MARGIN = 16 * 2**20
+"""Bytes left for metrics, figures and the like."""
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space of the disk that holds `folder`, or will."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def mebibytes(count: float) -> str:
+    """`"1,234 MiB"`."""
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays, or abstract arrays, of a tree: about what its checkpoint takes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_room(folder: Path, checkpoint: int, runs: int = 1, saved: int = 0) -> None:
+    """Raise a UserError if the disk has no room for the checkpoints of a number of runs.
+
+    Args:
+      folder: of the runs; need not exist.
+      checkpoint: bytes of one.
+      runs: how many, one being trained at a time or all.
+      saved: checkpoints that are there already and will be replaced.
+    """
+    needed = max(CHECKPOINTS * runs - saved, 1) * checkpoint + MARGIN
+    free = free_bytes(folder.absolute())
+    if free < needed:
+        what = "this run needs" if runs == 1 else f"these {runs} runs need"
+        raise UserError(
+            f"The disk of {folder} has {mebibytes(free)} free, {what} {mebibytes(needed)} for checkpoints "
+            f"({mebibytes(checkpoint)} each). Free some space, or choose another --workdir."
+        )
