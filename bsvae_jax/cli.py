@@ -167,13 +167,13 @@ def report(workdir: tyro.conf.Positional[Run]) -> None:
 
 
 def _report(folder: Path) -> None:
-    from bsvae_jax.report import best_beta, status, write_report
+    from bsvae_jax.report import best_beta, findings, status, write_report
     from bsvae_jax.results import as_text, read_results
 
     *_, page = write_report(folder)
     results = read_results(folder)
     print(f"{status(results)} Test set, mean ± standard deviation over seeds:\n\n{as_text(results)}\n")
-    print("\n".join(best_beta(results)))
+    print("\n".join([*best_beta(results), *findings(results)]))
     print(f"\nreport: {page}")
 
 

@@ -6,7 +6,9 @@ outer axis: `lift` with a `driving` runs the same function for all of them in on
 devices of the `"member"` axis.
 """
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -143,9 +145,21 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def describe_devices(mesh: Mesh) -> str:
-    """`"2 x NVIDIA H200 (gpu)"`."""
+    """`"2 x NVIDIA H200 (gpu)"`, with a word of warning on a CPU where the machine has an accelerator."""
     device = mesh.devices.flat[0]
-    return f"{mesh.devices.size} x {device.device_kind} ({device.platform})"
+    missed = unused_accelerator() if device.platform == "cpu" else ""
+    return f"{mesh.devices.size} x {device.device_kind} ({device.platform}){missed}"
+
+
+def unused_accelerator() -> str:
+    """What to do about an accelerator that this JAX does not use; empty where there is none, or a CPU was asked for."""
+    if "cpu" in (jax.config.jax_platforms or ""):
+        return ""
+    if Path("/proc/driver/nvidia/version").exists():
+        return "; WARNING: this machine has an NVIDIA GPU that JAX does not use: pip install 'jax[cuda13]'"
+    if os.environ.get("TPU_ACCELERATOR_TYPE") or os.environ.get("COLAB_TPU_ADDR") or Path("/dev/accel0").exists():
+        return "; WARNING: this machine has a TPU that JAX does not use: pip install 'jax[tpu]'"
+    return ""
 
 
 MEMORY_SHARE = 0.85

@@ -97,6 +97,15 @@ def best_beta(results: SweepResults) -> list[str]:
     return sentences
 
 
+def findings(results: SweepResults) -> list[str]:
+    """A sentence per ailment and variance model: which members have it."""
+    found: dict[str, list[str]] = {}
+    for member in results.members:
+        for name in member.findings:
+            found.setdefault(name, []).append(member.name)
+    return [f"{name.capitalize()} in {len(own)} members: {', '.join(own)}." for name, own in found.items()]
+
+
 # --- Curves -----------------------------------------------------------------------------------------------------------
 
 
@@ -438,7 +447,7 @@ def page(results: SweepResults, images: Mapping[str, bytes], captions: Mapping[s
     info = results.info
     title = f"{info.data_name}: {len(results.members)} models over β"
     parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts += [f"<p>{html.escape(sentence)}</p>" for sentence in (status(results), *best_beta(results))]
+    parts += [f"<p>{html.escape(sentence)}</p>" for sentence in (status(results), *best_beta(results), *findings(results))]
     for name, picture in images.items():
         data, caption = base64.b64encode(picture).decode(), html.escape(captions[name])
         parts.append(

@@ -54,6 +54,8 @@ class MemberResult(NamedTuple):
     name: str
     config: Config
     report: Report
+    findings: dict[str, str]
+    """What is wrong with the model, by the name of the ailment."""
     pictures: dict[str, np.ndarray]
     """Of `pictures.npz`; empty where it is missing."""
 
@@ -132,10 +134,12 @@ def read_results(folder: Path) -> SweepResults:
     for name in [*info.members, *(name for name in present if name not in info.members)]:
         own = folder / "members" / name
         evaluation = read_evaluation(own) if name in present else None
-        report = evaluation.report if evaluation is not None and evaluation.checkpoint == "latest" else {}
+        latest = evaluation is not None and evaluation.checkpoint == "latest"
+        report, findings = (evaluation.report, evaluation.findings) if evaluation is not None and latest else ({}, {})
         failure = read_failure(own)
         if set(report) >= set(SPLITS) and (own / "pictures.npz").is_file():
-            members.append(MemberResult(name, read_info(own).config, report, _read_pictures(own / "pictures.npz")))
+            pictures = _read_pictures(own / "pictures.npz")
+            members.append(MemberResult(name, read_info(own).config, report, findings, pictures))
         elif failure is not None:
             failures[name] = failure
             setting = setting_of(read_info(own).config)
