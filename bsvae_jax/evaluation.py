@@ -133,10 +133,12 @@ def evaluate(
         evaluated[split] = parts
         report[split] = summarize(scores[split], run.config.beta, calibration) | _quantities(parts, images, samples)
     if fid_options is not None and weights is not None:
-        drawn = _sample_statistics(run, weights, fid_options, mesh, workdir, progress)
+        folder = inception.cache_folder() / "samples" if workdir is None else workdir
+        kept = folder / f".fid-{fingerprint(run)[:16]}-{fid_options.protocol}-{weights.source[:16]}-{fid_options.samples}.npz"
+        drawn = _sample_statistics(run, weights, fid_options, mesh, kept, progress)
         for split in splits:
             report[split] |= _fid_quantities(drawn, images, split, weights, fid_options, mesh, progress)
-        _forget(workdir)
+        kept.unlink(missing_ok=True)  # of no use once the distances are known
     return Evaluated(report, evaluated, calibration)
 
 
@@ -328,7 +330,7 @@ def _groups(stored: np.ndarray, levels: int, first: int) -> Iterator[np.ndarray]
 
 
 def _sample_statistics(
-    run: Restored, weights: inception.Weights, options: Fid, mesh: Mesh, workdir: Path | None, progress: bool
+    run: Restored, weights: inception.Weights, options: Fid, mesh: Mesh, path: Path, progress: bool
 ) -> feature_statistics.FeatureStatistics:
     seed = int(jax.random.bits(jax.random.fold_in(jax.random.key(run.config.seed), FID_SALT)))
 
@@ -336,15 +338,7 @@ def _sample_statistics(
         for means in sample_batches(run, options.samples, seed, first):
             yield to_8_bits(stretch_contrast(means) if options.protocol == "paper" else means)
 
-    name = f".fid-{fingerprint(run)[:16]}-{options.protocol}-{weights.source[:16]}-{options.samples}.npz"
-    folder = inception.cache_folder() / "samples" if workdir is None else workdir
-    return _statistics(weights, drawn, options.samples, mesh, folder / name, "FID features of samples", progress)
-
-
-def _forget(workdir: Path | None) -> None:
-    """Remove the statistics of samples, which are of no use once their FID is known."""
-    for path in (inception.cache_folder() / "samples" if workdir is None else workdir).glob(".fid-*.npz"):
-        path.unlink()
+    return _statistics(weights, drawn, options.samples, mesh, path, "FID features of samples", progress)
 
 
 def _statistics(

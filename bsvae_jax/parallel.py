@@ -153,7 +153,7 @@ def describe_devices(mesh: Mesh) -> str:
 
 def unused_accelerator() -> str:
     """What to do about an accelerator that this JAX does not use; empty where there is none, or a CPU was asked for."""
-    if "cpu" in (jax.config.jax_platforms or ""):
+    if "cpu" in (getattr(jax.config, "jax_platforms", None) or ""):
         return ""
     if Path("/proc/driver/nvidia/version").exists():
         return "; WARNING: this machine has an NVIDIA GPU that JAX does not use: pip install 'jax[cuda13]'"

@@ -26,11 +26,13 @@ TABLED = (
     "distortion",
     "profile_elbo",
     "calibrated_elbo",
+    "importance_weighted_bound",
     "variance",
     "mse",
     "psnr",
     "active_units",
     "fid",
+    "kid",
 )
 """Quantities of the table; those that no member has are left out."""
 
@@ -40,11 +42,13 @@ HEADINGS = {
     "distortion": "distortion [nats]",
     "profile_elbo": "profile ELBO [nats]",
     "calibrated_elbo": "calibrated ELBO [nats]",
+    "importance_weighted_bound": "importance-weighted bound [nats]",
     "variance": "decoder variance [intensity²]",
     "mse": "mean squared error [intensity²]",
     "psnr": "PSNR [dB]",
     "active_units": "active latents",
     "fid": "FID",
+    "kid": "KID",
 }
 
 
