@@ -179,6 +179,8 @@ class Optimizer:
     """Largest global norm of the gradient; None: no clipping."""
     ema_decay: float | None = None
     """Decay per step of an exponential moving average of the parameters, used for evaluation; None: none."""
+    skip_nonfinite: int = 0
+    """Steps in a row that may be left out because loss or gradient is not finite; one more stops the run. 0: the first does."""
 
     def __post_init__(self) -> None:
         _check_number("optimizer.learning_rate", self.learning_rate, low=0.0, open_low=True)
@@ -190,6 +192,7 @@ class Optimizer:
             raise UserError("optimizer.warmup_steps needs schedule cosine or constant; cosine_restarts starts at the peak.")
         if self.gradient_clip is not None:
             _check_number("optimizer.gradient_clip", self.gradient_clip, low=0.0, open_low=True)
+        _check_count("optimizer.skip_nonfinite", self.skip_nonfinite, low=0)
         if self.ema_decay is not None:
             _check_number("optimizer.ema_decay", self.ema_decay, low=0.0, high=1.0 - 1e-9)
 

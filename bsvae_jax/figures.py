@@ -49,7 +49,8 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     figure.suptitle(title)
     for axes, (name, label, logarithmic) in zip(figure.subplots(2, 3, sharex=True).flat, panels, strict=True):
         for split, style in STYLE.items():
-            points = [(row["step"] * epochs_per_step, row[name]) for row in rows if row["split"] == split and name in row]
+            own = [row for row in rows if row["split"] == split and row.get(name) is not None]
+            points = [(row["step"] * epochs_per_step, row[name]) for row in own]
             if points:
                 axes.plot(*np.transpose(points), label="training batches" if split == "train" else "test set", **style)
         if logarithmic:
@@ -57,7 +58,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         if name in ("objective", "distortion", "rate"):  # the first steps would flatten all that follows
-            values = np.array([row[name] for row in rows if row["step"] > 0.05 * last["step"]])
+            values = np.array([row[name] for row in rows if row["step"] > 0.05 * last["step"] and row[name] is not None])
             if len(values) > 1 and np.ptp(values) > 0:
                 axes.set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.1 * np.ptp(values))
     for axes in figure.axes[3:]:

@@ -336,7 +336,7 @@ class RunDirectory:
         if free_bytes(self.folder) < MARGIN:  # the event file's thread would not survive a full disk
             return
         for name, value in (row | clocked).items():
-            if name not in ("step", "epoch", "split"):
+            if name not in ("step", "epoch", "split") and value is not None:
                 self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
     def warn_once(self, topic: str, message: str) -> None:

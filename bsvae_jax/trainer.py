@@ -171,6 +171,7 @@ class Trainer:
         ]
         self._test_scores: dict[int, list[SplitScores]] = {}
         self._cut: list[_MetricsRow] = []
+        self._skipped = [0] * len(members)
         self._ailing: list[set[str]] = [set() for _ in members]
 
     def train(self, at: int | None = None) -> TrainState:
@@ -274,11 +275,22 @@ class Trainer:
             raise error
 
     def _check_finite(self, member: int, values: np.ndarray, start: int) -> None:
+        allowed = self.configs[member].optimizer.skip_nonfinite
         bad = ~np.isfinite(values).all(axis=0)
-        if bad.any() and self.failures[member] is None:
-            first = int(np.argmax(bad))
+        for first in np.flatnonzero(bad).tolist():
+            before = 0 if first > 0 and not bad[first - 1] else self._skipped[member]
+            self._skipped[member] = before + 1
+            if self._skipped[member] <= allowed:
+                sentence = f"step {start + first + 1} is not finite and is left out; {allowed} in a row may be."
+                self.members[member].run.warn_once("skipped", f"{sentence} metrics.jsonl counts them.")
+                continue
+            if self.failures[member] is not None:
+                return
             terms = ", ".join(f"{name} {value:g}" for name, value in zip(StepMetrics._fields, values[:, first], strict=True))
             self._fail(member, start + first + 1, f"Step {start + first + 1} is not finite: {terms}.")
+            return
+        if not bad[-1]:
+            self._skipped[member] = 0
 
     def _save_unevaluated(self, state: TrainState, step: int) -> bool:
         """A checkpoint between evaluations, because a signal asks to stop; whether all could be saved."""
@@ -381,9 +393,13 @@ class _MetricsRow:
         return np.concatenate(self._values, axis=1)
 
     def mean(self) -> dict[str, Any]:
-        means = self.values().mean(axis=1, dtype=np.float64)
-        named = dict(zip(StepMetrics._fields, map(float, means), strict=True))
-        return {"epoch": self.epoch, "split": "train", **named}
+        values = self.values()
+        finite = np.isfinite(values).all(axis=0)  # others were left out of training as well
+        # A row of nothing but such steps has no means; null is JSON's word for that.
+        means = values[:, finite].mean(axis=1, dtype=np.float64) if finite.any() else [None] * len(values)
+        named = {name: None if mean is None else float(mean) for name, mean in zip(StepMetrics._fields, means, strict=True)}
+        skipped = {} if finite.all() else {"skipped_steps": int((~finite).sum())}
+        return {"epoch": self.epoch, "split": "train", **named, **skipped}
 
     def images_per_second(self) -> float:
         return self.steps * self.batch_size / max(time.perf_counter() - self._start, 1e-9)

@@ -47,6 +47,8 @@ class TrainState(struct.PyTreeNode):
     model: VAE = struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
     ema_decay: float | None = struct.field(pytree_node=False, default=None)
+    skip_nonfinite: bool = struct.field(pytree_node=False, default=False)
+    """Whether a step whose loss or gradient is not finite changes nothing but the count of steps."""
 
     def variables(self) -> dict[str, Any]:
         """The variables to evaluate with: the averaged parameters where there are any."""
@@ -134,14 +136,19 @@ def train_step(
         # Early averages forget the initial parameters faster: (1 + t) / (10 + t) is below the decay for a while.
         decay = jnp.minimum(state.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema_params = optax.incremental_update(params, ema_params, 1.0 - decay)
-    state = state.replace(
+    gradient_norm = optax.tree.norm(gradient)
+    after = state.replace(
         step=state.step + 1,
         params=params,
         batch_stats=batch_stats,
         optimizer_state=optimizer_state,
         ema_params=ema_params,
     )
-    return state, StepMetrics(**means, gradient_norm=optax.tree.norm(gradient))
+    if state.skip_nonfinite:
+        finite = jnp.isfinite(means["objective"]) & jnp.isfinite(gradient_norm)
+        before = state.replace(step=state.step + 1)
+        after = jax.tree.map(lambda new, old: new if new is old else jax.lax.select(finite, new, old), after, before)
+    return after, StepMetrics(**means, gradient_norm=gradient_norm)
 
 
 def _data_step(
@@ -290,6 +297,7 @@ def create_state(config: Config, model: VAE, steps: int) -> TrainState:
         model,
         optimizer,
         config.optimizer.ema_decay,
+        config.optimizer.skip_nonfinite > 0,
     )
 
 

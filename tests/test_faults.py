@@ -468,6 +468,39 @@ def test_a_step_that_is_not_finite_can_be_run_again(tmp_path):
         exec("\n".join(lines), {})
 
 
+def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path, capsys):
+    """A learning rate that overflows at every second step's gradient is hard to arrange; a batch with infinity is not."""
+    import jax.numpy as jnp
+
+    config = bv.Config(
+        network=bv.config.MLP((8,)), latent_size=2, epochs=3, batch_size=500, devices=1, steps_per_dispatch=1,
+        optimizer=bv.config.Optimizer(skip_nonfinite=2, ema_decay=0.9),
+    )  # fmt: skip
+    from bsvae_jax import training
+
+    bad_steps = jnp.array([2, 3, 6])
+    original = training.prepare_batch
+
+    def spoil(state, *arguments):
+        batch, key = original(state, *arguments)
+        return jnp.where(jnp.isin(state.step, bad_steps), jnp.inf, batch), key
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "prepare_batch", spoil)
+        result = bv.fit(config, tmp_path / "run", progress=False)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.state.arrays()))
+    rows = [row for row in rundir.read_metrics(tmp_path / "run") if row["split"] == "train"]
+    assert [row.get("skipped_steps", 0) for row in rows] == [1, 1, 1]  # steps 3; 4; 7, of 3 in an epoch
+    assert all(np.isfinite(row["objective"]) for row in rows)
+    assert "step 3 is not finite and is left out" in capsys.readouterr().err
+    # Three in a row are one too many.
+    bad_steps = jnp.array([2, 3, 4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "prepare_batch", spoil)
+        with pytest.raises(DivergenceError, match="Step 5 is not finite"):
+            bv.fit(config, tmp_path / "other", progress=False)
+
+
 def test_a_run_that_has_not_failed_has_no_failed_step(whole):
     with pytest.raises(UserError, match=r"no failure\.npz"):
         bv.failed_step(whole)
