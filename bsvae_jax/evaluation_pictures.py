@@ -80,8 +80,9 @@ def _residuals(parts: SplitEvaluation, title: str) -> Any:
         {name: details.residual_quantiles(row, probabilities) for name, row in counts.items()},
         np.asarray(2 * norm.cdf(widths) - 1),
         {name: details.residual_coverage(row, widths) for name, row in counts.items()},
-        {name: row.reshape(count, -1).sum(axis=1) / row.sum() / width for name, row in counts.items()},
-        bins,
+        # Without the outermost bins, which hold all that lies beyond.
+        {name: (row.reshape(count, -1).sum(axis=1) / row.sum() / width)[1:-1] for name, row in counts.items()},
+        bins[1:-1],
         f"Residuals x + u − μ over σ: {title}",
     )
 
