@@ -127,7 +127,7 @@ def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(number, wa
         run = tmp_path / f"killed{runs}"
         done = lambda run=run: (run / "figures" / "samples.png").exists()  # noqa: E731
         command = ("train", file, "--workdir", run)
-        tried, odd = kill_until(done, wanted - kills, whole, runs, *command, number=number)
+        tried, odd = kill_until(done, wanted - kills, 0.6 * whole, runs, *command, number=number)
         assert not odd, odd[0]
         check_identical(run, tmp_path / "whole")
         kills, runs = kills + tried, runs + 1
@@ -143,7 +143,7 @@ def test_a_sweep_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
     while kills < 11:
         run = tmp_path / f"killed{runs}"
         done = lambda run=run: (run / "report.html").exists()  # noqa: E731
-        tried, odd = kill_until(done, 11 - kills, whole, 10 + runs, "sweep", file, "--workdir", run)
+        tried, odd = kill_until(done, 11 - kills, 0.6 * whole, 10 + runs, "sweep", file, "--workdir", run)
         assert not odd, odd[0]
         for name in ("table.csv", "members.csv", "table.md"):
             assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
