@@ -5,6 +5,7 @@ A checkpoint holds plain arrays only, so it restores onto any number of devices:
 
 import hashlib
 import itertools
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -73,7 +74,17 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
-        self._manager = ocp.CheckpointManager(epath.Path(self._folder), options=options)
+        damaged = self._damaged_metrics()
+        if damaged and not read_only:
+            self._set_aside(damaged)
+        try:
+            self._manager = ocp.CheckpointManager(epath.Path(self._folder), options=options)
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            named = f" of step {', '.join(map(str, damaged))}" if damaged else ""
+            raise UserError(
+                f"{self._folder} does not open: the metrics{named} are damaged ({type(error).__name__}: {error}). Repeating the "
+                "command that trained it moves that step aside and continues from another."
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         """Nothing to open."""
@@ -157,11 +168,26 @@ class Checkpoints:
             raise ValueError("its arrays are not those that were saved")
         return state
 
+    def _damaged_metrics(self) -> list[int]:
+        """Steps whose metrics do not read; Orbax opens no folder that has one."""
+        damaged = []
+        for path in self._folder.glob("[0-9]*/metrics/metrics"):
+            try:
+                valid = isinstance(json.loads(path.read_bytes())["objective"], float | int)
+            except (ValueError, TypeError, KeyError, OSError):
+                valid = False
+            if not valid:
+                damaged.append(int(path.parts[-3]))
+        return damaged
+
     def _move_aside(self, steps: list[int]) -> None:
+        self._set_aside(steps)
+        if steps:
+            self._manager.reload()
+
+    def _set_aside(self, steps: list[int]) -> None:
         for step in steps:
             damaged = self._folder.parent / "damaged_checkpoints"
             damaged.mkdir(exist_ok=True)
             number = next(n for n in itertools.count() if not (damaged / f"{step}_{n}").exists())
             self.path(step).rename(damaged / f"{step}_{number}")
-        if steps:
-            self._manager.reload()

@@ -223,6 +223,8 @@ def evaluate(
         options = dataclasses.replace(options, weights=load_weights(inception_weights))
     is_sweep = (workdir / "sweep.json").is_file()
     for folder in _finished_members(workdir) if is_sweep else [workdir]:
+        if is_sweep:
+            print(f"\n{folder.name}")
         _evaluate_run(folder, split, checkpoint, samples, bound_images, options, figures and not is_sweep)
     if is_sweep:
         _report(workdir)
@@ -250,7 +252,6 @@ def _evaluate_run(
     run = restore(folder, checkpoint)
     images = load(run.config.data)
     rundir.check_same_data(folder, rundir.read_info(folder), images)
-    print(f"{folder}, step {run.step}:")
     found = evaluation.evaluate(
         run, images, split, samples=samples, bound_images=bound_images, fid_options=fid, workdir=folder, progress=True
     )

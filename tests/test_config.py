@@ -307,6 +307,7 @@ def test_to_dict_written_by_hand():
             "warmup_steps": 0,
             "gradient_clip": None,
             "ema_decay": None,
+            "skip_nonfinite": 0,
         },
         "epochs": 50,
         "batch_size": 128,

@@ -313,16 +313,26 @@ def test_hundreds_of_damaged_files(whole, tmp_path, capsys):
 
 @ORBAX_LEAVES_FUTURES
 def test_a_flipped_bit_in_a_checkpoint_is_seen(whole, tmp_path, capsys):
-    """The largest file of the newest checkpoint, which holds the numbers: the one before is used, and said to be."""
+    """In every file of numbers of the newest checkpoint: the one before is used, and said to be."""
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
-    newest = copy / "checkpoints" / "12"
-    victim = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1
-    victim.write_bytes(content)
+    for victim in (copy / "checkpoints" / "12").rglob("d/*"):
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
     assert bv.restore(copy).step == 6
     assert "does not load" in capsys.readouterr().err
+
+
+def test_damaged_metrics_of_a_checkpoint_are_named_and_moved_aside(config, whole, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "checkpoints" / "12" / "metrics" / "metrics").write_text('{"objective": 3')
+    with pytest.raises(UserError, match="the metrics of step 12 are damaged"):
+        bv.restore(copy)
+    bv.fit(config, copy, progress=False)
+    assert (copy / "damaged_checkpoints" / "12_0").is_dir()
+    check_identical(copy, whole)
 
 
 def test_a_newer_checkpoint_is_refused(whole, tmp_path):

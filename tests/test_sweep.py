@@ -438,12 +438,12 @@ def test_an_interrupted_stack_ends_as_if_it_had_not_been(saves, steps, turns, th
 def test_a_kill_between_two_evaluations_trains_nothing_again(three, trained, monkeypatch, tmp_path):
     write, count = trainer.write_evaluation, 0
 
-    def stop(*arguments):
+    def stop(*arguments, **options):
         nonlocal count
         count += 1
         if count == 2:
             raise KeyboardInterrupt
-        write(*arguments)
+        write(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "write_evaluation", stop)

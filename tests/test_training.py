@@ -314,11 +314,10 @@ def test_an_interrupted_run_continues_to_the_same_numbers(network, tmp_path, mon
 
     log, calls = RunDirectory.log, itertools.count()
 
-    def stop_in_the_third_epoch(self, row):
+    def stop_in_the_third_epoch(self, row, **clocked):
+        log(self, row, **clocked)
         if next(calls) == 4:  # after the row of epoch 3, before its checkpoint
-            log(self, row)
             raise _Stop
-        log(self, row)
 
     monkeypatch.setattr(RunDirectory, "log", stop_in_the_third_epoch)
     with pytest.raises(_Stop):
