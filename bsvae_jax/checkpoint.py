@@ -82,8 +82,8 @@ class Checkpoints:
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             named = f" of step {', '.join(map(str, damaged))}" if damaged else ""
             raise UserError(
-                f"{self._folder} does not open: the metrics{named} are damaged ({type(error).__name__}: {error}). Repeating the "
-                "command that trained it moves that step aside and continues from another."
+                f"{self._folder} does not open: the metrics{named} are damaged ({type(error).__name__}: {error}). Repeat "
+                "the command that trained it: it moves that step aside and continues from another."
             ) from error
 
     def __enter__(self) -> "Checkpoints":
