@@ -63,7 +63,7 @@ class Checkpoints:
     def __init__(self, folder: Path, read_only: bool = False, description: dict[str, Any] | None = None):
         """`folder` is made if absent, unless `read_only`; `description` (plain JSON values) travels with every checkpoint."""
         self._description = description or {}
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every internal step at INFO and WARNING
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every step, and errors that it raises too
         self._folder, self._read_only = folder.resolve(), read_only
         best = BestN(get_metric_fn=lambda metrics: -metrics["objective"], n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(

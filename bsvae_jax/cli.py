@@ -1,6 +1,7 @@
 """The command line: `bsvae train`, `sweep`, `report`, `evaluate`, `sample`. Parsing, help and overrides are tyro's."""
 
 import dataclasses
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -353,7 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # its text names the file
-        print(f"error: {error}", file=sys.stderr)
+        full = ". Free some space and repeat the command; it continues" if error.errno == errno.ENOSPC else ""
+        print(f"error: {error}{full}", file=sys.stderr)
         sys.exit(2)
     except MemoryError as error:
         print(f"error: out of memory ({error}). A smaller batch_size or network needs less.", file=sys.stderr)
