@@ -1,6 +1,6 @@
 """Kills, damaged files, full disks: nothing is lost, nothing is wrong, nothing ends in a traceback.
 
-The long ones run by name, `python -m pytest -m faults -s` (about ten minutes on two cores), and print what they counted; a
+The long ones run by name, `python -m pytest -m faults -s` (twenty minutes or more on two cores), and print what they counted; a
 smaller one of each kind is among the ordinary tests.
 """
 
