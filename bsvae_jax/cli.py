@@ -2,10 +2,11 @@
 
 import dataclasses
 import errno
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -206,6 +207,7 @@ def evaluate(
       inception_weights: Weights of the FID network, pytorch-fid's .pth or an .npz; downloaded at first use if not given.
       figures: Draw figures; --figures False leaves them out.
     """
+    from bsvae_jax.data import load
     from bsvae_jax.evaluation import PAPER_SAMPLES, Fid
     from bsvae_jax.inception import load_weights
     from bsvae_jax.likelihood import check_samples
@@ -223,10 +225,11 @@ def evaluate(
         options = Fid(fid, protocol=protocol)
         options = dataclasses.replace(options, weights=load_weights(inception_weights))
     is_sweep = (workdir / "sweep.json").is_file()
+    load_once = functools.cache(load)  # members of a sweep share their data
     for folder in _finished_members(workdir) if is_sweep else [workdir]:
         if is_sweep:
             print(f"\n{folder.name}")
-        _evaluate_run(folder, split, checkpoint, samples, bound_images, options, figures and not is_sweep)
+        _evaluate_run(folder, load_once, split, checkpoint, samples, bound_images, options, figures and not is_sweep)
     if is_sweep:
         _report(workdir)
 
@@ -239,6 +242,7 @@ def _finished_members(folder: Path) -> list[Path]:
 
 def _evaluate_run(
     folder: Path,
+    load: Callable[[configs.DataSource], Any],
     split: tuple[str, ...],
     checkpoint: Literal["latest", "best"],
     samples: int | None,
@@ -247,7 +251,6 @@ def _evaluate_run(
     figures: bool,
 ) -> None:
     from bsvae_jax import evaluation, evaluation_pictures, rundir, summary
-    from bsvae_jax.data import load
     from bsvae_jax.loading import restore
 
     run = restore(folder, checkpoint)
@@ -321,6 +324,14 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300].rstrip(".")
 
 
+_LESS_MEMORY = "A smaller batch_size or network needs less."
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
@@ -351,22 +362,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config=(tyro.conf.FlagConversionOff,),
         )
     except BsvaeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
     except OSError as error:  # its text names the file
-        full = ". Free some space and repeat the command; it continues" if error.errno == errno.ENOSPC else ""
-        print(f"error: {error}{full}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"{error}. Free some space and repeat the command; it continues" if error.errno == errno.ENOSPC else str(error))
     except MemoryError as error:
-        print(f"error: out of memory ({error}). A smaller batch_size or network needs less.", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"out of memory ({error}). {_LESS_MEMORY}")
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(
-            f"error: out of device memory: {_first_line(error)}. A smaller batch_size or network needs less.", file=sys.stderr
-        )
-        sys.exit(2)
+        _refuse(f"out of device memory: {_first_line(error)}. {_LESS_MEMORY}")
     except Interrupted as error:
         print(f"\n{error}; the same command continues there", file=sys.stderr)
         sys.exit(128 + error.number)

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from bsvae_jax.data.sources import to_unit_interval
 from bsvae_jax.model import VAE
-from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift
-from bsvae_jax.randomness import example_keys
+from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift, padded_batches
+from bsvae_jax.randomness import example_keys, uniform_per_example
 from bsvae_jax.scoring import Calibration
 
 LIMIT = 8.0
@@ -96,9 +96,7 @@ def _batch(
     log_prior: Any = model.apply(variables, output.z, method="log_prior")
     mean = output.decoded.mean
     step = 1.0 / (levels - 1)
-    # A key of its own, apart from that of the posterior sample.
-    noise = jax.vmap(lambda own: jax.random.uniform(jax.random.fold_in(own, 1), x.shape[1:], minval=-0.5, maxval=0.5))(keys)
-    residual = x + step * noise - mean
+    residual = x + step * uniform_per_example(keys, 1, x.shape[1:]) - mean
     own_variance = jnp.mean(jnp.square(x - mean), axis=(1, 2, 3), keepdims=True) + step**2 / 12
     counts = [_histogram(residual / jnp.sqrt(v), counted) for v in (variance, variance_per_pixel, own_variance)]
     return _Batch(
@@ -143,20 +141,17 @@ def details_of_split(
       batch_size: images per device call, rounded up to a multiple of the devices.
       progress: told the number of images done since it was told before.
     """
-    count, devices = len(images), mesh.shape[DATA_AXIS]
-    batch_size = -(-min(batch_size, count) // devices) * devices
+    count = len(images)
     compute = _lifted(model.clone(axis_name=None), levels, mesh)
     variances = (np.float32(calibration.variance), calibration.variance_per_pixel.astype(np.float32)[None])
     batches = []
     residuals = np.zeros((len(STANDARDISED_BY), BINS), np.int64)
-    for start in range(0, count, batch_size):
-        positions = np.arange(start, start + batch_size)
-        counted = (positions < count).astype(np.float32)
-        batch = jax.device_get(compute(variables, images, np.minimum(positions, count - 1), counted, key, *variances))
+    for indices, counted in padded_batches(mesh, count, batch_size):
+        batch = jax.device_get(compute(variables, images, indices, counted, key, *variances))
         residuals += batch.residuals
         batches.append(batch)
         if progress is not None:
-            progress(min(batch_size, count - start))
+            progress(int(counted.sum()))
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(batch, name) for batch in batches])[:count].astype(np.float64)
@@ -165,14 +160,18 @@ def details_of_split(
     return Details(**per_image, residuals=residuals)
 
 
+def _cumulative(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Edges of the bins, and the share of residuals below each."""
+    return np.linspace(-LIMIT, LIMIT, BINS + 1), np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
+
+
 def residual_quantiles(counts: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Quantiles of standardised residuals from one row of `Details.residuals`, linear within bins."""
-    edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
-    return np.interp(probabilities, np.concatenate([[0.0], np.cumsum(counts) / counts.sum()]), edges)
+    edges, below = _cumulative(counts)
+    return np.interp(probabilities, below, edges)
 
 
 def residual_coverage(counts: np.ndarray, widths: np.ndarray) -> np.ndarray:
     """Share of standardised residuals within +-width, for each width < `LIMIT`, linear within bins."""
-    edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
-    cumulative = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
-    return np.interp(widths, edges, cumulative) - np.interp(-widths, edges, cumulative)
+    edges, below = _cumulative(counts)
+    return np.interp(widths, edges, below) - np.interp(-widths, edges, below)

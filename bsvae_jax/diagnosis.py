@@ -1,45 +1,11 @@
 """Ailments that numbers alone do not name: variance collapse, posterior collapse, a dead decoder; with what usually helps."""
 
-import functools
-
-import numpy as np
-
 from bsvae_jax import theory
 from bsvae_jax.config import Config, Linear
 from bsvae_jax.data import ImageSet
 from bsvae_jax.objective import Constant, Optimal, quantization_variance
 from bsvae_jax.scoring import SplitScores
-from bsvae_jax.summary import ACTIVE_THRESHOLD
-
-MOST_PIXELS = 4096
-"""Images beyond this size are not asked for their covariance."""
-
-
-class _ByIdentity:
-    """Hashes a data set by which object it is; the caches below hold a few."""
-
-    def __init__(self, value: ImageSet):
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByIdentity) and self.value is other.value
-
-
-@functools.lru_cache(maxsize=4)
-def _data_variance(images: _ByIdentity) -> float:
-    """Variance of the test images around their mean, averaged over pixels."""
-    test = images.value.test.astype(np.float32)
-    scale = images.value.step if images.value.test.dtype == np.uint8 else 1.0
-    return float(test.var(axis=0, dtype=np.float64).mean() * scale**2)
-
-
-@functools.lru_cache(maxsize=4)
-def _eigenvalues(images: _ByIdentity) -> np.ndarray:
-    train = images.value.train
-    return theory.covariance_eigenvalues(train.astype(np.float32) * (images.value.step if train.dtype == np.uint8 else 1.0))
+from bsvae_jax.summary import active_latents
 
 
 def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str, str]:
@@ -58,15 +24,14 @@ def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str,
             "likelihood says nothing but that the images are reconstructed exactly. Fewer latents or a larger beta help, or "
             "less constant data."
         )
-    active = int(np.sum(scores.posterior_mean.var(axis=0) > ACTIVE_THRESHOLD))
     mse = float(scores.squared_error.mean() / scores.pixels)
     rate = float(scores.rate.mean())
-    if active == 0:
+    if active_latents(scores) == 0:
         found["posterior collapse"] = (
             f"no latent is active (rate {rate:.3g} nats): z says nothing about the image. A smaller beta helps"
             f"{_critical_beta(config, images)}; so does starting with a small beta."
         )
-    elif rate > 1.0 and mse > 0.99 * _data_variance(_ByIdentity(images)):
+    elif rate > 1.0 and mse > 0.99 * images.test_variance:
         found["dead decoder"] = (
             f"the latents carry {rate:.3g} nats, but the reconstructions (squared error {mse:.3g} per pixel) are no better "
             "than the mean image: the decoder does not use z. A lower learning rate or gradient clipping helps."
@@ -76,9 +41,9 @@ def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str,
 
 def _critical_beta(config: Config, images: ImageSet) -> str:
     """Where theory puts the collapse of a linear model on these data."""
-    if np.prod(images.image_shape) > MOST_PIXELS:
+    eigenvalues = images.covariance_eigenvalues
+    if eigenvalues is None:
         return ""
-    eigenvalues = _eigenvalues(_ByIdentity(images))
     if isinstance(config.decoder_variance, Constant):
         critical = float(eigenvalues[0] / config.decoder_variance.variance)
     elif isinstance(config.decoder_variance, Optimal) and config.decoder_variance.over != "pixel":

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bsvae_jax import aggregate, details, feature_statistics, fid, inception, likelihood, priors
+from bsvae_jax import aggregate, details, feature_statistics, fid, inception, likelihood
+from bsvae_jax.checkpoint import digest
+from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.sources import to_unit_interval
 from bsvae_jax.errors import UserError, nearest
@@ -24,7 +26,7 @@ from bsvae_jax.loading import Restored
 from bsvae_jax.objective import bits_per_dimension
 from bsvae_jax.parallel import data_mesh, replicate
 from bsvae_jax.rundir import ProgressBar, warn
-from bsvae_jax.sampling import fingerprint, sample_batches, stretch_contrast, to_8_bits
+from bsvae_jax.sampling import sample_batches, stretch_contrast, to_8_bits
 from bsvae_jax.scoring import EVALUATION_BATCH, Calibration, SplitScores, calibrate, score_split, split_key
 from bsvae_jax.summary import Quantity, Report, mean_quantity, summarize
 
@@ -114,11 +116,16 @@ def evaluate(
     mesh = data_mesh()
     variables = replicate(run.variables, mesh)
 
+    @functools.cache
+    def stored(split: str) -> jax.Array:
+        return replicate(getattr(images, split), mesh)
+
     def score(split: str) -> SplitScores:
         # The same posterior samples as `fit` takes, so that its last row is repeated here.
         key = split_key(run.config.seed, split)
-        stored = replicate(getattr(images, split), mesh)
-        return score_split(run.model, variables, stored, key, levels=images.levels, mesh=mesh, batch_size=EVALUATION_BATCH)
+        return score_split(
+            run.model, variables, stored(split), key, levels=images.levels, mesh=mesh, batch_size=EVALUATION_BATCH
+        )
 
     scores = {split: score(split) for split in splits}
     calibration = run.calibration
@@ -128,13 +135,14 @@ def evaluate(
     evaluated = {}
     for split in splits:
         parts = _evaluate_split(
-            run, images, split, scores[split], variables, calibration, samples, bound_images, workdir, progress
+            run, images, split, stored(split), scores[split], variables, calibration, samples, bound_images, workdir, progress
         )
         evaluated[split] = parts
         report[split] = summarize(scores[split], run.config.beta, calibration) | _quantities(parts, images, samples)
     if fid_options is not None and weights is not None:
         folder = inception.cache_folder() / "samples" if workdir is None else workdir
-        kept = folder / f".fid-{fingerprint(run)[:16]}-{fid_options.protocol}-{weights.source[:16]}-{fid_options.samples}.npz"
+        made_of = (digest(run.variables)[:16], fid_options.protocol, weights.source[:16], str(fid_options.samples))
+        kept = folder / f".fid-{'-'.join(made_of)}.npz"
         drawn = _sample_statistics(run, weights, fid_options, mesh, kept, progress)
         for split in splits:
             report[split] |= _fid_quantities(drawn, images, split, weights, fid_options, mesh, progress)
@@ -162,6 +170,7 @@ def _evaluate_split(
     run: Restored,
     images: ImageSet,
     split: str,
+    stored: jax.Array,
     scores: SplitScores,
     variables: Any,
     calibration: Calibration,
@@ -171,7 +180,6 @@ def _evaluate_split(
     progress: bool,
 ) -> SplitEvaluation:
     mesh = data_mesh()
-    stored = replicate(getattr(images, split), mesh)
     key = split_key(run.config.seed, split)
     with ProgressBar(len(stored), 0, progress) as bar:
         bar.describe(f"{split}: residuals")
@@ -186,7 +194,7 @@ def _evaluate_split(
             batch_size=EVALUATION_BATCH,
             progress=bar.update,
         )
-    normal = isinstance(priors.build(run.config.prior, run.config.latent_size), priors.StandardNormal)
+    normal = isinstance(run.config.prior, StandardNormal)
     densities = aggregate.aggregate_posterior(
         found.z, found.posterior_mean, found.posterior_log_variance, found.log_prior, normal
     )
@@ -197,7 +205,7 @@ def _evaluate_split(
     if likelihood.has_own_density(run.model):
         wanted += [Density(frozen=False, dequantised=False), Density(frozen=False, dequantised=True)]
     count = min(bound_images or len(stored), len(stored))
-    file = _Unfinished(workdir, split, [fingerprint(run), samples, count, calibration.variance, images.fingerprint()])
+    file = _Unfinished(workdir, split, [digest(run.variables), samples, count, calibration.variance, images.fingerprint()])
     partial = file.read()
     with ProgressBar(count, 0 if partial is None else partial.done, progress) as bar:
         bar.describe(f"{split}: {samples} importance samples")

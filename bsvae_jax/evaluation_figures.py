@@ -213,6 +213,7 @@ def nearest_neighbours(samples: np.ndarray, nearest: np.ndarray, distances: Mapp
         )
     spread.set_xlabel("distance from the nearest training image [RMS intensity]")
     spread.set_ylabel("density")
+    spread.set_ylim(top=1.35 * spread.get_ylim()[1])  # room for the legend above the bars
     spread.grid(alpha=0.3)
     spread.legend()
     return figure

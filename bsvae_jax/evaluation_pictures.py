@@ -16,6 +16,7 @@ from bsvae_jax.loading import Restored
 from bsvae_jax.neighbours import nearest_images
 from bsvae_jax.sampling import sample_prior
 from bsvae_jax.scoring import split_key
+from bsvae_jax.summary import mean_quantity
 
 EXTREMES = 16
 """Images shown of the least and of the greatest variance."""
@@ -63,8 +64,7 @@ def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -
 
 
 def _mean_image(images: ImageSet) -> np.ndarray:
-    scale = 1.0 if np.issubdtype(images.train.dtype, np.floating) else images.levels - 1
-    return images.train.mean(axis=0, dtype=np.float64) / scale
+    return images.train.mean(axis=0, dtype=np.float64) * images.scale
 
 
 def _residuals(parts: SplitEvaluation, title: str) -> Any:
@@ -110,7 +110,8 @@ def _difficulty(images: ImageSet, split: str, parts: SplitEvaluation, evaluated:
 
 def _rate(parts: SplitEvaluation, title: str) -> Any:
     def mean(values: np.ndarray) -> tuple[float, float]:
-        return float(values.mean()), float(values.std() / np.sqrt(max(len(values) - 1, 1)))
+        quantity = mean_quantity(values, "nats", "")
+        return quantity.value, quantity.standard_error or 0.0
 
     split, total = parts.rate, parts.scores.rate
     bars = {"rate": mean(total), "mutual information I(x; z)": mean(split.mutual_information)}

@@ -10,19 +10,11 @@ import numpy as np
 from jaxtyping import Array
 
 from bsvae_jax.config import Config
-from bsvae_jax.data import ImageSet, ShuffledOrder
+from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
 from bsvae_jax.files import read_arrays
 from bsvae_jax.rundir import RunDirectory, read_info
-from bsvae_jax.training import TrainState, build_knobs, build_model, create_state, prepare_batch, train_step
-
-ORDER_SALT = 2**31 - 1
-"""Folded into the key of a run for the order of its data."""
-
-
-def data_order(state: TrainState, images: ImageSet, batch_size: int) -> ShuffledOrder:
-    """The order in which a run takes its training images."""
-    return ShuffledOrder(jax.random.fold_in(state.key, ORDER_SALT), len(images.train), batch_size)
+from bsvae_jax.training import TrainState, build_knobs, build_model, create_state, data_order, prepare_batch, train_step
 
 
 class FailedStep(NamedTuple):

@@ -23,9 +23,9 @@ from bsvae_jax.data.sources import to_unit_interval
 from bsvae_jax.errors import UserError
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import Constant, Learned, Predicted, gaussian_nll
-from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift
+from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift, padded_batches
 from bsvae_jax.priors import gaussian_log_prob
-from bsvae_jax.randomness import example_keys
+from bsvae_jax.randomness import example_keys, uniform_per_example
 
 MOST_SAMPLES = 5000
 CHUNK = 64
@@ -104,7 +104,7 @@ def _add_samples(
     decoded = _apply(model, variables, z, "decode")
     x = to_unit_interval(images[indices], levels)
     step = 1.0 / (levels - 1)
-    uniform = jax.vmap(lambda own: jax.random.uniform(jax.random.fold_in(own, 0), x.shape[1:], minval=-0.5, maxval=0.5))(keys)
+    uniform = uniform_per_example(keys, 0, x.shape[1:])
 
     def log_weights(density: Density) -> Array:
         target = x + step * uniform if density.dequantised else x
@@ -197,26 +197,24 @@ def importance_weighted(
         raise UserError("With an optimal decoder variance the model's likelihood is not a density; freeze a variance.")
     count = len(images) if count is None else min(count, len(images))
     chunk = min(samples, CHUNK)
-    size = mesh.shape[DATA_AXIS]
-    batch = min(-(-count // size), max(DECODED_AT_ONCE // chunk, 1)) * size
+    batch = max(DECODED_AT_ONCE // chunk, 1) * mesh.shape[DATA_AXIS]
     encode, add = _lifted(model.clone(axis_name=None), levels, tuple(densities), chunk, mesh)
     state = partial or Partial(
         0, np.zeros((len(densities), 0)), np.zeros((len(densities), samples)), np.zeros((len(densities), 0))
     )
     kept = time.monotonic()
-    for start in range(state.done, count, batch):
-        positions = np.arange(start, start + batch)
-        indices, counted = np.minimum(positions, count - 1), (positions < count).astype(np.float32)
+    for indices, counted in padded_batches(mesh, count, batch, state.done):
         posterior = tuple(encode(variables, images, indices))
-        sums: Any = _Sums(*(jnp.full((len(densities), batch), -jnp.inf, jnp.float32) for _ in range(2)))
+        sums: Any = _Sums(*(jnp.full((len(densities), len(indices)), -jnp.inf, jnp.float32) for _ in range(2)))
         curves = []
         for first in range(0, samples, chunk):
             numbers = (np.float32(frozen_variance), np.int32(first), np.int32(samples))
             sums, curve = add(variables, images, indices, counted, posterior, key, sums, *numbers)
             curves.append(curve)
-        state = _with_batch(state, jax.device_get(sums), jax.device_get(curves), min(batch, count - start), samples)
+        fresh = int(counted.sum())
+        state = _with_batch(state, jax.device_get(sums), jax.device_get(curves), fresh, samples)
         if progress is not None:
-            progress(state.done - start)
+            progress(fresh)
         if keep is not None and time.monotonic() - kept > keep_every:
             keep(state)
             kept = time.monotonic()

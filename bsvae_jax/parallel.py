@@ -7,7 +7,7 @@ devices of the `"member"` axis.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,6 +142,25 @@ def stack(trees: list[Any], mesh: Mesh) -> Any:
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A copy of every array on every device of the mesh; never aliases its input, so it may be donated."""
     return jax.device_put(tree, NamedSharding(mesh, REPLICATED), may_alias=False)
+
+
+def padded_batches(mesh: Mesh, count: int, batch_size: int, first: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Indices `first ... count - 1` in batches of one size, which the devices of the data axis divide evenly.
+
+    Args:
+      mesh: with a data axis.
+      count: of the examples.
+      batch_size: examples in a batch; no more than there are, rounded up to a multiple of the devices.
+      first: where to start.
+
+    Yields:
+      Indices [B], the last batch filled up with repetitions of the last example, and weights [B] that are 0 for those.
+    """
+    devices = mesh.shape[DATA_AXIS]
+    batch_size = -(-min(batch_size, count) // devices) * devices
+    for start in range(first, count, batch_size):
+        positions = np.arange(start, start + batch_size)
+        yield np.minimum(positions, count - 1), (positions < count).astype(np.float32)
 
 
 def describe_devices(mesh: Mesh) -> str:

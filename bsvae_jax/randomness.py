@@ -20,6 +20,14 @@ def example_keys(key: Key[Array, ""], positions: Int[Array, " batch"]) -> Key[Ar
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, positions)
 
 
+def uniform_per_example(keys: Key[Array, " batch"], number: int, shape: tuple[int, ...]) -> Float[Array, "batch ..."]:
+    """Numbers uniform over -1/2 ... 1/2, `[B, *shape]`, each example from `fold_in(key, number)`: dequantisation noise.
+
+    Folded, so that it is apart from the posterior sample, which takes the key itself.
+    """
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), shape, minval=-0.5, maxval=0.5))(keys)
+
+
 def normal_per_example(keys: Key[Array, " batch"], shape: tuple[int, ...]) -> Float[Array, "batch ..."]:
     """Standard normal numbers `[B, *shape]`, each example from its own key."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

@@ -98,7 +98,7 @@ def best_beta(results: SweepResults) -> list[str]:
 
 
 def findings(results: SweepResults) -> list[str]:
-    """A sentence per ailment and variance model: which members have it."""
+    """A sentence per ailment: which members have it."""
     found: dict[str, list[str]] = {}
     for member in results.members:
         for name in member.findings:

@@ -142,7 +142,7 @@ def read_results(folder: Path) -> SweepResults:
         report, findings = (evaluation.report, evaluation.findings) if evaluation is not None and latest else ({}, {})
         failure = read_failure(own)
         if set(report) >= set(SPLITS) and (own / "pictures.npz").is_file():
-            pictures = _read_pictures(own / "pictures.npz")
+            pictures = read_arrays(own / "pictures.npz", "delete it, and `bsvae sweep` makes it again")
             members.append(MemberResult(name, read_info(own).config, report, findings, pictures))
         elif failure is not None:
             failures[name] = failure
@@ -155,10 +155,6 @@ def read_results(folder: Path) -> SweepResults:
         raise UserError(f"{folder} has no finished member yet ({what}); `bsvae sweep` continues it.")
     members.sort(key=lambda member: (_order(setting_of(member.config)), member.config.seed))
     return SweepResults(info, members, failures, unfinished, diverged)
-
-
-def _read_pictures(path: Path) -> dict[str, np.ndarray]:
-    return read_arrays(path, "delete it, and `bsvae sweep` makes it again")
 
 
 def mean_and_deviation(members: Sequence[MemberResult], quantity: str, split: str) -> tuple[float, float]:

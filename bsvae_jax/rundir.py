@@ -186,10 +186,10 @@ def write_evaluation(
     folder: Path, step: int, report: Report, checkpoint: str = "latest", findings: Mapping[str, str] | None = None
 ) -> None:
     """Write `evaluation.json`; splits, quantities and findings from before, for the same parameters, stay."""
-    before = evaluation_at(folder, step, checkpoint)
-    if findings is None:
-        known = read_evaluation(folder) if before else None
-        findings = {} if known is None else known.findings
+    known = read_evaluation(folder)
+    same = known is not None and (known.step, known.checkpoint) == (step, checkpoint)
+    before, found = (known.report, known.findings) if known is not None and same else ({}, {})
+    findings = found if findings is None else findings
     report = before | {split: before.get(split, {}) | quantities for split, quantities in report.items()}
     values = {"step": step, "checkpoint": checkpoint, "findings": dict(findings), "splits": as_json(report)}
     write_atomically(folder / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())

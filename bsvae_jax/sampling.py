@@ -1,7 +1,6 @@
 """Images drawn from a trained model, over all devices, in batches that do not depend on how many are wanted."""
 
 import functools
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bsvae_jax import figures
+from bsvae_jax.checkpoint import digest
 from bsvae_jax.errors import UserError
 from bsvae_jax.files import read_arrays, write_atomically
 from bsvae_jax.loading import Restored
@@ -80,15 +80,6 @@ def sample_prior(run: Restored, count: int, seed: int = 0) -> np.ndarray:
 # --- Files, continued where they stopped ------------------------------------------------------------------------------
 
 
-def fingerprint(run: Restored) -> str:
-    """SHA-256 of the parameters and batch statistics."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(run.variables):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
-
-
 def write_folder(run: Restored, folder: Path, count: int, seed: int, overwrite: bool, progress: Callable[[int], None]) -> int:
     """Write samples as `000000.png`, ... and go on where an earlier call for the same images stopped.
 
@@ -106,7 +97,7 @@ def write_folder(run: Restored, folder: Path, count: int, seed: int, overwrite: 
     Raises:
       UserError: the folder holds something else, or cannot be written.
     """
-    identity = {"parameters": fingerprint(run), "seed": seed}
+    identity = {"parameters": digest(run.variables), "seed": seed}
     with _open(folder, identity, overwrite, ".png"):
         there = 0
         while (folder / f"{there:06d}.png").is_file() and there < count:
@@ -127,7 +118,7 @@ def write_npz(run: Restored, path: Path, count: int, seed: int, overwrite: bool,
     """
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; give another --out, or --overwrite to replace it.")
-    identity = {"parameters": fingerprint(run), "seed": seed, "count": count}
+    identity = {"parameters": digest(run.variables), "seed": seed, "count": count}
     partial = path.with_name(f".{path.name}.partial")
     with _open(partial, identity, True, ".npy"):
         there, batches = 0, []

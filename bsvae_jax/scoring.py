@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from bsvae_jax.data.sources import to_unit_interval
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import LOG_2PI, Constant, DecoderVariance, Learned, Optimal, elbo_terms, floor_of
-from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, Driving, lift
+from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, Driving, lift, padded_batches
 from bsvae_jax.randomness import example_keys
 
 EVALUATION_BATCH = 512
@@ -193,15 +193,10 @@ def _score_batches(
     driving: Driving,
 ) -> list[_BatchScores]:
     """Host copies of the scores of every batch, in order; the last one is filled up with repetitions of an image."""
-    devices = mesh.shape[DATA_AXIS]
-    count = len(images)
-    batch_size = -(-min(batch_size, count) // devices) * devices
     score = _lifted(model.clone(axis_name=None), levels, mesh, driving)
     batches, previous = [], None
-    for start in range(0, count, batch_size):
-        indices = np.arange(start, start + batch_size)
-        weights = (indices < count).astype(np.float32)  # the repeated image counts nothing
-        current = score(variables, images, np.minimum(indices, count - 1), weights, key)
+    for indices, weights in padded_batches(mesh, len(images), batch_size):
+        current = score(variables, images, indices, weights, key)
         if previous is not None:  # one batch in flight while the one before is fetched
             batches.append(jax.device_get(previous))
         previous = current

@@ -31,20 +31,18 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def check_room(folder: Path, checkpoint: int, runs: int = 1, saved: int = 0) -> None:
-    """Raise a UserError if the disk has no room for the checkpoints of a number of runs.
+def check_room(folder: Path, checkpoint: int, saved: int = 0) -> None:
+    """Raise a UserError if the disk has no room for the checkpoints of a run.
 
     Args:
-      folder: of the runs; need not exist.
+      folder: of the run; need not exist.
       checkpoint: bytes of one.
-      runs: how many, one being trained at a time or all.
       saved: checkpoints that are there already and will be replaced.
     """
-    needed = max(CHECKPOINTS * runs - saved, 1) * checkpoint + MARGIN
+    needed = max(CHECKPOINTS - saved, 1) * checkpoint + MARGIN
     free = free_bytes(folder.absolute())
     if free < needed:
-        what = "this run needs" if runs == 1 else f"these {runs} runs need"
         raise UserError(
-            f"The disk of {folder} has {mebibytes(free)} free, {what} {mebibytes(needed)} for checkpoints "
+            f"The disk of {folder} has {mebibytes(free)} free, this run needs {mebibytes(needed)} for checkpoints "
             f"({mebibytes(checkpoint)} each). Free some space, or choose another --workdir."
         )

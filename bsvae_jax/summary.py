@@ -40,6 +40,11 @@ def mean_quantity(values: np.ndarray, unit: str, meaning: str) -> Quantity:
     return Quantity(float(values.mean()), error, unit, meaning)
 
 
+def active_latents(scores: SplitScores) -> int:
+    """Number of latents whose posterior mean varies over the data by more than `ACTIVE_THRESHOLD`."""
+    return int(np.sum(scores.posterior_mean.var(axis=0) > ACTIVE_THRESHOLD))
+
+
 def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dict[str, Quantity]:
     """All quantities of one split.
 
@@ -56,7 +61,6 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dic
     # Per pixel, the mean over examples is all that is needed: sum_d 1/2 [log(2 pi v_d) + (SE_d + v0) / v_d].
     pixel_variance = calibration.variance_per_pixel
     per_pixel = 0.5 * np.sum(np.log(2 * np.pi * pixel_variance) + (scores.pixel_squared_error + floor) / pixel_variance)
-    active = int(np.sum(scores.posterior_mean.var(axis=0) > ACTIVE_THRESHOLD))
     own = {
         name: mean_quantity(values, "nats", meaning)
         for name, values, meaning in (
@@ -82,7 +86,7 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dic
         "psnr": mean_quantity(-10 * np.log10(np.maximum(mse, 1e-12)), "dB", "peak signal-to-noise ratio, mean over images"),
         "variance": Quantity(scores.model_variance, None, "intensity^2", "the model's decoder variance, averaged"),
         "calibrated_variance": Quantity(calibration.variance, None, "intensity^2", "optimum of the training set"),
-        "active_units": Quantity(float(active), None, "latents", "variance of the posterior mean > 0.01"),
+        "active_units": Quantity(float(active_latents(scores)), None, "latents", "variance of the posterior mean > 0.01"),
     }
 
 

@@ -21,7 +21,6 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from bsvae_jax import config as configs
-from bsvae_jax import theory
 from bsvae_jax.checkpoint import DamagedCheckpointError, saved_steps
 from bsvae_jax.config import Config, Residual
 from bsvae_jax.data import ImageSet, load
@@ -48,9 +47,6 @@ from bsvae_jax.training import check_against_data
 
 FORMAT = 1
 """Version of the layout of a sweep's folder."""
-
-SPECTRUM_LIMIT = 4096
-"""Largest number of pixels whose covariance is decomposed: 4,096 take a minute, ten times as many would take a day."""
 
 
 class SweepResult(NamedTuple):
@@ -282,10 +278,7 @@ class _SweepDirectory:
 
     def _description(self, members: list[str], before: "SweepInfo | None") -> bytes:
         images = self._images
-        spectrum = None if before is None else before.eigenvalues
-        if before is None and np.prod(images.image_shape) <= SPECTRUM_LIMIT:
-            data = images.train.astype(np.float32) * (images.step if images.train.dtype == np.uint8 else 1.0)
-            spectrum = theory.covariance_eigenvalues(data)
+        spectrum = images.covariance_eigenvalues if before is None else before.eigenvalues
         values = {
             "format": FORMAT,
             "config": configs.to_dict(base_config(self._config)),

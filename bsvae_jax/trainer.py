@@ -24,7 +24,7 @@ from bsvae_jax.data import ImageSet, ShuffledOrder, load
 from bsvae_jax.data.order import steps_through
 from bsvae_jax.diagnosis import diagnose
 from bsvae_jax.errors import DivergenceError, UserError
-from bsvae_jax.failure import data_order, failing_step
+from bsvae_jax.failure import failing_step
 from bsvae_jax.interruption import Stop, stop_on_signals
 from bsvae_jax.parallel import (
     DATA_AXIS,
@@ -50,6 +50,7 @@ from bsvae_jax.training import (
     build_model,
     check_against_data,
     create_state,
+    data_order,
     learning_rate_schedule,
     run_steps,
     steps_per_dispatch,
@@ -259,16 +260,22 @@ class Trainer:
         """Index and value of the members that have not diverged."""
         return ((member, value) for member, value in enumerate(values) if self.failures[member] is None)
 
-    def _fail(self, member: int, step: int, what: str) -> None:
+    def _fail_step(self, member: int, step: int, what: str) -> None:
+        """Training step `step` was not finite: it is kept, to be run again."""
         config, run = self.members[member]
         run.say(f"{what} Repeating the steps since the last checkpoint, to keep the state before it.")
         file = run.save_failure(failing_step(config, self.program.images, self.program.total, step, run))
-        message = (
-            f"{what} {run.last_checkpoint()} A lower --optimizer.learning-rate or --optimizer.gradient-clip 1.0 usually helps. "
-            f"{file} holds the state and the batch of that step; to run it again:\n"
+        again = (
+            f" {file} holds the state and the batch of that step; to run it again:\n"
             "    import jax, bsvae_jax as bv\n"
             f"    with jax.debug_nans(True): bv.train_step(*bv.failed_step({str(run.folder)!r}))"
         )
+        self._fail(member, step, what, again)
+
+    def _fail(self, member: int, step: int, what: str, also: str = "") -> None:
+        run = self.members[member].run
+        remedy = "A lower --optimizer.learning-rate or --optimizer.gradient-clip 1.0 usually helps."
+        message = f"{what} {run.last_checkpoint()} {remedy}{also}"
         self.failures[member] = error = DivergenceError(message)
         run.fail(step, message)
         if None not in self.failures:
@@ -287,7 +294,7 @@ class Trainer:
             if self.failures[member] is not None:
                 return
             terms = ", ".join(f"{name} {value:g}" for name, value in zip(StepMetrics._fields, values[:, first], strict=True))
-            self._fail(member, start + first + 1, f"Step {start + first + 1} is not finite: {terms}.")
+            self._fail_step(member, start + first + 1, f"Step {start + first + 1} is not finite: {terms}.")
             return
         if not bad[-1]:
             self._skipped[member] = 0

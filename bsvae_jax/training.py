@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from bsvae_jax import config as configs
 from bsvae_jax import objective
 from bsvae_jax.config import Config
-from bsvae_jax.data import ImageSet, augment
+from bsvae_jax.data import ImageSet, ShuffledOrder, augment
 from bsvae_jax.data.sources import to_unit_interval
 from bsvae_jax.errors import UserError
 from bsvae_jax.model import VAE
@@ -27,6 +27,9 @@ from bsvae_jax.randomness import example_keys, example_positions
 
 LOG_EVERY = 50
 """Steps over which one training row of the metrics is averaged, at most."""
+
+ORDER_SALT = 2**31 - 1
+"""Folded into the key of a run for the order of its data."""
 
 
 class TrainState(struct.PyTreeNode):
@@ -163,6 +166,11 @@ def _data_step(
     """Gather this device's share of the batch from the resident images, augment it, take a step."""
     batch, posterior_key = prepare_batch(state, images, indices, levels, augmentation)
     return train_step(state, batch, posterior_key, knobs.beta, knobs.variance)
+
+
+def data_order(state: TrainState, images: ImageSet, batch_size: int) -> ShuffledOrder:
+    """The order in which a run takes its training images."""
+    return ShuffledOrder(jax.random.fold_in(state.key, ORDER_SALT), len(images.train), batch_size)
 
 
 def prepare_batch(
