@@ -69,21 +69,71 @@ class Arrays:
         _check_count("data.holdout_seed", self.holdout_seed, low=0)
 
 
+def _check_preprocessing(source: "TFDS | Folder") -> None:
+    for name in ("crop", "size"):
+        if getattr(source, name) is not None:
+            _check_count(f"data.{name}", getattr(source, name))
+    if source.channels not in (None, 1, 3):
+        raise UserError(f"data.channels must be 1 (grey), 3 (colour) or None, got {source.channels!r}.")
+
+
 @dataclass(frozen=True)
 class TFDS:
-    """A TFDS image set already prepared as array_record; read without TensorFlow."""
+    """A TFDS image set, read as array_record without TensorFlow.
+
+    `mnist`, `fashion_mnist`, `cifar10`, `celeb_a` and `lsun/CATEGORY` are prepared at their first use; any other set of the
+    catalogue once by `bsvae prepare NAME`, which needs TensorFlow.
+    """
 
     name: str = "mnist"
     """TFDS name, also `name/config:version`."""
     data_dir: str | None = None
     """TFDS data directory; None: TFDS's own default."""
+    manual_dir: str | None = None
+    """Folder with the published files, where they are not to be, or cannot be, downloaded."""
     train_split: str = "train"
     """Split trained on."""
     test_split: str = "test"
     """Split held out."""
+    crop: int | None = None
+    """Side of the square kept around the centre of an image, in its own pixels; before `size`."""
+    size: int | None = None
+    """Images become size x size: the shorter side is resized to it, and the centre kept; None: as they are."""
+    channels: int | None = None
+    """1: grey, 3: colour; None: as they are."""
+
+    def __post_init__(self) -> None:
+        _check_preprocessing(self)
 
 
-DataSource = Digits | MNIST | Arrays | TFDS
+@dataclass(frozen=True)
+class Folder:
+    """Images of one's own: a folder, or a .zip, of image files.
+
+    Folders named train and test (or validation, val) in it are those splits; else a share is held out. Folders below are
+    classes.
+    """
+
+    path: str = ""
+    """The folder or .zip."""
+    holdout: float = 0.1
+    """Share of the images kept for testing, at random, where there is no folder test."""
+    holdout_seed: int = 0
+    """Decides which; apart from the run's seed, so that runs of different seeds are tested on the same images."""
+    crop: int | None = None
+    """Side of the square kept around the centre of an image, in its own pixels; before `size`."""
+    size: int | None = None
+    """Images become size x size: the shorter side is resized to it, and the centre kept; None: as they are."""
+    channels: int | None = None
+    """1: grey, 3: colour; None: as they are."""
+
+    def __post_init__(self) -> None:
+        _check_number("data.holdout", self.holdout, low=0.0, high=0.9, open_low=True)
+        _check_count("data.holdout_seed", self.holdout_seed, low=0)
+        _check_preprocessing(self)
+
+
+DataSource = Digits | MNIST | Arrays | Folder | TFDS
 
 
 @dataclass(frozen=True)
@@ -223,6 +273,8 @@ class Config:
     """Steps in one compiled call; None: one for convolutions on a CPU, 50 otherwise (measured to be fastest)."""
     devices: int | None = None
     """Devices to share the batch; None: all there are."""
+    resident_memory: float = 0.5
+    """Share of a device's memory that the images may take; a larger set is streamed to the devices batch by batch."""
     seed: int = 0
     """Decides the initial parameters, the order of the data, augmentation and posterior samples."""
 
@@ -248,6 +300,7 @@ class Config:
         for name in ("steps_per_dispatch", "devices"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
+        _check_number("resident_memory", self.resident_memory, low=0.0, high=1.0)
         _check_count("seed", self.seed, low=0)
         if self.seed >= 2**32:
             raise UserError(f"seed must be < 2**32 (larger ones repeat smaller ones), got {self.seed}.")
@@ -259,7 +312,7 @@ def _options(kind: Any) -> tuple[type, ...]:
 
 
 CHOICES: dict[str, dict[str, type]] = {
-    "data": {"digits": Digits, "mnist": MNIST, "arrays": Arrays, "tfds": TFDS},
+    "data": {"digits": Digits, "mnist": MNIST, "arrays": Arrays, "folder": Folder, "tfds": TFDS},
     "network": {"linear": Linear, "mlp": MLP, "residual": Residual},
     "decoder_variance": {"constant": Constant, "optimal": Optimal, "learned": Learned, "predicted": Predicted},
     "prior": {"standard_normal": StandardNormal},

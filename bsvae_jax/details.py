@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from bsvae_jax.data.sources import to_unit_interval
+from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.model import VAE
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift, padded_batches
 from bsvae_jax.randomness import example_keys, uniform_per_example

@@ -18,9 +18,9 @@ from bsvae_jax import aggregate, details, feature_statistics, fid, inception, li
 from bsvae_jax.checkpoint import digest
 from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
-from bsvae_jax.data.sources import to_unit_interval
+from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.errors import UserError, nearest
-from bsvae_jax.files import read_arrays, write_atomically
+from bsvae_jax.files import cache_folder, read_arrays, write_atomically
 from bsvae_jax.likelihood import Density, ImportanceScores
 from bsvae_jax.loading import Restored
 from bsvae_jax.objective import bits_per_dimension
@@ -140,7 +140,7 @@ def evaluate(
         evaluated[split] = parts
         report[split] = summarize(scores[split], run.config.beta, calibration) | _quantities(parts, images, samples)
     if fid_options is not None and weights is not None:
-        folder = inception.cache_folder() / "samples" if workdir is None else workdir
+        folder = cache_folder() / "samples" if workdir is None else workdir
         made_of = (digest(run.variables)[:16], fid_options.protocol, weights.source[:16], str(fid_options.samples))
         kept = folder / f".fid-{'-'.join(made_of)}.npz"
         drawn = _sample_statistics(run, weights, fid_options, mesh, kept, progress)
@@ -373,7 +373,7 @@ def _fid_quantities(
     progress: bool,
 ) -> dict[str, Quantity]:
     stored = getattr(images, split)
-    path = inception.cache_folder() / "fid" / f"{images.fingerprint()[:32]}-{split}-{weights.source[:16]}.npz"
+    path = cache_folder() / "fid" / f"{images.fingerprint()[:32]}-{split}-{weights.source[:16]}.npz"
     reference = _statistics(
         weights,
         functools.partial(_groups, stored, images.levels),

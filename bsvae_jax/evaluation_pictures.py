@@ -10,7 +10,7 @@ from jax.scipy.stats import norm
 
 from bsvae_jax import details, evaluation_figures, figures
 from bsvae_jax.data import ImageSet
-from bsvae_jax.data.sources import to_unit_interval
+from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.evaluation import Evaluated, SplitEvaluation, bound_name
 from bsvae_jax.loading import Restored
 from bsvae_jax.neighbours import nearest_images

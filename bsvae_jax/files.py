@@ -1,5 +1,6 @@
 """Files that are whole or not there, and damaged ones that say so."""
 
+import hashlib
 import os
 import struct
 import tokenize
@@ -16,6 +17,17 @@ DAMAGE: tuple[type[Exception], ...] = (
     *(struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError),
 )
 """What NumPy and the standard library have been seen to raise on damaged archives."""
+
+
+def cache_folder() -> Path:
+    """Where downloads, prepared images and reference statistics are kept: `$BSVAE_CACHE`, or `~/.cache/bsvae_jax`."""
+    return Path(os.environ.get("BSVAE_CACHE") or Path.home() / ".cache" / "bsvae_jax")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

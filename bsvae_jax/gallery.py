@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from bsvae_jax.data.sources import to_unit_interval
+from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.model import VAE
 from bsvae_jax.parallel import REPLICATED, Driving, lift
 

@@ -9,9 +9,6 @@ The weights are those of pytorch-fid (`pt_inception-2015-12-05-6726825d.pth`), a
 """
 
 import functools
-import hashlib
-import os
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +20,19 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from bsvae_jax.downloads import Download, fetch
 from bsvae_jax.errors import UserError
-from bsvae_jax.files import read_arrays
+from bsvae_jax.files import cache_folder, read_arrays, sha256_of
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift, replicate
 from bsvae_jax.torchfile import read_state_dict
 
 FEATURES = 2048
 SIZE = 299
-WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-WEIGHTS_BYTES = 95_628_359
+WEIGHTS = Download(
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+    95_628_359,
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+)
 
 Maps = Float[Array, "batch _ _ _"]
 
@@ -311,10 +311,10 @@ class Weights(NamedTuple):
     @property
     def published(self) -> bool:
         """Whether these are the weights by which FID is compared."""
-        return self.source == WEIGHTS_SHA256
+        return self.source == WEIGHTS.sha256
 
 
-def convert_weights(path: Path, out: Path, sha256: str | None = WEIGHTS_SHA256) -> None:
+def convert_weights(path: Path, out: Path, sha256: str | None = WEIGHTS.sha256) -> None:
     """Write a `.pth` as `.npz`, which loads without any reader of pickles and remembers the hash of its source.
 
     Raises:
@@ -324,15 +324,10 @@ def convert_weights(path: Path, out: Path, sha256: str | None = WEIGHTS_SHA256) 
     arrays = read_state_dict(path)
     from_state_dict(arrays, str(path))
     with out.open("wb") as file:
-        np.savez(file, **{"source_sha256": np.array(_hash(path)), **arrays})  # type: ignore[arg-type]
+        np.savez(file, **{"source_sha256": np.array(sha256_of(path)), **arrays})  # type: ignore[arg-type]
 
 
-def cache_folder() -> Path:
-    """Where downloads and reference statistics are kept: `$BSVAE_CACHE`, or `~/.cache/bsvae_jax`."""
-    return Path(os.environ.get("BSVAE_CACHE") or Path.home() / ".cache" / "bsvae_jax")
-
-
-def load_weights(path: str | Path | None = None, sha256: str | None = WEIGHTS_SHA256) -> Weights:
+def load_weights(path: str | Path | None = None, sha256: str | None = WEIGHTS.sha256) -> Weights:
     """Variables of `Inception` from a file, or from pytorch-fid's public release, downloaded once.
 
     Args:
@@ -343,51 +338,24 @@ def load_weights(path: str | Path | None = None, sha256: str | None = WEIGHTS_SH
       UserError: no such file, a wrong hash, a file that holds more than tensors, weights of another network, or no way to
         download them (the sentence says which file is wanted, and where to put it).
     """
-    if path is None:
-        path = cache_folder() / Path(WEIGHTS_URL).name
-        if not path.is_file():
-            _download(path)
-    path = Path(path)
+    path = fetch(WEIGHTS, cache_folder(), _how_to_get()) if path is None else Path(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}; {_how_to_get()}")
     if path.suffix != ".npz":
         _check_hash(path, sha256)
-        return Weights(from_state_dict(read_state_dict(path), str(path)), _hash(path))
+        return Weights(from_state_dict(read_state_dict(path), str(path)), sha256_of(path))
     arrays = read_arrays(path, _how_to_get())
     source = arrays.pop("source_sha256", None)
-    return Weights(from_state_dict(arrays, str(path)), _hash(path) if source is None else str(source))
+    return Weights(from_state_dict(arrays, str(path)), sha256_of(path) if source is None else str(source))
 
 
 def _check_hash(path: Path, sha256: str | None) -> None:
-    if sha256 is not None and (found := _hash(path)) != sha256:
+    if sha256 is not None and (found := sha256_of(path)) != sha256:
         raise UserError(f"{path} is not the wanted file: its SHA-256 is {found}, expected {sha256}. {_how_to_get()}")
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _how_to_get() -> str:
     return (
-        f"FID needs the weights {WEIGHTS_URL} ({WEIGHTS_BYTES:,} bytes, SHA-256 {WEIGHTS_SHA256}): "
-        f"put them at {cache_folder() / Path(WEIGHTS_URL).name}, or give --inception-weights FILE."
+        f"FID needs the weights {WEIGHTS.url} ({WEIGHTS.size:,} bytes, SHA-256 {WEIGHTS.sha256}): "
+        f"put them at {cache_folder() / WEIGHTS.name}, or give --inception-weights FILE."
     )
-
-
-def _download(path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(WEIGHTS_URL, timeout=60) as response, temporary.open("wb") as file:
-            while block := response.read(2**20):
-                file.write(block)
-                if file.tell() > WEIGHTS_BYTES:
-                    break
-        if (found := _hash(temporary)) != WEIGHTS_SHA256:
-            raise UserError(f"The download of {WEIGHTS_URL} has SHA-256 {found}, not the published one. {_how_to_get()}")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"The FID network's weights could not be downloaded ({error}). {_how_to_get()}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

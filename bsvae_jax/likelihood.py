@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
-from bsvae_jax.data.sources import to_unit_interval
+from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.errors import UserError
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import Constant, Learned, Predicted, gaussian_nll

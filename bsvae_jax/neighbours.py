@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bsvae_jax.data.sources import to_unit_interval
+from bsvae_jax.data.images import to_unit_interval
 
 CHUNK_BYTES = 2**26
 """Of the training images compared in one device call, about, as float32."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from bsvae_jax import figures
 from bsvae_jax.data import ImageSet
-from bsvae_jax.data.sources import to_unit_interval
+from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.loading import Restored
 from bsvae_jax.rundir import read_metrics
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from bsvae_jax.data.sources import to_unit_interval
+from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import LOG_2PI, Constant, DecoderVariance, Learned, Optimal, elbo_terms, floor_of
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, Driving, lift, padded_batches

@@ -6,7 +6,7 @@ Everything is in nats per example. The data are described by the eigenvalues of 
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from bsvae_jax.errors import UserError
 
@@ -161,7 +161,7 @@ def probabilistic_pca_log_likelihood(eigenvalues: Eigenvalues, latent_size: int)
     return variance, float(-0.5 * (dimensions * np.log(2 * np.pi) + log_determinant + dimensions))
 
 
-def covariance_eigenvalues(data: Float[np.ndarray, "examples *pixels"]) -> Eigenvalues:
+def covariance_eigenvalues(data: Shaped[np.ndarray, "examples *pixels"]) -> Eigenvalues:
     """Eigenvalues, largest first, of the covariance (divided by N) of flattened data; float64.
 
     Raises:

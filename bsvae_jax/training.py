@@ -20,7 +20,7 @@ from bsvae_jax import config as configs
 from bsvae_jax import objective
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet, ShuffledOrder, augment
-from bsvae_jax.data.sources import to_unit_interval
+from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.errors import UserError
 from bsvae_jax.model import VAE
 from bsvae_jax.randomness import example_keys, example_positions

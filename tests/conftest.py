@@ -3,7 +3,11 @@
 Set before any test imports a backend. Real image files, where a checkout has them beside it, are offered as a fixture.
 """
 
+import functools
+import http.server
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,6 +24,27 @@ jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing of a test is found in the cache of another, or in the user's."""
+    monkeypatch.setenv("BSVAE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder whose files are on the network, and its address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture

@@ -25,8 +25,9 @@ from sklearn.datasets import load_digits
 
 from bsvae_jax import config, data
 from bsvae_jax.config import Augmentation
+from bsvae_jax.data.idx import read_idx
+from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.data.order import steps_through
-from bsvae_jax.data.sources import read_idx, to_unit_interval
 from bsvae_jax.errors import UserError
 from bsvae_jax.randomness import example_keys, example_positions, normal_per_example
 
@@ -161,7 +162,7 @@ ZIPPED = gzip.compress(GOOD)
         pytest.param(struct.pack(">BBBB3I", 0, 0, 8, 3, 2**31, 2**31, 4), "truncated or damaged", id="sizes beyond 64 bits"),
         pytest.param(idx(np.zeros((0, 5, 4), np.uint8)), "non-empty array of rank 3, got shape \\(0, 5, 4\\)", id="no images"),
         pytest.param(idx(random_bytes(6)), "non-empty array of rank 3, got shape \\(6,\\)", id="labels for images"),
-        pytest.param(idx(TINY["train-images-idx3"][:5]), "5 train images but 6 labels", id="count"),
+        pytest.param(idx(TINY["train-images-idx3"][:5]), "has 5 images, but .*train-labels-idx1-ubyte 6 labels", id="count"),
         pytest.param(idx(random_bytes(6, 4, 4)), "training images are \\(4, 4, 1\\), test images \\(5, 4, 1\\)", id="shape"),
     ],
 )
@@ -442,8 +443,8 @@ def test_tfds_unknown_name(tmp_path, name):
 
 
 def test_tfds_stock_set_that_is_not_prepared(tmp_path):
-    with pytest.raises(UserError, match=r"no prepared split 'train' .*prepared: none.* as array_record") as error:
-        data.load(config.TFDS(name="mnist", data_dir=str(tmp_path)))
+    with pytest.raises(UserError, match=r"no prepared split 'train' .*prepared: none.*`bsvae prepare kmnist`") as error:
+        data.load(config.TFDS(name="kmnist", data_dir=str(tmp_path)))
     assert one_sentence(error)
 
 
@@ -495,10 +496,10 @@ def bad_tfds(kind: str, folder: Path) -> None:
     ("kind", "telling"),
     [
         ("no image", "has no feature 'image'; its features are label"),
-        ("sizes differ", "image . has shape \\(4, .*, the first \\(4, ., 3\\)"),
-        ("integers", "got dtype int64"),
+        ("sizes differ", "tiny_images holds images of 2 sizes \\(4 x 4: 6, 4 x 5: 2\\); --size N"),
+        ("integers", "must be 8-bit images, got Tensor.*int64"),
         ("tfrecord", "not prepared as array_record"),
-        ("shard cut", "'train' of TFDS set 'tiny_images' does not load; prepare it again"),
+        ("shard cut", "image 0 of split 'train' of TFDS set 'tiny_images' cannot be read; prepare the TFDS set again"),
         ("shard missing", "'train' of TFDS set 'tiny_images' does not load; prepare it again"),
     ],
 )

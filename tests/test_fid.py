@@ -248,22 +248,21 @@ def test_weights_of_another_network_are_refused():
         from_state_dict(arrays | {name: arrays[name] * np.nan})
 
 
-def test_weights_that_cannot_be_downloaded_are_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setenv("BSVAE_CACHE", str(tmp_path))
-    monkeypatch.setattr(inception, "WEIGHTS_URL", (tmp_path / "absent.pth").as_uri())
+def test_weights_that_cannot_be_downloaded_are_asked_for(tmp_path, monkeypatch, served):
+    monkeypatch.setattr(inception, "WEIGHTS", inception.WEIGHTS._replace(url=served[1] + "absent.pth"))
     with pytest.raises(UserError, match=r"could not be downloaded.*--inception-weights FILE"):
         load_weights()
     with pytest.raises(UserError, match=r"no file.*SHA-256 6726825d"):
         load_weights(tmp_path / "elsewhere.npz")
 
 
-def test_a_download_of_other_content_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("BSVAE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "weights.pth").write_bytes(b"something else")
-    monkeypatch.setattr(inception, "WEIGHTS_URL", (tmp_path / "weights.pth").as_uri())
-    with pytest.raises(UserError, match="not the published one"):
+def test_a_download_of_other_content_is_refused(monkeypatch, served, own_cache):
+    folder, url = served
+    (folder / "weights.pth").write_bytes(b"something else")
+    monkeypatch.setattr(inception, "WEIGHTS", inception.WEIGHTS._replace(url=url + "weights.pth"))
+    with pytest.raises(UserError, match="has another SHA-256 than 6726825d"):
         load_weights()
-    assert not list((tmp_path / "cache").iterdir()), "nothing of it is kept"
+    assert not list(own_cache.iterdir()), "nothing of it is kept"
 
 
 # --- The reader of .pth files -----------------------------------------------------------------------------------------

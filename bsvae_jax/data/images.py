@@ -1,0 +1,123 @@
+"""What every data source ends in: training and test images as arrays, with what their values mean."""
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bsvae_jax import theory
+from bsvae_jax.errors import UserError
+
+SPECTRUM_LIMIT = 4096
+"""Largest number of pixels times channels whose covariance is decomposed: 4,096 take a minute, ten times as many a day."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Training and test images."""
+
+    name: str
+    train: np.ndarray
+    """[N, H, W, C], uint8 with values 0 ... levels - 1, or float32 in [0, 1]; may be a memory map."""
+    test: np.ndarray
+    """Held-out images of the same kind."""
+    levels: int = 256
+    """Number of grey levels of the source."""
+    train_labels: np.ndarray | None = None
+    """Where the source has them: classes, [N] integers, or A attributes, [N, A] booleans."""
+    test_labels: np.ndarray | None = None
+    """The same of the test images."""
+    label_names: tuple[str, ...] = ()
+    """Names of the classes or of the attributes, where the source has them."""
+    known_fingerprint: str | None = None
+    """The value of `fingerprint()`, where it is known already."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)"""
+        height, width, channels = self.train.shape[1:]
+        return height, width, channels
+
+    def fingerprint(self) -> str:
+        """Hash of the training and test images: their values, shapes and type."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:  # computed once: every member of a sweep records it
+        if self.known_fingerprint is not None:
+            return self.known_fingerprint
+        digest = hashlib.blake2b(digest_size=16)
+        for images in (self.train, self.test):
+            digest.update(f"{images.shape} {images.dtype} {self.levels};".encode())
+            for block in _blocks(images):
+                digest.update(np.ascontiguousarray(block).data)
+        return digest.hexdigest()
+
+    @property
+    def step(self) -> float:
+        """Quantisation step after scaling to [0, 1]: 1/255 for 8 bits, 1/16 for the 17-level digits."""
+        return 1.0 / (self.levels - 1)
+
+    @property
+    def scale(self) -> float:
+        """Factor from stored values to [0, 1]: the step for integers, 1 for floats."""
+        return self.step if self.train.dtype == np.uint8 else 1.0
+
+    @functools.cached_property
+    def covariance_eigenvalues(self) -> np.ndarray | None:
+        """Of the training images in [0, 1], largest first, float64; None for images of more than `SPECTRUM_LIMIT` pixels."""
+        if math.prod(self.image_shape) > SPECTRUM_LIMIT:
+            return None
+        return theory.covariance_eigenvalues(self.train) * self.scale**2
+
+    @functools.cached_property
+    def test_variance(self) -> float:
+        """Variance of the test images in [0, 1] around their mean, averaged over pixels."""
+        mean = self.test.mean(axis=0, dtype=np.float64)
+        total = sum(float(np.square(block - mean).sum()) for block in _blocks(self.test))
+        return total / self.test.size * self.scale**2
+
+
+def _blocks(images: np.ndarray) -> Iterator[np.ndarray]:
+    """The images in parts of some megabytes, so that a memory map is not read into memory as a whole."""
+    count = max(1, 2**24 // max(images[0].nbytes, 1))
+    return (images[start : start + count] for start in range(0, len(images), count))
+
+
+def to_unit_interval(images: Array, levels: int) -> Float[Array, "..."]:
+    """Stored images to float32 in [0, 1]: uint8 values are divided by `levels - 1`, floats pass. Runs on the device."""
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images.astype(jnp.float32)
+    return images.astype(jnp.float32) / (levels - 1)
+
+
+def check_images(images: Any, what: str) -> np.ndarray:
+    """Images of one's own as `[N, H, W, C]`, uint8 or float32.
+
+    Raises:
+      UserError: a rank other than [N, H, W] or [N, H, W, C], no images, a dtype other than uint8 or float, or floats that are
+        NaN or outside [0, 1].
+    """
+    images = np.asarray(images)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4:
+        raise UserError(f"{what} must have shape [N, H, W] or [N, H, W, C], got {images.shape}.")
+    if 0 in images.shape:
+        raise UserError(f"{what} is empty: its shape is {images.shape}.")
+    if images.dtype == np.uint8:
+        return np.ascontiguousarray(images)
+    if not np.issubdtype(images.dtype, np.floating):
+        raise UserError(f"{what} must be uint8 (0 ... 255) or floating point in [0, 1], got dtype {images.dtype}.")
+    if not np.all(np.isfinite(images)):
+        raise UserError(f"{what} holds NaN or infinite values in {np.sum(~np.isfinite(images).all(axis=(1, 2, 3)))} images.")
+    low, high = float(images.min()), float(images.max())
+    if low < 0.0 or high > 1.0:
+        raise UserError(f"{what} must lie in [0, 1], got values from {low:g} to {high:g}; divide 8-bit values by 255.")
+    return np.ascontiguousarray(images, np.float32)
