@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.model import VAE
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift, padded_batches
+from bsvae_jax.pipeline import DeviceImages
 from bsvae_jax.randomness import example_keys, uniform_per_example
 from bsvae_jax.scoring import Calibration
 
@@ -80,7 +81,7 @@ def _histogram(values: Array, counted: Array) -> Array:
 
 def _batch(
     variables: Any,
-    images: Array,
+    stored: Array,
     indices: Int[Array, " batch"],
     counted: Float[Array, " batch"],
     key: Key[Array, ""],
@@ -90,7 +91,7 @@ def _batch(
     model: VAE,
     levels: int,
 ) -> _Batch:
-    x = to_unit_interval(images[indices], levels)
+    x = to_unit_interval(stored, levels)
     keys = example_keys(key, indices)
     output: Any = model.apply(variables, x, keys)
     log_prior: Any = model.apply(variables, output.z, method="log_prior")
@@ -112,14 +113,14 @@ def _batch(
 @functools.cache
 def _lifted(model: VAE, levels: int, mesh: Mesh) -> Any:
     shares: Any = dict.fromkeys(_Batch._fields, SHARDED) | {"residuals": REPLICATED}
-    specs = (REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED)
+    specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED)
     return lift(functools.partial(_batch, model=model, levels=levels), mesh, specs, _Batch(**shares))
 
 
 def details_of_split(
     model: VAE,
     variables: Mapping[str, Any],
-    images: Array,
+    images: DeviceImages,
     key: Key[Array, ""],
     calibration: Calibration,
     *,
@@ -133,7 +134,7 @@ def details_of_split(
     Args:
       model: a VAE.
       variables: replicated over the mesh.
-      images: [N, H, W, C] as stored, replicated over the mesh.
+      images: of the split, on the same mesh.
       key: that of `score_split`.
       calibration: of the training set.
       levels: grey levels of stored uint8 images.
@@ -147,7 +148,7 @@ def details_of_split(
     batches = []
     residuals = np.zeros((len(STANDARDISED_BY), BINS), np.int64)
     for indices, counted in padded_batches(mesh, count, batch_size):
-        batch = jax.device_get(compute(variables, images, indices, counted, key, *variances))
+        batch = jax.device_get(compute(variables, images.batch(indices), indices, counted, key, *variances))
         residuals += batch.residuals
         batches.append(batch)
         if progress is not None:

@@ -25,6 +25,7 @@ from bsvae_jax.likelihood import Density, ImportanceScores
 from bsvae_jax.loading import Restored
 from bsvae_jax.objective import bits_per_dimension
 from bsvae_jax.parallel import data_mesh, replicate
+from bsvae_jax.pipeline import DeviceImages, fits
 from bsvae_jax.rundir import ProgressBar, warn
 from bsvae_jax.sampling import sample_batches, stretch_contrast, to_8_bits
 from bsvae_jax.scoring import EVALUATION_BATCH, Calibration, SplitScores, calibrate, score_split, split_key
@@ -117,8 +118,8 @@ def evaluate(
     variables = replicate(run.variables, mesh)
 
     @functools.cache
-    def stored(split: str) -> jax.Array:
-        return replicate(getattr(images, split), mesh)
+    def stored(split: str) -> DeviceImages:
+        return DeviceImages(getattr(images, split), mesh, fits(images, mesh, run.config.resident_memory))
 
     def score(split: str) -> SplitScores:
         # The same posterior samples as `fit` takes, so that its last row is repeated here.
@@ -170,7 +171,7 @@ def _evaluate_split(
     run: Restored,
     images: ImageSet,
     split: str,
-    stored: jax.Array,
+    stored: DeviceImages,
     scores: SplitScores,
     variables: Any,
     calibration: Calibration,

@@ -13,6 +13,7 @@ from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
 from bsvae_jax.files import read_arrays
+from bsvae_jax.pipeline import gather
 from bsvae_jax.rundir import RunDirectory, read_info
 from bsvae_jax.training import TrainState, build_knobs, build_model, create_state, data_order, prepare_batch, train_step
 
@@ -42,12 +43,12 @@ def failing_step(config: Config, images: ImageSet, total: int, step: int, run: R
     state = run.state_before(create_state(config, model, total), step)
     order = data_order(state, images, config.batch_size)
     knobs = build_knobs(config)
-    stored = jnp.asarray(images.train)
     batch_of = jax.jit(prepare_batch, static_argnames=("levels", "augmentation"))
     take = jax.jit(train_step)
     while True:
         (indices,) = order(int(state.step), 1)
-        batch, key = batch_of(state, stored, indices, levels=images.levels, augmentation=config.augmentation)
+        stored = gather(images.train, np.asarray(indices))
+        batch, key = batch_of(state, stored, levels=images.levels, augmentation=config.augmentation)
         if int(state.step) >= step - 1:
             break
         state, _ = take(state, batch, key, knobs.beta, knobs.variance)

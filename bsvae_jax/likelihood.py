@@ -24,6 +24,7 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import Constant, Learned, Predicted, gaussian_nll
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift, padded_batches
+from bsvae_jax.pipeline import DeviceImages
 from bsvae_jax.priors import gaussian_log_prob
 from bsvae_jax.randomness import example_keys, uniform_per_example
 
@@ -66,14 +67,14 @@ class _Sums(NamedTuple):
     squares: Float[Array, "densities batch"]
 
 
-def _encode(variables: Any, images: Array, indices: Array, *, model: VAE, levels: int) -> Any:
-    posterior: Any = model.apply(variables, to_unit_interval(images[indices], levels), method="encode")
+def _encode(variables: Any, stored: Array, *, model: VAE, levels: int) -> Any:
+    posterior: Any = model.apply(variables, to_unit_interval(stored, levels), method="encode")
     return tuple(posterior)
 
 
 def _add_samples(
     variables: Any,
-    images: Array,
+    stored: Array,
     indices: Int[Array, " batch"],
     counted: Float[Array, " batch"],
     posterior: Any,
@@ -102,7 +103,7 @@ def _add_samples(
     repeated = [jnp.broadcast_to(part, noise.shape).reshape(z.shape) for part in posterior]
     log_ratio = _apply(model, variables, z, "log_prior") - gaussian_log_prob(z, *repeated)
     decoded = _apply(model, variables, z, "decode")
-    x = to_unit_interval(images[indices], levels)
+    x = to_unit_interval(stored, levels)
     step = 1.0 / (levels - 1)
     uniform = uniform_per_example(keys, 0, x.shape[1:])
 
@@ -130,12 +131,10 @@ def _apply(model: VAE, variables: Any, z: Array, method: str) -> Any:
 
 @functools.cache
 def _lifted(model: VAE, levels: int, densities: tuple[Density, ...], chunk: int, mesh: Mesh) -> tuple[Any, Any]:
-    encode = lift(
-        functools.partial(_encode, model=model, levels=levels), mesh, (REPLICATED, REPLICATED, SHARDED), (SHARDED, SHARDED)
-    )
+    encode = lift(functools.partial(_encode, model=model, levels=levels), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED))
     add = functools.partial(_add_samples, model=model, levels=levels, densities=densities, chunk=chunk)
     per_image: Any = _Sums(*[P(None, DATA_AXIS)] * 2)  # type: ignore[arg-type]
-    specs = (REPLICATED, REPLICATED, SHARDED, SHARDED, (SHARDED, SHARDED), REPLICATED, per_image, *[REPLICATED] * 3)
+    specs = (REPLICATED, SHARDED, SHARDED, SHARDED, (SHARDED, SHARDED), REPLICATED, per_image, *[REPLICATED] * 3)
     return encode, lift(add, mesh, specs, (per_image, REPLICATED), donate=(6,))
 
 
@@ -157,7 +156,7 @@ class Partial(NamedTuple):
 def importance_weighted(
     model: VAE,
     variables: Mapping[str, Any],
-    images: Array,
+    images: DeviceImages,
     key: Key[Array, ""],
     densities: Sequence[Density],
     frozen_variance: float,
@@ -176,7 +175,7 @@ def importance_weighted(
     Args:
       model: a VAE whose own variance is not optimal, where a density asks for it.
       variables: replicated over the mesh.
-      images: [N, H, W, C] as stored, replicated over the mesh.
+      images: of the split, on the same mesh.
       key: decides the samples; each image takes its own by its position.
       densities: at least one; they share their samples.
       frozen_variance: of the densities that freeze one, squared intensity.
@@ -204,12 +203,13 @@ def importance_weighted(
     )
     kept = time.monotonic()
     for indices, counted in padded_batches(mesh, count, batch, state.done):
-        posterior = tuple(encode(variables, images, indices))
+        stored = images.batch(indices)
+        posterior = tuple(encode(variables, stored))
         sums: Any = _Sums(*(jnp.full((len(densities), len(indices)), -jnp.inf, jnp.float32) for _ in range(2)))
         curves = []
         for first in range(0, samples, chunk):
             numbers = (np.float32(frozen_variance), np.int32(first), np.int32(samples))
-            sums, curve = add(variables, images, indices, counted, posterior, key, sums, *numbers)
+            sums, curve = add(variables, stored, indices, counted, posterior, key, sums, *numbers)
             curves.append(curve)
         fresh = int(counted.sum())
         state = _with_batch(state, jax.device_get(sums), jax.device_get(curves), fresh, samples)

@@ -185,6 +185,14 @@ MEMORY_SHARE = 0.85
 """Share of the free memory that is planned with; the rest is left to evaluation, transfers and fragmentation."""
 
 
+def memory_bytes(mesh: Mesh) -> int:
+    """All memory of each device of the mesh."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":  # all CPU devices share the machine's memory
+        return int(psutil.virtual_memory().total / mesh.devices.size)
+    return int(device.memory_stats()["bytes_limit"])
+
+
 def available_bytes(mesh: Mesh) -> int:
     """Memory that may be planned with on each device of the mesh: a share of what is free now."""
     device = mesh.devices.flat[0]

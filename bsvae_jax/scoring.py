@@ -18,6 +18,7 @@ from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import LOG_2PI, Constant, DecoderVariance, Learned, Optimal, elbo_terms, floor_of
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, Driving, lift, padded_batches
+from bsvae_jax.pipeline import DeviceImages
 from bsvae_jax.randomness import example_keys
 
 EVALUATION_BATCH = 512
@@ -83,7 +84,7 @@ class _BatchScores(NamedTuple):
 
 def _score_batch(
     variables: Mapping[str, Any],
-    images: Array,
+    stored: Array,
     indices: Int[Array, " batch"],
     weights: Float[Array, " batch"],
     key: Key[Array, ""],
@@ -91,7 +92,7 @@ def _score_batch(
     model: VAE,
     levels: int,
 ) -> _BatchScores:
-    x = to_unit_interval(images[indices], levels)
+    x = to_unit_interval(stored, levels)
     # Noise by position in the split: the same for any batch size and number of devices.
     output: Any = model.apply(variables, x, example_keys(key, indices))
     mean, log_variance = output.decoded
@@ -115,7 +116,7 @@ def _score_batch(
 def _lifted(model: VAE, levels: int, mesh: Mesh, driving: Driving) -> Any:
     shares: Any = dict.fromkeys(_BatchScores._fields, SHARDED)
     shares |= {"pixel_squared_error": REPLICATED, "latent_rate": REPLICATED}
-    specs = (REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED)
+    specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED)
     score = functools.partial(_score_batch, model=model, levels=levels)
     return lift(score, mesh, specs, _BatchScores(**shares), driving=driving, shared=(1, 2, 3))
 
@@ -123,7 +124,7 @@ def _lifted(model: VAE, levels: int, mesh: Mesh, driving: Driving) -> Any:
 def score_split(
     model: VAE,
     variables: Mapping[str, Any],
-    images: Array,
+    images: DeviceImages,
     key: Key[Array, ""],
     *,
     levels: int,
@@ -135,7 +136,7 @@ def score_split(
     Args:
       model: a VAE; its `axis_name` is not used, no batch statistics are taken.
       variables: `{"params": ..., "batch_stats": ...}`, replicated over the mesh.
-      images: [N, H, W, C] as stored, replicated over the mesh.
+      images: of the split, on the same mesh.
       key: decides the posterior samples, one key per position in the split.
       levels: grey levels of stored uint8 images.
       mesh: of `data_mesh`.
@@ -151,7 +152,7 @@ def score_split(
 def score_members(
     model: VAE,
     variables: Mapping[str, Any],
-    images: Array,
+    images: DeviceImages,
     keys: Key[Array, "*members"],
     decoder_variances: Sequence[DecoderVariance],
     *,
@@ -185,7 +186,7 @@ def score_members(
 def _score_batches(
     model: VAE,
     variables: Mapping[str, Any],
-    images: Array,
+    images: DeviceImages,
     key: Array,
     levels: int,
     mesh: Mesh,
@@ -196,7 +197,7 @@ def _score_batches(
     score = _lifted(model.clone(axis_name=None), levels, mesh, driving)
     batches, previous = [], None
     for indices, weights in padded_batches(mesh, len(images), batch_size):
-        current = score(variables, images, indices, weights, key)
+        current = score(variables, images.batch(indices), indices, weights, key)
         if previous is not None:  # one batch in flight while the one before is fetched
             batches.append(jax.device_get(previous))
         previous = current

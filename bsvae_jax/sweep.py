@@ -140,7 +140,8 @@ def _stack_size(config: Config, images: ImageSet, driving: Driving, members: int
 
     @functools.cache
     def needed(size: int) -> int:
-        return Program(config, images, sweep_mesh(config.devices, size, config.batch_size), driving).needed_bytes(size)
+        mesh = sweep_mesh(config.devices, size, config.batch_size)
+        return Program(config, images, mesh, driving, size).needed_bytes(size)
 
     def plan(size: int) -> tuple[int, int]:
         """Size of the turns, made even, and the memory that the largest and the last of them need."""
@@ -182,7 +183,7 @@ def _train_all(
         if program is None or (driving != "loop" and len(turn) != compiled_for):
             one = driving == "loop"
             mesh = data_mesh(config.devices) if one else sweep_mesh(config.devices, len(turn), config.batch_size)
-            program, compiled_for = Program(config, images, mesh, driving), len(turn)
+            program, compiled_for = Program(config, images, mesh, driving, len(turn)), len(turn)
         bar.describe(turn[0].name if len(turn) == 1 else f"{len(turn)} members from {turn[0].name}")
         try:
             _train_turn(directory, program, turn, at, bar, stop)

@@ -3,6 +3,7 @@
 `Program` is what is compiled and what lies on the devices; `Trainer` is the loop that reports, evaluates and saves.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -39,6 +40,7 @@ from bsvae_jax.parallel import (
     replicate,
     stack,
 )
+from bsvae_jax.pipeline import AHEAD, DeviceImages, Stream, fits, streamed_steps
 from bsvae_jax.rundir import ProgressBar, RunDirectory, evaluation_at, write_evaluation
 from bsvae_jax.scoring import EVALUATION_BATCH, SplitScores, calibrate, score_members, split_key
 from bsvae_jax.summary import Report, summarize
@@ -53,6 +55,7 @@ from bsvae_jax.training import (
     data_order,
     learning_rate_schedule,
     run_steps,
+    run_streamed_steps,
     steps_per_dispatch,
 )
 
@@ -75,7 +78,7 @@ def program_config(config: Config) -> Config:
 class Program:
     """The compiled programs of one model, or of a stack of models that differ only in numbers, with the data they run on."""
 
-    def __init__(self, config: Config, images: ImageSet, mesh: Mesh, driving: Driving = "loop"):
+    def __init__(self, config: Config, images: ImageSet, mesh: Mesh, driving: Driving = "loop", members: int = 1):
         """Of all members whose `program_config` is that of `config`; compiled at the first use.
 
         Args:
@@ -83,24 +86,35 @@ class Program:
           images: the data.
           mesh: of `data_mesh` for driving 'loop', else of `sweep_mesh`.
           driving: 'loop' for one model at a time; 'scan' or 'vmap' for a stack.
+          members: of the stack.
         """
         self.config, self.images, self.mesh, self.driving = program_config(config), images, mesh, driving
         self.total = steps_through(config.epochs, len(images.train), config.batch_size)
         self.model = build_model(self.config, images.image_shape, images.step, DATA_AXIS)
-        self.splits: dict[str, Array] = {
-            "train": replicate(images.train, mesh),
-            "test": replicate(images.test, mesh),
+        resident = fits(images, mesh, config.resident_memory)
+        self.splits = {
+            split: DeviceImages(stored, mesh, resident) for split, stored in (("train", images.train), ("test", images.test))
         }
         self.window = steps_per_dispatch(config, mesh.devices.flat[0].platform)
+        if not resident:
+            self.window = streamed_steps(images.train, config.batch_size, members, self.window)
+        data = (REPLICATED, P(None, DATA_AXIS)) if resident else (P(None, DATA_AXIS),)
         self._run_steps: Any = lift(
-            functools.partial(run_steps, levels=images.levels, augmentation=config.augmentation),
+            functools.partial(
+                run_steps if resident else run_streamed_steps, levels=images.levels, augmentation=config.augmentation
+            ),
             mesh,
-            (REPLICATED, REPLICATED, P(None, DATA_AXIS), REPLICATED, REPLICATED),
+            (REPLICATED, *data, REPLICATED, REPLICATED),
             REPLICATED,
             donate=(0,),
             driving=driving,
-            shared=(1, 3),
+            shared=(1, 3) if resident else (2,),
         )
+
+    @property
+    def resident(self) -> bool:
+        """Whether the images lie on the devices; they are streamed otherwise."""
+        return self.splits["train"].resident is not None
 
     def pack(self, trees: Sequence[Any]) -> Any:
         """The arrays of all members in the form in which they are driven; never aliases them."""
@@ -113,27 +127,53 @@ class Program:
         host = jax.device_get(tree)
         return [jax.tree.map(lambda leaf: jnp.asarray(leaf[member]), host) for member in range(members)]  # noqa: B023
 
-    def take_steps(self, state: TrainState, order: Any, count: int, knobs: Any) -> tuple[TrainState, StepMetrics]:
-        """The first `count` steps of the window `order`; the state's memory is reused."""
-        return self._run_steps(state, self.splits["train"], order, jnp.int32(count), knobs)
+    @contextlib.contextmanager
+    def batches(self, orders: Sequence[ShuffledOrder], starts: Iterator[int]) -> Iterator[Callable[[int], Any]]:
+        """What `take_steps` is given: a function of the step that a window begins with.
+
+        Args:
+          orders: of each member.
+          starts: the steps that will be asked for, in order.
+        """
+        if self.resident:
+            yield lambda step: self.pack(_windows(orders, step, self.window))
+            return
+        spec = P(None, DATA_AXIS)
+        if self.driving != "loop":
+            orders = [*orders, *[orders[-1]] * (member_slots(self.mesh, len(orders)) - len(orders))]
+            spec = P(MEMBER_AXIS, None, DATA_AXIS)
+        with Stream(self.images.train, orders, self.mesh, spec, self.window, starts) as stream:
+            yield stream.take
+
+    def take_steps(self, state: TrainState, batches: Any, count: int, knobs: Any) -> tuple[TrainState, StepMetrics]:
+        """The first `count` steps of a window of `batches`; the state's memory is reused."""
+        train = self.splits["train"].resident
+        data = (batches,) if train is None else (train, batches)
+        return self._run_steps(state, *data, jnp.int32(count), knobs)
 
     def needed_bytes(self, members: int) -> int:
         """Memory per device for training a stack of `members`, as the compiler counts it; compiles the training program.
 
-        Arguments, results and temporary arrays, with the images of both splits. A 'vmap' needs temporary arrays for every
-        member, a 'scan' for one.
+        Arguments, results and temporary arrays, with the images of both splits where they are resident. A 'vmap' needs
+        temporary arrays for every member, a 'scan' for one.
         """
         sharding = NamedSharding(self.mesh, P(MEMBER_AXIS))
         slots = member_slots(self.mesh, members)
-        batch = jax.ShapeDtypeStruct((self.window, self.config.batch_size), jnp.int32)
         one = jax.eval_shape(lambda: (create_state(self.config, self.model, self.total), build_knobs(self.config)))
-        state, knobs, order = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((slots, *leaf.shape), leaf.dtype, sharding=sharding), (*one, batch)
-        )
-        count = jnp.int32(self.window)
-        sizes = self._run_steps.lower(state, self.splits["train"], order, count, knobs).compile().memory_analysis()
+        state, knobs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((slots, *leaf.shape), leaf.dtype, sharding=sharding), one)
+        train, window = self.splits["train"].resident, (slots, self.window, self.config.batch_size)
+        if train is None:
+            sharding = NamedSharding(self.mesh, P(MEMBER_AXIS, None, DATA_AXIS))
+            shape = (*window, *self.images.image_shape)
+            data: tuple[Any, ...] = (jax.ShapeDtypeStruct(shape, self.images.train.dtype, sharding=sharding),)
+            # The pieces on their way.
+            besides = AHEAD * math.prod(shape) * self.images.train.itemsize // self.mesh.devices.size
+        else:
+            data = (train, jax.ShapeDtypeStruct(window, jnp.int32, sharding=sharding))
+            besides = self.images.test.nbytes
+        sizes = self._run_steps.lower(state, *data, jnp.int32(self.window), knobs).compile().memory_analysis()
         total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-        return int(total + sizes.temp_size_in_bytes + self.images.test.nbytes)
+        return int(total + sizes.temp_size_in_bytes + besides)
 
     def score(self, state: TrainState, split: str, configs: Sequence[Config]) -> Iterator[SplitScores]:
         """Scores of each member on a split, with the posterior samples that every evaluation of it takes."""
@@ -197,20 +237,21 @@ class Trainer:
         del states
         knobs = program.pack([build_knobs(config) for config in self.configs])
         config, count = program.config, len(program.images.train)
-        epoch = next(e for e in range(config.epochs, -1, -1) if steps_through(e, count, config.batch_size) <= step)
+        finished = next(e for e in range(config.epochs, -1, -1) if steps_through(e, count, config.batch_size) <= step)
+        ends = [steps_through(e, count, config.batch_size) for e in range(finished + 1, config.epochs + 1)]
+        starts = _window_starts(step, ends, program.window)
         saved = True
-        while epoch < config.epochs:
-            epoch += 1
-            end = steps_through(epoch, count, config.batch_size)
-            state, step = self._epoch(state, orders, knobs, step, end, epoch)
-            if step == end and (epoch % config.evaluate_every == 0 or epoch == config.epochs):
-                saved = self._evaluate_and_save(state, step, epoch)
-            elif self.stop.number is not None:
-                saved = self._save_unevaluated(state, step)
-            if step < program.total:
-                self.stop.check(
-                    f"stopped after step {step} of {program.total}" + ("" if saved else ", which could not be saved")
-                )
+        with program.batches([orders[config.seed] for config in self.configs], starts) as batches:
+            for epoch, end in enumerate(ends, finished + 1):
+                state, step = self._epoch(state, batches, knobs, step, end, epoch)
+                if step == end and (epoch % config.evaluate_every == 0 or epoch == config.epochs):
+                    saved = self._evaluate_and_save(state, step, epoch)
+                elif self.stop.number is not None:
+                    saved = self._save_unevaluated(state, step)
+                if step < program.total:
+                    self.stop.check(
+                        f"stopped after step {step} of {program.total}" + ("" if saved else ", which could not be saved")
+                    )
         if not saved:
             raise UserError(
                 f"The disk of {self.members[0].run.folder} is full: the end of training could not be saved. "
@@ -219,7 +260,7 @@ class Trainer:
         return state
 
     def _epoch(
-        self, state: TrainState, orders: dict[int, ShuffledOrder], knobs: Any, step: int, end: int, epoch: int
+        self, state: TrainState, batches: Callable[[int], Any], knobs: Any, step: int, end: int, epoch: int
     ) -> tuple[TrainState, int]:
         """To step `end`, or to where a signal asks to stop; the state and its step."""
         program = self.program
@@ -233,9 +274,7 @@ class Trainer:
             while going and step < end and len(in_flight) < 2:
                 count = min(program.window, end - step)
                 # The whole window, whatever is left of the epoch: one program.
-                windows = {seed: order(step, program.window) for seed, order in orders.items()}
-                indices = program.pack([windows[config.seed] for config in self.configs])
-                state, metrics = program.take_steps(state, indices, count, knobs)
+                state, metrics = program.take_steps(state, batches(step), count, knobs)
                 step += count
                 in_flight.append((step, count, metrics))
             last, count, metrics = in_flight.popleft()
@@ -379,6 +418,19 @@ class Trainer:
 
     def _findings(self, scores: SplitScores, config: Config) -> dict[str, str]:
         return diagnose(scores, config, self.program.images)
+
+
+def _windows(orders: Sequence[ShuffledOrder], step: int, window: int) -> list[Array]:
+    """Indices of each member's batches; members of one seed share their order, which is asked once."""
+    indices = {id(order): order(step, window) for order in set(orders)}
+    return [indices[id(order)] for order in orders]
+
+
+def _window_starts(step: int, ends: Sequence[int], window: int) -> Iterator[int]:
+    """The steps at which the windows begin: every epoch, ending at the next of `ends`, is cut from where it begins."""
+    for end in ends:
+        yield from range(step, end, window)
+        step = end
 
 
 class _MetricsRow:

@@ -7,7 +7,7 @@ array here, so one compiled program serves them all; `trainer` drives it.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -154,33 +154,22 @@ def train_step(
     return after, StepMetrics(**means, gradient_norm=gradient_norm)
 
 
-def _data_step(
-    state: TrainState,
-    images: Array,
-    indices: Int[Array, " batch"],
-    knobs: Knobs,
-    *,
-    levels: int,
-    augmentation: configs.Augmentation,
-) -> tuple[TrainState, StepMetrics]:
-    """Gather this device's share of the batch from the resident images, augment it, take a step."""
-    batch, posterior_key = prepare_batch(state, images, indices, levels, augmentation)
-    return train_step(state, batch, posterior_key, knobs.beta, knobs.variance)
-
-
 def data_order(state: TrainState, images: ImageSet, batch_size: int) -> ShuffledOrder:
     """The order in which a run takes its training images."""
     return ShuffledOrder(jax.random.fold_in(state.key, ORDER_SALT), len(images.train), batch_size)
 
 
 def prepare_batch(
-    state: TrainState, images: Array, indices: Int[Array, " batch"], levels: int, augmentation: configs.Augmentation
+    state: TrainState, stored: Array, levels: int, augmentation: configs.Augmentation
 ) -> tuple[Float[Array, "batch height width channels"], Key[Array, ""]]:
-    """What `train_step` is given at the step that `state` stands before: this device's augmented batch, and the key."""
+    """What `train_step` is given at the step that `state` stands before: this device's augmented batch, and the key.
+
+    `stored` is this device's share of the batch as the data set has it, [B, H, W, C].
+    """
     step_key = jax.random.fold_in(state.key, state.step)
     augmentation_key, posterior_key = jax.random.split(step_key)
-    batch = to_unit_interval(images[indices], levels)
-    positions = example_positions(len(indices), state.model.axis_name)
+    batch = to_unit_interval(stored, levels)
+    positions = example_positions(len(batch), state.model.axis_name)
     return augment(batch, example_keys(augmentation_key, positions), augmentation), posterior_key
 
 
@@ -205,17 +194,45 @@ def run_steps(
       levels: grey levels of stored uint8 images.
       augmentation: random changes of the images.
     """
-    step = functools.partial(_data_step, levels=levels, augmentation=augmentation)
-    if len(order) == 1:  # without a loop: on CPU, XLA's fast convolutions do not run inside one
-        state, metrics = step(state, images, order[0], knobs)
+    return _run_steps(state, lambda i: images[order[i]], len(order), count, knobs, levels, augmentation)
+
+
+def run_streamed_steps(
+    state: TrainState,
+    batches: Array,
+    count: Int[Array, ""],
+    knobs: Knobs,
+    *,
+    levels: int,
+    augmentation: configs.Augmentation,
+) -> tuple[TrainState, StepMetrics]:
+    """`run_steps` on images that come with the call: this device's share of each step's batch, [steps, B, H, W, C]."""
+    return _run_steps(state, lambda i: batches[i], len(batches), count, knobs, levels, augmentation)
+
+
+def _run_steps(
+    state: TrainState,
+    stored: Callable[[Any], Array],
+    steps: int,
+    count: Int[Array, ""],
+    knobs: Knobs,
+    levels: int,
+    augmentation: configs.Augmentation,
+) -> tuple[TrainState, StepMetrics]:
+    def step(i: Any, state: TrainState) -> tuple[TrainState, StepMetrics]:
+        batch, posterior_key = prepare_batch(state, stored(i), levels, augmentation)
+        return train_step(state, batch, posterior_key, knobs.beta, knobs.variance)
+
+    if steps == 1:  # without a loop: on CPU, XLA's fast convolutions do not run inside one
+        state, metrics = step(0, state)
         return state, jax.tree.map(lambda value: value[None], metrics)
 
     def body(i: Array, carry: tuple[TrainState, StepMetrics]) -> tuple[TrainState, StepMetrics]:
         state, history = carry
-        state, metrics = step(state, images, order[i], knobs)
+        state, metrics = step(i, state)
         return state, jax.tree.map(lambda values, value: values.at[i].set(value), history, metrics)
 
-    history = StepMetrics(*(jnp.zeros(len(order)) for _ in StepMetrics._fields))
+    history = StepMetrics(*(jnp.zeros(steps) for _ in StepMetrics._fields))
     return jax.lax.fori_loop(0, count, body, (state, history))
 
 

@@ -22,6 +22,7 @@ LAYERS = [
     ["data.prepared", "data.builders"],
     ["data.sources"],
     ["data", "inception"],
+    ["pipeline"],
     ["scoring", "gallery", "likelihood", "aggregate", "neighbours"],
     ["summary", "details"],
     ["diagnosis"],

@@ -13,6 +13,7 @@ from bsvae_jax.evaluation_pictures import linear, spherical
 from bsvae_jax.model import VAE
 from bsvae_jax.neighbours import nearest_images
 from bsvae_jax.parallel import data_mesh, replicate
+from bsvae_jax.pipeline import DeviceImages
 from bsvae_jax.randomness import example_keys
 from bsvae_jax.scoring import Calibration, score_split
 
@@ -68,7 +69,7 @@ def passed():
     results = []
     for devices in (1, 8):
         mesh = data_mesh(devices)
-        stored, placed = replicate(images, mesh), replicate(variables, mesh)
+        stored, placed = DeviceImages(images, mesh), replicate(variables, mesh)
         options = dict(levels=LEVELS, mesh=mesh, batch_size=8)
         results.append(
             (

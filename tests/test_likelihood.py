@@ -14,6 +14,7 @@ from bsvae_jax.loading import restore
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
 from bsvae_jax.parallel import data_mesh, replicate
+from bsvae_jax.pipeline import DeviceImages
 from bsvae_jax.randomness import example_keys
 from bsvae_jax.trainer import fit
 
@@ -56,7 +57,7 @@ def exact(run, images, variance):
 def bound(run, images, samples, densities=(FROZEN,), variance=0.02, key=1, devices=1, **options):
     mesh = data_mesh(devices)
     variables = replicate(run.variables, mesh)
-    arguments = (run.model, variables, replicate(images, mesh), jax.random.key(key), densities, variance, samples)
+    arguments = (run.model, variables, DeviceImages(images, mesh), jax.random.key(key), densities, variance, samples)
     return importance_weighted(*arguments, levels=LEVELS, mesh=mesh, **options)
 
 
@@ -146,7 +147,7 @@ def written_out(model, variables, images, samples, key, variance, dequantised):
 
 def run_small(model, variables, images, densities, samples, variance=0.3, devices=1, **options):
     mesh = data_mesh(devices)
-    arguments = (model, replicate(variables, mesh), replicate(images, mesh), jax.random.key(3), densities, variance, samples)
+    arguments = (model, replicate(variables, mesh), DeviceImages(images, mesh), jax.random.key(3), densities, variance, samples)
     return importance_weighted(*arguments, levels=LEVELS, mesh=mesh, **options)
 
 

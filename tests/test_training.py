@@ -20,6 +20,7 @@ from bsvae_jax.evaluation import evaluate
 from bsvae_jax.loading import restore
 from bsvae_jax.objective import Constant, Learned, Optimal, quantization_variance
 from bsvae_jax.parallel import data_mesh
+from bsvae_jax.pipeline import DeviceImages
 from bsvae_jax.rundir import read_calibration, read_failure, read_info, read_metrics
 from bsvae_jax.scoring import score_split
 from bsvae_jax.summary import as_json
@@ -48,14 +49,14 @@ def _rows(folder, drop=("images_per_second",)):
 
 def _linear_result(result, config):
     """Objective, variance and rate over the whole training set, from its scores and the closed form, in float64."""
-    images = result.images
+    images, mesh = result.images, data_mesh(1)
     scores = score_split(
         result.state.model,
         result.state.variables(),
-        jnp.asarray(images.train),
+        DeviceImages(images.train, mesh),
         jax.random.key(9),
         levels=images.levels,
-        mesh=data_mesh(1),
+        mesh=mesh,
         batch_size=2000,
     )
     pixels, floor = scores.pixels, quantization_variance(images.step)
@@ -358,8 +359,8 @@ def test_evaluation_counts_the_last_partial_batch(tmp_path, key):
     images = load(Digits())
     model = build_model(SMALL, images.image_shape, images.step)
     variables = {"params": create_state(SMALL, model, 1).params, "batch_stats": {}}
-    stored = jnp.asarray(images.test)
-    scores = score_split(model, variables, stored, key, levels=17, mesh=data_mesh(4), batch_size=64)
+    mesh = data_mesh(4)
+    scores = score_split(model, variables, DeviceImages(images.test, mesh), key, levels=17, mesh=mesh, batch_size=64)
     x = jnp.asarray(images.test, jnp.float32) / 16
     output = model.apply(variables, x, key)
     squared = np.square(np.asarray(x, np.float64) - np.asarray(output.decoded.mean, np.float64))

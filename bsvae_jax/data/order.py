@@ -24,6 +24,14 @@ class ShuffledOrder:
             self._epochs[epoch] = jax.random.permutation(jax.random.fold_in(self._key, epoch), self._examples)
         return self._epochs[epoch]
 
+    def on_host(self) -> "ShuffledOrder":
+        """The same order, computed by the host's processor, where it waits for no step of training."""
+        try:
+            host = jax.local_devices(backend="cpu")[0]
+        except RuntimeError:  # JAX_PLATFORMS leaves it out
+            return self
+        return ShuffledOrder(jax.device_put(self._key, host), self._examples, self._batch_size)
+
     def __call__(self, step: int, count: int) -> Int[Array, "count batch"]:
         """Indices for steps `step ... step + count - 1`, [count, batch_size]."""
         first, offset = divmod(step * self._batch_size, self._examples)

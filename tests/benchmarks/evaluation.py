@@ -22,6 +22,7 @@ from bsvae_jax import data, inception
 from bsvae_jax.likelihood import Density, importance_weighted
 from bsvae_jax.loading import restore
 from bsvae_jax.parallel import data_mesh, replicate
+from bsvae_jax.pipeline import DeviceImages
 
 
 def importance(workdir: Path, count: int, samples: int) -> dict[str, float]:
@@ -33,7 +34,7 @@ def importance(workdir: Path, count: int, samples: int) -> dict[str, float]:
     importance_weighted(
         run.model,
         replicate(run.variables, mesh),
-        replicate(images.test[:count], mesh),
+        DeviceImages(images.test[:count], mesh),
         jax.random.key(0),
         [Density(frozen=True, dequantised=False)],
         0.01,
