@@ -1,4 +1,4 @@
-"""The command line: `bsvae train`, `sweep`, `report`, `evaluate`, `sample`. Parsing, help and overrides are tyro's."""
+"""The command line: the commands of `bsvae`. Parsing, help and overrides are tyro's."""
 
 import dataclasses
 import errno
@@ -17,7 +17,7 @@ from bsvae_jax.grid import Sweep, choose_variances, load_sweep
 from bsvae_jax.interruption import Interrupted
 from bsvae_jax.objective import Optimal
 
-DATA = Literal["digits", "mnist", "arrays", "tfds"]
+DATA = Literal["digits", "mnist", "arrays", "folder", "tfds"]
 NETWORK = Literal["linear", "mlp", "residual"]
 DECODER_VARIANCE = Literal["constant", "optimal", "learned", "predicted"]
 SHARED = Literal["example", "batch", "pixel"]
@@ -48,6 +48,67 @@ def _choose_for_sweep(
 ) -> Config:
     """As `_choose`, where `--decoder-variance` is a list."""
     return _choose(config_file, data, network)
+
+
+def prepare(
+    source: tyro.conf.Positional[str],
+    size: int | None = None,
+    crop: int | None = None,
+    channels: Literal[1, 3] | None = None,
+    train_split: str = "train",
+    test_split: str = "test",
+    holdout: float = 0.1,
+    holdout_seed: int = 0,
+    data_dir: str | None = None,
+    manual_dir: str | None = None,
+    skip_corrupt: bool = False,
+) -> None:
+    """Decode a set of images once, into a memory map that training reads; bsvae train does the same by itself when needed.
+
+    Prepared images are kept in $BSVAE_CACHE, or ~/.cache/bsvae_jax, and found again by everything that changes a pixel. An
+    interrupted command continues when it is given again.
+
+    Examples:
+      bsvae prepare mnist
+      bsvae prepare celeb_a --manual-dir DOWNLOADS --crop 148 --size 64
+      bsvae prepare photos/ --size 64
+
+    Args:
+      source: A folder or .zip of images, or the TFDS name of a set: mnist, fashion_mnist, cifar10, celeb_a, lsun/CATEGORY, or
+        any image set of TFDS's catalogue, for which TensorFlow must be installed.
+      size: Make all images so many pixels wide and high: the shorter side is resized to it, and the centre kept.
+      crop: First keep the square of so many pixels around the centre.
+      channels: 1 makes all images grey, 3 colour.
+      train_split: Split of the TFDS set to train on.
+      test_split: Split of the TFDS set that is held out.
+      holdout: Share of a folder's images held out, where it has no folder test.
+      holdout_seed: Decides which.
+      data_dir: TFDS data directory; its default if not given.
+      manual_dir: Folder with the published files of a set, where they cannot be downloaded.
+      skip_corrupt: Leave out images that cannot be decoded, and list them.
+    """
+    from bsvae_jax.data import sources
+    from bsvae_jax.data.prepared import prepared
+
+    chosen: configs.Folder | configs.TFDS
+    if Path(source).exists():
+        kind = "folder"
+        chosen = configs.Folder(source, holdout, holdout_seed, crop, size, channels)
+    else:
+        kind = "tfds"
+        if source.endswith((".zip", "/")) or source.startswith((".", "/")):
+            raise UserError(f"There is no folder or .zip {source!r}.")
+        chosen = configs.TFDS(source, data_dir, manual_dir, train_split, test_split, crop, size, channels)
+        sources.prepare_tfds(chosen)
+    recipe = sources.recipe(chosen)
+    images = prepared(recipe, skip_corrupt)
+    print(f"{len(images.train):,} training and {len(images.test):,} test images {images.image_shape}: {recipe.folder()}")
+    options = [
+        f"--data.{field.name.replace('_', '-')} {getattr(chosen, field.name)}"
+        for field in dataclasses.fields(chosen)
+        if getattr(chosen, field.name) != field.default
+    ]
+    print(f"bsvae train CONFIG --data {kind} {' '.join(options)}")
 
 
 def _train_command(default: Config) -> Callable[..., None]:
@@ -353,11 +414,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "train": _train_command(default),
                 "sweep": _sweep_command(default, grid),
                 "report": report,
+                "prepare": prepare,
                 "evaluate": evaluate,
                 "sample": sample,
             },
             prog="bsvae",
-            description="Gaussian VAEs with their decoder variance treated properly: train, sweep, report, evaluate, sample.",
+            description="Gaussian VAEs with their decoder variance treated properly.",
             args=arguments,
             config=(tyro.conf.FlagConversionOff,),
         )

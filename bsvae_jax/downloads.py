@@ -16,11 +16,13 @@ class Download(NamedTuple):
     size: int
     """Bytes."""
     sha256: str
+    file: str | None = None
+    """Its name, where the address is of a page that leads to it."""
 
     @property
     def name(self) -> str:
         """Name of the file."""
-        return self.url.rpartition("/")[2]
+        return self.file or self.url.rpartition("/")[2]
 
 
 def check(path: Path, wanted: Download, remedy: str) -> Path:

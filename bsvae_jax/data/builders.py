@@ -5,10 +5,12 @@ features of TFDS's own set; `tfds.data_source` reads them. Published files are t
 and compared with their published size and SHA-256 either way.
 """
 
+import contextlib
 import csv
 import functools
 import io
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +34,7 @@ Examples = Iterator[tuple[int, dict[str, Any]]]
 
 _MNIST = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 _FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-_CELEBA = "https://drive.google.com/drive/folders/0B7EVK8r0v71pWEZsZE9oNnFzTm8/"
+_CELEBA = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 _LSUN = "http://dl.yf.io/lsun/scenes/"
 
 
@@ -60,7 +62,8 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         Raises:
           UserError: a published file is missing, or is another.
         """
-        self.download_and_prepare()
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS prints what it does
+            self.download_and_prepare()
 
     def file(self, purpose: str) -> Path:
         """A published file, checked."""
@@ -225,13 +228,13 @@ class CelebA(ImageBuilder):
     name = "celeb_a"
     DOWNLOADS = {
         "images": Download(
-            f"{_CELEBA}img_align_celeba.zip", 1443490838, "46fb89443c578308acf364d7d379fe1b9efb793042c0af734b6112e4fd3a8c74"
+            _CELEBA, 1443490838, "46fb89443c578308acf364d7d379fe1b9efb793042c0af734b6112e4fd3a8c74", "img_align_celeba.zip"
         ),
         "partition": Download(
-            f"{_CELEBA}list_eval_partition.txt", 2836386, "fc955bcb3ef8fbdf7d5640d9a8693a8431b5f2ee291a5c1449a1549e7e073fe7"
+            _CELEBA, 2836386, "fc955bcb3ef8fbdf7d5640d9a8693a8431b5f2ee291a5c1449a1549e7e073fe7", "list_eval_partition.txt"
         ),
         "attributes": Download(
-            f"{_CELEBA}list_attr_celeba.txt", 26721026, "f0e5da289d5ccf75ffe8811132694922b60f2af59256ed362afa03fefba324d0"
+            _CELEBA, 26721026, "f0e5da289d5ccf75ffe8811132694922b60f2af59256ed362afa03fefba324d0", "list_attr_celeba.txt"
         ),
     }
     FETCHED = False  # Google Drive asks a person, and often refuses one

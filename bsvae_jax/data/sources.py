@@ -4,6 +4,7 @@ Every source ends in an `ImageSet`: NHWC images, uint8 wherever the source is qu
 says how they map to [0, 1].
 """
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,25 @@ def tfds_builder(source: config.TFDS) -> Any:
         return stock
     own.prepare()
     return own
+
+
+def prepare_tfds(source: config.TFDS) -> None:
+    """Write the array_record files of a set, unless they are there: by our builder, or by TFDS's own with TensorFlow.
+
+    Raises:
+      UserError: no such set, one that needs TensorFlow where it is not installed, or files that are missing or others.
+    """
+    builder = tfds_builder(source)
+    if builder.info.splits:
+        return
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"Preparing TFDS's own set {source.name!r} needs TensorFlow, training with it does not: pip install 'bsvae_jax[tf]'."
+        )
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:  # whatever the set's own code raises
+        raise UserError(f"TFDS could not prepare {source.name!r}: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _tfds(source: config.TFDS) -> Recipe:
