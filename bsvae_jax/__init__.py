@@ -11,8 +11,10 @@ from bsvae_jax import data, theory
 from bsvae_jax.config import Config, load_config
 from bsvae_jax.errors import BsvaeError, DivergenceError, UserError
 from bsvae_jax.evaluation import Fid, evaluate
+from bsvae_jax.exporting import export_safetensors
 from bsvae_jax.failure import FailedStep, failed_step
 from bsvae_jax.grid import Sweep
+from bsvae_jax.importing import Imported, import_torch
 from bsvae_jax.interruption import Interrupted
 from bsvae_jax.loading import Restored, restore
 from bsvae_jax.model import VAE
@@ -51,6 +53,7 @@ __all__ = [
     "FailedStep",
     "Fid",
     "FitResult",
+    "Imported",
     "Interrupted",
     "Learned",
     "Optimal",
@@ -64,10 +67,12 @@ __all__ = [
     "data",
     "elbo_terms",
     "evaluate",
+    "export_safetensors",
     "failed_step",
     "fit",
     "fit_sweep",
     "gaussian_nll",
+    "import_torch",
     "kl_to_standard_normal",
     "load_config",
     "mean_objective",

@@ -111,6 +111,17 @@ def prepare(
     print(f"bsvae train CONFIG --data {kind} {' '.join(options)}")
 
 
+def _choose_for_import(
+    file: tyro.conf.Positional[Path],
+    config_file: tyro.conf.Positional[Path],
+    data: DATA | None = None,
+    network: NETWORK | None = None,
+    decoder_variance: DECODER_VARIANCE | None = None,
+) -> Config:
+    """As `_choose`, after the file to import."""
+    return _choose(config_file, data, network, decoder_variance)
+
+
 def _train_command(default: Config) -> Callable[..., None]:
     """`bsvae train` with the fields of `default` as options; the kinds of its parts decide which options there are."""
 
@@ -149,6 +160,44 @@ def _train_command(default: Config) -> Callable[..., None]:
         print(f"figures: {folder / 'figures'}")
 
     return train
+
+
+def _import_command(default: Config) -> Callable[..., None]:
+    """`bsvae import-torch` with the fields of `default` as options."""
+
+    def import_torch(
+        file: tyro.conf.Positional[Path],
+        config_file: tyro.conf.Positional[Path],
+        config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = default,
+        workdir: Path | None = None,
+        data: DATA | None = None,
+        network: NETWORK | None = None,
+        decoder_variance: DECODER_VARIANCE | None = None,
+    ) -> None:
+        """Make a run of weights of the paper's PyTorch network, for bsvae evaluate, sample, export, or train to go on.
+
+        The config must be of the network the file was saved from; its data decide the size of the images. Every field of it is
+        an option below. PyTorch is not needed, and nothing in the file is run.
+
+        Example: bsvae import-torch model_49.pt configs/mnist_paper.py --beta 10 --workdir runs/published
+
+        Args:
+          file: What torch.save(model.state_dict(), FILE) wrote.
+          config_file: A Python file with get_config(); configs/mnist_paper.py and configs/celeba_paper.py are the paper's.
+          config: The experiment that the weights are of.
+          workdir: Folder of the new run; runs/NAME-OF-FILE if not given.
+          data: Kind of data source to use instead of the config's.
+          network: Kind of network to use instead of the config's.
+          decoder_variance: Kind of decoder variance to use instead of the config's.
+        """
+        from bsvae_jax import importing
+
+        folder = Path("runs") / file.stem if workdir is None else workdir
+        imported = importing.import_torch(file, config, folder)
+        print(f"{imported.parameters:,} parameters of {file} (SHA-256 {imported.sha256}): {folder}")
+        print(f"Its variance is not calibrated; bsvae evaluate {folder} takes that of the training set.")
+
+    return import_torch
 
 
 _Fixed = tyro.conf.Suppress[tyro.conf.Fixed[Any]]
@@ -380,12 +429,40 @@ def sample(
     print(f"{count} images {run.image_shape}{before}: {out}")
 
 
+def export(
+    workdir: tyro.conf.Positional[Run],
+    out: Path | None = None,
+    checkpoint: Literal["latest", "best"] = "latest",
+    overwrite: bool = False,
+) -> None:
+    """Write the weights of a run as a .safetensors file: float32 parameters and batch statistics, the config as metadata.
+
+    Args:
+      workdir: Folder that bsvae train or bsvae import-torch wrote.
+      out: The file, NAME.safetensors; WORKDIR/weights.safetensors if not given.
+      checkpoint: The end of training, or the least held-out objective.
+      overwrite: Replace what is already at out.
+    """
+    from bsvae_jax.exporting import export_safetensors
+
+    out = export_safetensors(workdir, workdir / "weights.safetensors" if out is None else out, checkpoint, overwrite)
+    print(f"weights: {out}")
+
+
 def _first_line(error: Exception) -> str:
     """What the compiler or the allocator says, with the size asked for."""
     return str(error).strip().split("\n")[0][:300].rstrip(".")
 
 
 _LESS_MEMORY = "A smaller batch_size or network needs less."
+
+
+_CHOOSE: dict[str, Callable[..., Config]] = {
+    "train": _choose,
+    "sweep": _choose_for_sweep,
+    "import-torch": _choose_for_import,
+}
+"""Commands whose options are those of a config file."""
 
 
 def _refuse(message: str) -> NoReturn:
@@ -402,12 +479,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         default: Any = Config()
         grid = Sweep()
-        if len(arguments) > 1 and arguments[0] in ("train", "sweep") and arguments[1] not in ("-h", "--help"):
-            if arguments[1].startswith("-"):
-                raise UserError(f"The config file comes first: bsvae {arguments[0]} CONFIG [options].")
+        if len(arguments) > 1 and arguments[0] in _CHOOSE and arguments[1] not in ("-h", "--help"):
+            what, files = ("The files come", 2) if arguments[0] == "import-torch" else ("The config file comes", 1)
+            if len(arguments) <= files or any(argument.startswith("-") for argument in arguments[1 : 1 + files]):
+                wanted = "FILE CONFIG" if files == 2 else "CONFIG"
+                raise UserError(f"{what} first: bsvae {arguments[0]} {wanted} [options].")
             # The config decides which options there are, so its file and the kinds named beside it are read first.
-            kinds = _choose if arguments[0] == "train" else _choose_for_sweep
-            default, _ = tyro.cli(kinds, args=arguments[1:], return_unknown_args=True, add_help=False)
+            default, _ = tyro.cli(_CHOOSE[arguments[0]], args=arguments[1:], return_unknown_args=True, add_help=False)
             grid = load_sweep(arguments[1]) if arguments[0] == "sweep" else grid
         tyro.extras.subcommand_cli_from_dict(
             {
@@ -417,6 +495,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "prepare": prepare,
                 "evaluate": evaluate,
                 "sample": sample,
+                "import-torch": _import_command(default),
+                "export": export,
             },
             prog="bsvae",
             description="Gaussian VAEs with their decoder variance treated properly.",

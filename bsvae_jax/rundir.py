@@ -1,6 +1,6 @@
 """The folder of one run: what it holds, who may write to it, and what is shown while it is written.
 
-config.json        the config, the data it met, the versions of the libraries
+config.json        the config, the data it met, the versions of the libraries; for imported weights, the file they are from
 metrics.jsonl      a row per line, training and test terms in nats per example
 tensorboard/       the same as TensorBoard events
 checkpoints/       Orbax, the latest two and the best
@@ -99,6 +99,25 @@ def read_info(folder: Path) -> RunInfo:
         return RunInfo(config, (height, width, channels), int(data["levels"]), str(data["fingerprint"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def describe_run(config: Config, images: ImageSet, **also: Any) -> bytes:
+    """What `config.json` holds of a run; `also` are further entries, plain JSON values, for people to read."""
+    values = {
+        "format": FORMAT,
+        "config": configs.to_dict(config),
+        "data": {
+            "name": images.name,
+            "image_shape": images.image_shape,
+            "levels": images.levels,
+            "train": len(images.train),
+            "test": len(images.test),
+            "fingerprint": images.fingerprint(),
+        },
+        "versions": {name: version(name) for name in ("bsvae_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")},
+        **also,
+    }
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def check_same_data(folder: Path, info: RunInfo, images: ImageSet) -> None:
@@ -243,24 +262,7 @@ class RunDirectory:
             check_same_data(folder, info, images)
         self._lock = take_folder(folder, "training")
         if not (folder / "config.json").is_file():
-            write_atomically(folder / "config.json", self._description(config, images))
-
-    @staticmethod
-    def _description(config: Config, images: ImageSet) -> bytes:
-        values = {
-            "format": FORMAT,
-            "config": configs.to_dict(config),
-            "data": {
-                "name": images.name,
-                "image_shape": images.image_shape,
-                "levels": images.levels,
-                "train": len(images.train),
-                "test": len(images.test),
-                "fingerprint": images.fingerprint(),
-            },
-            "versions": {name: version(name) for name in ("bsvae_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")},
-        }
-        return (json.dumps(values, indent=2) + "\n").encode()
+            write_atomically(folder / "config.json", describe_run(config, images))
 
     def __enter__(self) -> "RunDirectory":
         """Nothing more to open."""

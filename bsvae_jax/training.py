@@ -305,11 +305,15 @@ def _initial_arrays(model: VAE, optimizer: optax.GradientTransformation, key: Ke
     return variables["params"], variables.get("batch_stats", {}), optimizer.init(variables["params"])
 
 
-def create_state(config: Config, model: VAE, steps: int) -> TrainState:
-    """The state before the first step: parameters drawn from the config's seed, float32."""
+def create_state(config: Config, model: VAE, steps: int, variables: Mapping[str, Any] | None = None) -> TrainState:
+    """The state before the first step: `variables`, or parameters drawn from the config's seed; float32."""
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     optimizer = build_optimizer(config.optimizer, steps)
-    params, batch_stats, optimizer_state = _initial_arrays(model.clone(axis_name=None), optimizer, init_key)
+    if variables is None:
+        params, batch_stats, optimizer_state = _initial_arrays(model.clone(axis_name=None), optimizer, init_key)
+    else:
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        optimizer_state = jax.jit(optimizer.init)(params)
     ema_params = None if config.optimizer.ema_decay is None else jax.tree.map(jnp.copy, params)
     return TrainState(
         jnp.zeros((), jnp.int32),
