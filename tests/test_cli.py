@@ -105,7 +105,8 @@ def test_samples_are_reproducible_and_the_first_do_not_depend_on_the_count(train
 
 
 @pytest.mark.parametrize(
-    "command", [["--help"], *([name, "--help"] for name in ("train", "sweep", "report", "evaluate", "sample"))]
+    "command",
+    [["--help"], *([name, "--help"] for name in ("train", "sweep", "report", "evaluate", "sample", "import-torch", "export"))],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
