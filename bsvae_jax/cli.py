@@ -166,7 +166,7 @@ def _import_command(default: Config) -> Callable[..., None]:
     """`bsvae import-torch` with the fields of `default` as options."""
 
     def import_torch(
-        file: tyro.conf.Positional[Path],
+        file: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE")]],
         config_file: tyro.conf.Positional[Path],
         config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = default,
         workdir: Path | None = None,
