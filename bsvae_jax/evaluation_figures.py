@@ -4,11 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from bsvae_jax.figures import new_figure, show_image, tile
 
 COLOURS = ("#4477aa", "#cc3311", "#228833", "#aa3377", "#997700", "#009988")
+
+
+CLASSES_NAMED = 20
+"""Classes beyond which a legend would hide the points."""
 
 
 def likelihood_curves(curves: Mapping[str, np.ndarray], title: str) -> Figure:
@@ -216,4 +221,42 @@ def nearest_neighbours(samples: np.ndarray, nearest: np.ndarray, distances: Mapp
     spread.set_ylim(top=1.35 * spread.get_ylim()[1])  # room for the legend above the bars
     spread.grid(alpha=0.3)
     spread.legend()
+    return figure
+
+
+def latent_space(
+    points: np.ndarray, shares: Sequence[float], panels: Mapping[str, tuple[np.ndarray, Sequence[str]]], title: str
+) -> Figure:
+    """Posterior means on two axes [N, 2], coloured by class.
+
+    Args:
+      points: of each image.
+      shares: of the variance of the posterior means that each axis carries.
+      panels: by name, the class [N] of each image, and the names of the classes.
+      title: of the figure.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(5.2 if len(panels) == 1 else 3.4 * columns, 4.6 if len(panels) == 1 else 3.2 * rows)
+    figure.suptitle(title, fontsize=9)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (name, (classes, names)) in zip(grid.flat, panels.items(), strict=False):
+        colours = colormaps["tab10" if len(names) <= 10 else "turbo"]
+        for number, label in enumerate(names):
+            own = points[classes == number]
+            colour = colours(number if len(names) <= 10 else number / (len(names) - 1))
+            axes.scatter(own[:, 0], own[:, 1], s=4, color=colour, alpha=0.6, linewidths=0, label=label)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel(f"first principal axis of the posterior means ({shares[0]:.0%})", fontsize=8)
+        axes.set_ylabel(f"second ({shares[1]:.0%})", fontsize=8)
+        axes.grid(alpha=0.3)
+        if len(names) <= CLASSES_NAMED:
+            axes.legend(
+                fontsize=7,
+                markerscale=3,
+                loc="center left" if len(panels) == 1 else "best",
+                bbox_to_anchor=(1.0, 0.5) if len(panels) == 1 else None,
+            )
     return figure

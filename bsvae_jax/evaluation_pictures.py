@@ -29,6 +29,8 @@ DENSITY_BINS = 4
 """Bins of the residuals taken together in their density."""
 SHOWN = 20
 """Samples shown above their nearest training images."""
+ATTRIBUTES_SHOWN = 6
+"""Attributes by which the latent space is coloured: those that it separates best."""
 BOUND_LABELS = {
     "importance_weighted_bound": "calibrated σ²",
     "importance_weighted_bound_dequantised": "calibrated σ², dequantised",
@@ -52,6 +54,7 @@ def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -
         )
         drawn[f"variance_by_difficulty_{split}"] = _difficulty(images, split, parts, evaluated, own)
         drawn[f"rate_parts_{split}"] = _rate(parts, own)
+        drawn |= _latent_space(images, split, parts, own)
         if parts.bound is not None:
             names = [BOUND_LABELS[bound_name(density)] for density in parts.densities]
             curves = dict(zip(names, parts.bound.curve, strict=True))
@@ -124,6 +127,37 @@ def _rate(parts: SplitEvaluation, title: str) -> Any:
         }
         latents["dimension-wise: KL(q(z) || p(z))"] = split.dimension_kl.mean(axis=0)
     return evaluation_figures.rate_decomposition(bars, latents, float(np.log(len(total))), title)
+
+
+def _latent_space(images: ImageSet, split: str, parts: SplitEvaluation, title: str) -> dict[str, Any]:
+    """The posterior means by class or attribute; nothing where the data have neither."""
+    labels = images.train_labels if split == "train" else images.test_labels
+    means = parts.scores.posterior_mean
+    if labels is None or means.shape[1] < 2:
+        return {}
+    centred = means - means.mean(axis=0)
+    _, spread, axes = np.linalg.svd(centred, full_matrices=False)
+    points, shares = centred @ axes[:2].T, (spread**2 / max(float((spread**2).sum()), 1e-30))[:2].tolist()
+    if labels.ndim == 1:
+        names = images.label_names or tuple(str(number) for number in range(int(labels.max()) + 1))
+        panels = {"coloured by class": (labels, names)}
+    else:
+        best = np.argsort(-_separation(points, labels))[:ATTRIBUTES_SHOWN].tolist()
+        panels = {images.label_names[number]: (labels[:, number].astype(int), ("no", "yes")) for number in best}
+    return {f"latent_space_{split}": evaluation_figures.latent_space(points, shares, panels, title)}
+
+
+def _separation(points: np.ndarray, attributes: np.ndarray) -> np.ndarray:
+    """Share of the variance of points [N, 2] that lies between those with and those without an attribute, [A]."""
+    share = attributes.mean(axis=0)
+    with_it = attributes.T.astype(np.float64) @ points / np.maximum(attributes.sum(axis=0), 1)[:, None]
+    # The other mean follows from the total of zero.
+    return (
+        np.sum(with_it**2, axis=1)
+        * share
+        / np.maximum(1 - share, 1e-12)
+        / max(float(np.square(points).sum(axis=1).mean()), 1e-30)
+    )
 
 
 def spherical(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def mebibytes(count: float) -> str:
+def mebibytes(count: int | float) -> str:
     """`"1,234 MiB"`."""
     return f"{count / 2**20:,.0f} MiB"
 

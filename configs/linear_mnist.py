@@ -1,7 +1,7 @@
 """Linear VAE on MNIST with one optimal variance for all: the model whose optimum is known exactly.
 
-    bsvae train configs/linear_mnist.py --data.folder FOLDER_OF_THE_FOUR_FILES --beta 10 --workdir runs/linear10
-    bsvae sweep configs/linear_mnist.py --data.folder FOLDER_OF_THE_FOUR_FILES
+    bsvae train configs/linear_mnist.py --beta 10 --workdir runs/linear10
+    bsvae sweep configs/linear_mnist.py
 
 `bsvae_jax.theory.linear_optimum` of the covariance eigenvalues of the 60,000 images says where training must end; the report
 of the sweep draws both.
@@ -23,7 +23,7 @@ Hardware and time: 2 CPU cores; the 20 models of the sweep took 25 minutes besid
 
 import numpy as np
 
-from bsvae_jax.config import MNIST, Config, Linear, Optimizer
+from bsvae_jax.config import TFDS, Config, Linear, Optimizer
 from bsvae_jax.grid import Sweep
 from bsvae_jax.objective import Optimal
 
@@ -31,7 +31,7 @@ from bsvae_jax.objective import Optimal
 def get_config() -> Config:
     """The experiment."""
     return Config(
-        data=MNIST(folder="data/mnist"),
+        data=TFDS(name="mnist"),
         network=Linear(),
         latent_size=8,
         decoder_variance=Optimal(over="batch"),

@@ -1,6 +1,6 @@
 """BS-VAE on MNIST as Kim & Lee (2024) trained it.
 
-    bsvae train configs/mnist_paper.py --data.folder FOLDER_OF_THE_FOUR_FILES
+    bsvae train configs/mnist_paper.py
     bsvae train configs/mnist_paper.py --beta 10 --decoder-variance constant --workdir runs/constant_beta10
 
 The paper's network, augmentation, batch, optimizer and floor; its tables run beta over 0.01 ... 100, and `constant` (0.5)
@@ -16,7 +16,7 @@ against `optimal`. Differences from the paper's code, all on purpose:
 Hardware and time: an accelerator. One run is 5,860 steps of 512 images; not measured yet.
 """
 
-from bsvae_jax.config import MNIST, Augmentation, Config, Optimizer, Residual
+from bsvae_jax.config import TFDS, Augmentation, Config, Optimizer, Residual
 from bsvae_jax.grid import Sweep
 from bsvae_jax.objective import PAPER_FLOOR, Constant, Optimal
 
@@ -24,7 +24,7 @@ from bsvae_jax.objective import PAPER_FLOOR, Constant, Optimal
 def get_config() -> Config:
     """The experiment."""
     return Config(
-        data=MNIST(folder="data/mnist"),
+        data=TFDS(name="mnist"),
         augmentation=Augmentation(rotation_degrees=10.0, crop_scale=(0.9, 1.0), crop_ratio=(0.9, 1.1)),
         network=Residual(widths=(32, 64, 128)),
         latent_size=32,

@@ -101,16 +101,10 @@ def prepared(recipe: Recipe, skip_corrupt: bool = False, progress: bool = True) 
     folder = recipe.folder()
     if (images := _open(folder, progress)) is not None:
         return images
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f".{folder.name}.lock"), recipe.name):
-            if (images := _open(folder, progress)) is not None:
-                return images
-            _Preparation(recipe, folder, skip_corrupt, progress).run()
-    except PermissionError as error:
-        raise UserError(
-            f"{folder.parent} cannot be written ({error.strerror}); set BSVAE_CACHE to a folder for prepared images."
-        ) from error
+    with _locked(folder.with_name(f".{folder.name}.lock"), recipe.name):
+        if (images := _open(folder, progress)) is not None:
+            return images
+        _Preparation(recipe, folder, skip_corrupt, progress).run()
     images = _open(folder, progress)
     assert images is not None
     return images
@@ -119,7 +113,14 @@ def prepared(recipe: Recipe, skip_corrupt: bool = False, progress: bool = True) 
 @contextlib.contextmanager
 def _locked(path: Path, name: str) -> Iterator[None]:
     """Keeps other processes out; the system lets go of the lock of a dead one."""
-    with path.open("w") as lock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} cannot be written ({error.strerror}); set BSVAE_CACHE to a folder for prepared images."
+        ) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -220,7 +220,7 @@ def prepare_tfds(source: config.TFDS) -> None:
         return
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
-            f"Preparing TFDS's own set {source.name!r} needs TensorFlow: pip install 'bsvae_jax[tf]'. Training with it does not."
+            f"Preparing TFDS's own set {source.name!r} needs TensorFlow (training does not): pip install 'bsvae_jax[tf]'."
         )
     try:
         builder.download_and_prepare(file_format="array_record")
