@@ -243,6 +243,7 @@ def test_truncated_files(size, config_file, tmp_path, capsys):
     assert_matches(refused([*command, "arrays", "--data.path", path], capsys), "images.npz cannot be read as a NumPy file")
     idx = struct.pack(">HBBIII", 0, 8, 3, 10, 28, 28) + bytes(10 * 28 * 28)
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx[:size])
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, 10) + bytes(10))
     assert_matches(
         refused([*command, "mnist", "--data.folder", tmp_path], capsys),
         "train-images-idx3-ubyte is (truncated or damaged|not an idx file)",
