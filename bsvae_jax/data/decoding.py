@@ -75,7 +75,8 @@ def decode(content: bytes, preprocessing: Preprocessing, what: str) -> np.ndarra
             image.load()
             if "exif" in image.info and (turn := _TURNS.get(image.getexif().get(_ORIENTATION, 1))) is not None:
                 image = image.transpose(turn)
-            image = image.convert("L" if channels == 1 else "RGB")
+            mode = "L" if channels == 1 else "RGB"
+            image = image if image.mode == mode else image.convert(mode)
         except _DAMAGE as error:
             raise CorruptImageError(f"{what} is truncated or damaged ({error}).") from error
         if crop is not None:
@@ -118,5 +119,7 @@ def _centre(image: PIL.Image.Image, side: int, what: str) -> PIL.Image.Image:
     width, height = image.size
     if min(width, height) < side:
         raise UserError(f"{what} is {height} x {width} pixels, too small for a centre crop of {side}.")
+    if (width, height) == (side, side):
+        return image
     left, top = round((width - side) / 2), round((height - side) / 2)  # as torchvision's CenterCrop rounds
     return image.crop((left, top, left + side, top + side))

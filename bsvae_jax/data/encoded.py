@@ -139,24 +139,28 @@ def _without_common_folder(names: list[str]) -> tuple[list[str], str]:
 
 def _walk(root: Path) -> dict[str, str]:
     """Size and time of change of every file below, by its name relative to the root; hidden ones are left out."""
-    found = {}
+    found: dict[str, str] = {}
     inside = root.resolve()
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in (*folders, *files):
-            path = Path(folder) / name
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+
+    def look(folder: str, prefix: str) -> None:
+        for entry in os.scandir(folder):
+            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside):
                 raise UserError(
-                    f"{path} is a symbolic link out of the folder, to {path.resolve()}; copy the images, or give that folder."
+                    f"{entry.path} is a symbolic link out of the folder, to {Path(entry.path).resolve()}; "
+                    "copy the images, or give that folder."
                 )
-        for name in files:
-            if not name.startswith("."):
-                path = Path(folder) / name
-                try:
-                    status = path.stat()
-                except OSError as error:
-                    raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-                found[path.relative_to(root).as_posix()] = f"{status.st_size} {status.st_mtime_ns}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                look(entry.path, f"{prefix}{entry.name}/")
+            elif not entry.is_dir():  # what a link to a folder inside leads to is seen where it is
+                status = entry.stat()
+                found[prefix + entry.name] = f"{status.st_size} {status.st_mtime_ns}"
+
+    try:
+        look(str(root), "")
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
     return found
 
 

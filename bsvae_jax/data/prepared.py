@@ -104,10 +104,8 @@ def prepared(recipe: Recipe, skip_corrupt: bool = False, progress: bool = True) 
     with _locked(folder.with_name(f".{folder.name}.lock"), recipe.name):
         if (images := _open(folder, progress)) is not None:
             return images
-        _Preparation(recipe, folder, skip_corrupt, progress).run()
-    images = _open(folder, progress)
-    assert images is not None
-    return images
+        manifest = _Preparation(recipe, folder, skip_corrupt, progress).run()
+        return _map(folder, manifest)
 
 
 @contextlib.contextmanager
@@ -150,6 +148,11 @@ def _open(folder: Path, progress: bool) -> ImageSet | None:
         tqdm.write(f"{folder} is damaged; it is made again", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         return None
+    return _map(folder, manifest)
+
+
+def _map(folder: Path, manifest: dict[str, Any]) -> ImageSet:
+    """The images of a finished set, mapped into memory."""
     if manifest["skipped"]:
         count = len(manifest["skipped"])
         tqdm.write(f"{manifest['name']}: {count} corrupt images were left out, see {folder / 'manifest.json'}", file=sys.stderr)
@@ -224,12 +227,12 @@ class _Preparation:
             for start in range(0, size, CHUNK)
         ]
 
-    def run(self) -> None:
-        """Leaves the finished folder."""
+    def run(self) -> dict[str, Any]:
+        """Leaves the finished folder; its manifest."""
         shape = self._shape()
         self._check_room(shape)
         self.unfinished.mkdir(exist_ok=True)
-        self.images = self._map("images.npy", (self.count, *shape), np.dtype(np.uint8))
+        self.images = self._array("images.npy", (self.count, *shape), np.dtype(np.uint8))
         self.labels = self._label_map()
         done = self._done_before()
         left = [chunk for chunk in self.chunks if chunk not in done]
@@ -244,7 +247,7 @@ class _Preparation:
                 log.flush()
                 done[decoded.chunk] = decoded
                 bar.update(decoded.chunk.stop - decoded.chunk.start)
-        self._finish({number: why for decoded in done.values() for number, why in decoded.corrupt})
+        return self._finish({number: why for decoded in done.values() for number, why in decoded.corrupt})
 
     def _in_threads(self, work: Callable[[_Chunk], Any], chunks: Iterable[_Chunk]) -> Iterator[Any]:
         """Results in order; a few chunks at a time, so that an error or Ctrl-C ends it soon."""
@@ -346,7 +349,7 @@ class _Preparation:
 
     # The files
 
-    def _map(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         path = self.unfinished / name
         if path.is_file():
             with contextlib.suppress(ValueError, EOFError):  # torn while it was made
@@ -363,7 +366,7 @@ class _Preparation:
                         return None
                     label = np.asarray(encoded.label)
                     dtype = label.dtype if label.dtype == np.bool_ else np.dtype(np.int64)
-                    return self._map("labels.npy", (self.count, *label.shape), dtype)
+                    return self._array("labels.npy", (self.count, *label.shape), dtype)
         return None
 
     def _checksum(self, chunk: _Chunk) -> int:
@@ -414,7 +417,7 @@ class _Preparation:
 
     # The end
 
-    def _finish(self, corrupt: dict[int, str]) -> None:
+    def _finish(self, corrupt: dict[int, str]) -> dict[str, Any]:
         train = len(self.recipe.splits["train"])
         kept = np.setdiff1d(np.arange(self.count), list(corrupt))
         splits = {"train": int((kept < train).sum()), "test": int((kept >= train).sum())}
@@ -434,23 +437,27 @@ class _Preparation:
             for array in self._arrays().values():
                 array.flush()
         images = np.load(source / "images.npy", mmap_mode="r")
-        files = {}
-        for name in self._arrays():
-            with (source / name).open("rb") as file:
-                os.fsync(file.fileno())
-            files[name] = {"bytes": (source / name).stat().st_size, "sha256": _sha256(source / name, lambda _: None)}
+        whole = ImageSet(self.recipe.name, images[: splits["train"]], images[splits["train"] :])
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:
+            fingerprint = beside.submit(whole.fingerprint)
+            files = {}
+            for name in self._arrays():
+                with (source / name).open("rb") as file:
+                    os.fsync(file.fileno())
+                files[name] = {"bytes": (source / name).stat().st_size, "sha256": _sha256(source / name, lambda _: None)}
         manifest = {
             **self.recipe.manifest(),
             "shape": list(images.shape[1:]),
             "splits": splits,
             "files": files,
-            "fingerprint": ImageSet(self.recipe.name, images[: splits["train"]], images[splits["train"] :]).fingerprint(),
+            "fingerprint": fingerprint.result(),
             "skipped": list(corrupt.values()),
         }
         write_atomically(source / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
         (source / "progress.jsonl").unlink(missing_ok=True)
         source.rename(self.folder)
         shutil.rmtree(self.unfinished, ignore_errors=True)
+        return manifest
 
     def _arrays(self) -> dict[str, Any]:
         return {"images.npy": self.images} | ({} if self.labels is None else {"labels.npy": self.labels})
