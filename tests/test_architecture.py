@@ -18,7 +18,7 @@ LAYERS = [
     ["networks", "priors", "grid"],
     ["model", "weights"],
     ["data.images", "data.decoding", "data.idx", "data.order", "data.augmentation", "parallel", "checkpoint"],
-    ["data.encoded"],
+    ["data.encoded", "data.workers"],
     ["data.prepared", "data.builders"],
     ["data.sources"],
     ["data", "inception"],

@@ -22,10 +22,12 @@ from PIL import Image
 
 from bsvae_jax import config, data
 from bsvae_jax.data import prepared as prepared_module
+from bsvae_jax.data import workers as workers_module
 from bsvae_jax.data.decoding import CorruptImageError, Preprocessing, decode, read_header
 from bsvae_jax.data.encoded import find_images
 from bsvae_jax.data.prepared import prepared, read_manifest
 from bsvae_jax.data.sources import recipe
+from bsvae_jax.data.workers import Decoders, decode_all
 from bsvae_jax.errors import UserError
 
 
@@ -346,7 +348,7 @@ def test_the_key_covers_what_changes_a_pixel(tmp_path, monkeypatch):
 def test_a_finished_set_is_not_decoded_again(tmp_path, monkeypatch):
     write_images(tmp_path / "photos", 5)
     first = load(tmp_path / "photos")
-    monkeypatch.setattr(prepared_module, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(prepared_module, "Decoders", lambda *_: pytest.fail("decoded again"))
     np.testing.assert_array_equal(load(tmp_path / "photos").train, first.train)
 
 
@@ -399,7 +401,7 @@ def test_corrupt_images_are_left_out_and_listed(tmp_path, capsys):
 def test_no_room_is_known_before_anything_is_decoded(tmp_path, own_cache, monkeypatch):
     write_images(tmp_path / "photos", 5)
     monkeypatch.setattr(prepared_module, "free_bytes", lambda folder: 1000)
-    monkeypatch.setattr(prepared_module, "decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(prepared_module, "Decoders", lambda *_: pytest.fail("decoded"))
     with pytest.raises(UserError, match=r"has 0 MiB free; the 5 images of photos take 16 MiB\. Free some space"):
         load(tmp_path / "photos")
 
@@ -417,12 +419,12 @@ SCRIPT = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 from bsvae_jax import config, data
-from bsvae_jax.data import prepared
-original = prepared.decode
-def slow(*arguments):
-    time.sleep({pause})
-    return original(*arguments)
-prepared.decode = slow
+from bsvae_jax.data import workers
+original = workers.Decoders.decode
+def slow(self, files, preprocessing):
+    time.sleep({pause} * len(files))
+    return original(self, files, preprocessing)
+workers.Decoders.decode = slow
 images = data.load(config.Folder({folder!r}), progress=False)
 print(images.fingerprint(), len(images.train))
 """
@@ -456,11 +458,16 @@ def test_killed_at_any_moment_it_continues(tmp_path, own_cache):
     there[chunk[3]] ^= 255
     there.flush()
     decoded = []
-    original = prepared_module.decode
+    original = Decoders.decode
+
+    def counted(self, files, preprocessing):
+        decoded.append(len(files))
+        return original(self, files, preprocessing)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared_module, "decode", lambda content, *rest: decoded.append(1) or original(content, *rest))
+        patch.setattr(Decoders, "decode", counted)
         images = prepared(wanted, progress=False)
-    assert len(decoded) <= 1500 - (done - 1) * 200
+    assert sum(decoded) <= 1500 - (done - 1) * 150  # the test split's chunk has 150 images, others 256
     position = np.random.default_rng(0).permutation(1500)
     np.testing.assert_array_equal(images.test, arrays[np.sort(position[:150])])
     np.testing.assert_array_equal(images.train, arrays[np.sort(position[150:])])
@@ -508,3 +515,67 @@ def test_the_stamp_of_a_zip_is_of_its_content(tmp_path):
             archive.writestr("x.png", png(pixels(4, 4, 3, seed=seed)))
     stamps = [find_images(tmp_path / f"{name}.zip").stamp for name in "abc"]
     assert stamps[0] == stamps[1] != stamps[2]
+
+
+# --- Workers ----------------------------------------------------------------------------------------------------------
+
+
+def test_workers_decode_as_the_calling_thread_does():
+    files = [(f"{seed}.png", png(pixels(9, 7, 3, seed=seed))) for seed in range(5)]
+    files[2] = ("bad.png", b"nonsense")
+    wanted = Preprocessing(crop=6, size=4)
+    found = decode_all(files, wanted)
+    for count in (0, 2):
+        with Decoders(count) as decoders:
+            for ours, theirs in zip(decoders.decode(files, wanted), found, strict=True):
+                if isinstance(theirs, CorruptImageError):
+                    assert isinstance(ours, CorruptImageError)
+                    assert str(ours) == str(theirs)
+                else:
+                    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_worker_imports_neither_jax_nor_the_package():
+    code = workers_module._START.replace("serve(sys", "print('jax' in sys.modules, 'optax' in sys.modules) or sys.exit()#")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert found.stdout.split() == ["False", "False"]
+
+
+def test_a_worker_that_dies_is_an_error_with_a_name():
+    with Decoders(1) as decoders:
+        (process,) = decoders._processes
+        process.kill()
+        process.wait()
+        with pytest.raises(
+            UserError, match=r"died \(status -9\), perhaps of lack of memory, at one of a\.png and the 0 images"
+        ):
+            decoders.decode([("a.png", png(pixels(4, 4, 3)))], Preprocessing())
+
+
+def test_workers_end_with_their_process(tmp_path):
+    """SIGKILL leaves nobody behind."""
+    write_images(tmp_path / "photos", 1500, (4, 4, 3))
+    process = subprocess.Popen(script(tmp_path / "photos", 0.01))
+    children: list[str] = []
+    while len(children) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "a worker outlived its process"
+        time.sleep(0.05)
+
+
+def test_a_script_without_a_main_guard_may_prepare(tmp_path):
+    """`multiprocessing` would import the script in every worker, which would then prepare in turn."""
+    write_images(tmp_path / "photos", 1500, (4, 4, 3))
+    path = tmp_path / "experiment.py"
+    path.write_text(
+        SCRIPT.format(root=str(Path(prepared_module.__file__).parents[2]), folder=str(tmp_path / "photos"), pause=0)
+    )
+    found = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
+    assert found.stdout.split()[1] == "1350"
+    assert len(found.stdout.splitlines()) == 1

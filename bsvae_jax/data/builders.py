@@ -438,7 +438,7 @@ def _lmdb_values(folder: Path) -> Iterator[bytes]:
 
 
 class ImageFolder(ImageBuilder):
-    """Images of one's own as a TFDS set; training needs none of it, since it reads folders itself."""
+    """Images of one's own as a TFDS set, read as colour; training needs none of it, since it reads folders itself."""
 
     name = "image_folder"
 
@@ -448,7 +448,7 @@ class ImageFolder(ImageBuilder):
         super().__init__(manual_dir=manual_dir, **options)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features: dict[str, Any] = {"image": tfds.features.Image(shape=(None, None, None))}
+        features: dict[str, Any] = {"image": tfds.features.Image(shape=(None, None, 3))}
         if self._found.classes:
             features["label"] = tfds.features.ClassLabel(names=list(self._found.classes))
         return self._described(features)

@@ -143,7 +143,9 @@ def _walk(root: Path) -> dict[str, str]:
     inside = root.resolve()
 
     def look(folder: str, prefix: str) -> None:
-        for entry in os.scandir(folder):
+        with os.scandir(folder) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
+        for entry in listed:
             if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside):
                 raise UserError(
                     f"{entry.path} is a symbolic link out of the folder, to {Path(entry.path).resolve()}; "

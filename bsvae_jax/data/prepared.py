@@ -29,9 +29,10 @@ import numpy as np
 import PIL.features
 from tqdm.auto import tqdm
 
-from bsvae_jax.data.decoding import CorruptImageError, Header, Preprocessing, decode, read_header
+from bsvae_jax.data.decoding import CorruptImageError, Header, Preprocessing, read_header
 from bsvae_jax.data.encoded import Encoded, EncodedImages
 from bsvae_jax.data.images import ImageSet
+from bsvae_jax.data.workers import Decoders
 from bsvae_jax.errors import UserError
 from bsvae_jax.files import cache_folder, write_atomically
 from bsvae_jax.space import MARGIN, free_bytes, mebibytes
@@ -41,6 +42,9 @@ FORMAT = 1
 
 CHUNK = 256
 """Images decoded by one thread at a time; what an interruption may cost."""
+
+FEW = 4
+"""Chunks that are decoded sooner than processes for it would have started."""
 
 SPLITS = ("train", "test")
 
@@ -212,6 +216,19 @@ class _Decoded(NamedTuple):
     """Number in the whole set, and why."""
 
 
+def _crc(pixels: np.ndarray, labels: np.ndarray | None) -> int:
+    """CRC-32 of pixels and labels."""
+    checksum = zlib.crc32(np.ascontiguousarray(pixels).data)
+    return checksum if labels is None else zlib.crc32(np.ascontiguousarray(labels).data, checksum)
+
+
+def _write(file: np.memmap, first: int, rows: np.ndarray) -> None:
+    """Rows of a mapped `.npy` file, from row `first` on."""
+    with open(str(file.filename), "r+b") as target:
+        target.seek(file.offset + first * rows[0].nbytes)
+        target.write(np.ascontiguousarray(rows).data)
+
+
 class _Preparation:
     """One preparation, by the only process that does it."""
 
@@ -238,6 +255,7 @@ class _Preparation:
         left = [chunk for chunk in self.chunks if chunk not in done]
         finished = sum(chunk.stop - chunk.start for chunk in done)
         with (
+            Decoders(self.threads if len(left) > FEW else 0) as self.decoders,
             (self.unfinished / "progress.jsonl").open("a") as log,
             _bar(self.count, f"preparing {self.recipe.name}", self.progress) as bar,
         ):
@@ -349,16 +367,16 @@ class _Preparation:
 
     # The files
 
-    def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
         path = self.unfinished / name
         if path.is_file():
             with contextlib.suppress(ValueError, EOFError):  # torn while it was made
-                there: np.ndarray = np.load(path, mmap_mode="r+")
+                there = np.load(path, mmap_mode="r+")
                 if there.shape == shape and there.dtype == dtype:
                     return there
         return np.lib.format.open_memmap(path, "w+", dtype, shape)
 
-    def _label_map(self) -> np.ndarray | None:
+    def _label_map(self) -> np.memmap | None:
         for chunk in self.chunks:
             for encoded in self.recipe.splits[chunk.split].read(chunk.start, chunk.stop):
                 if not isinstance(encoded, CorruptImageError):
@@ -370,9 +388,9 @@ class _Preparation:
         return None
 
     def _checksum(self, chunk: _Chunk) -> int:
+        """Of what the files hold of a chunk."""
         rows = slice(chunk.first, chunk.first + chunk.stop - chunk.start)
-        checksum = zlib.crc32(np.ascontiguousarray(self.images[rows]).data)
-        return checksum if self.labels is None else zlib.crc32(np.ascontiguousarray(self.labels[rows]).data, checksum)
+        return _crc(self.images[rows], None if self.labels is None else self.labels[rows])
 
     def _done_before(self) -> dict[_Chunk, _Decoded]:
         """Chunks whose images are in the files, by their checksum."""
@@ -395,25 +413,33 @@ class _Preparation:
 
     def _decode(self, chunk: _Chunk) -> _Decoded:
         corrupt = []
-        encoded_images = self.recipe.splits[chunk.split].read(chunk.start, chunk.stop)
-        for number, encoded in enumerate(encoded_images, chunk.first):
-            try:
-                what, content, label = self._readable(encoded)
-                pixels = decode(content, self.recipe.preprocessing, what)
-            except CorruptImageError as error:
-                if not self.skip_corrupt:
-                    raise self._refusal(error) from error
-                corrupt.append((number, str(error)))
+        pixels = np.zeros((chunk.stop - chunk.start, *self.images.shape[1:]), np.uint8)
+        labels = None if self.labels is None else np.zeros((len(pixels), *self.labels.shape[1:]), self.labels.dtype)
+        read = self.recipe.splits[chunk.split].read(chunk.start, chunk.stop)
+        files = {row: encoded for row, encoded in enumerate(read) if isinstance(encoded, Encoded)}
+        decoded = iter(self.decoders.decode([file[:2] for file in files.values()], self.recipe.preprocessing))
+        for row, encoded in enumerate(read):
+            image = next(decoded) if isinstance(encoded, Encoded) else encoded
+            if isinstance(image, CorruptImageError) and self.skip_corrupt:
+                corrupt.append((chunk.first + row, str(image)))
                 continue
-            if pixels.shape != self.images.shape[1:]:
+            if isinstance(image, CorruptImageError):
+                raise self._refusal(image)
+            if isinstance(image, UserError):
+                raise image
+            if image.shape != pixels.shape[1:]:
                 raise UserError(
-                    f"{what} has shape {pixels.shape}, the others {self.images.shape[1:]}; --size N (in a config: "
+                    f"{files[row].name} has shape {image.shape}, the others {pixels.shape[1:]}; --size N (in a config: "
                     "data.size) makes all images N x N."
                 )
-            self.images[number] = pixels
-            if self.labels is not None:
-                self.labels[number] = label
-        return _Decoded(chunk, self._checksum(chunk), corrupt)
+            pixels[row] = image
+            if labels is not None:
+                labels[row] = files[row].label
+        # Not through the map, whose pages would be faulted in one by one.
+        for array, file in ((pixels, self.images), (labels, self.labels)):
+            if array is not None and file is not None:
+                _write(file, chunk.first, array)
+        return _Decoded(chunk, _crc(pixels, labels), corrupt)
 
     # The end
 
@@ -432,18 +458,13 @@ class _Preparation:
                 target = np.lib.format.open_memmap(source / name, "w+", array.dtype, (len(kept), *array.shape[1:]))
                 for start in range(0, len(kept), CHUNK):
                     target[start : start + CHUNK] = array[kept[start : start + CHUNK]]
-                target.flush()
-        else:
-            for array in self._arrays().values():
-                array.flush()
+        # Nothing is forced to the disk: what a power cut tears is found out by its hash, and made again.
         images = np.load(source / "images.npy", mmap_mode="r")
         whole = ImageSet(self.recipe.name, images[: splits["train"]], images[splits["train"] :])
         with concurrent.futures.ThreadPoolExecutor(1) as beside:
             fingerprint = beside.submit(whole.fingerprint)
             files = {}
             for name in self._arrays():
-                with (source / name).open("rb") as file:
-                    os.fsync(file.fileno())
                 files[name] = {"bytes": (source / name).stat().st_size, "sha256": _sha256(source / name, lambda _: None)}
         manifest = {
             **self.recipe.manifest(),

@@ -77,14 +77,13 @@ def grain_loader(folder: Path, workers: int, cache: Path) -> Callable[[], None]:
     builder.prepare()
     source = builder.as_data_source(split="train")
 
-    class Colour(grain.MapTransform):
+    class Pixels(grain.MapTransform):
         def map(self, example: dict) -> np.ndarray:
-            image = example["image"]
-            return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+            return example["image"]
 
     def run() -> None:
         sampler = grain.IndexSampler(len(source), shard_options=grain.NoSharding(), shuffle=True, num_epochs=1, seed=0)
-        operations = [Colour(), grain.Batch(BATCH)]
+        operations = [Pixels(), grain.Batch(BATCH)]
         for _ in grain.DataLoader(data_source=source, sampler=sampler, operations=operations, worker_count=workers):
             pass
 
