@@ -23,6 +23,9 @@ from bsvae_jax.parallel import SHARDED, P, memory_bytes, replicate
 WINDOW_BYTES = 2**26
 """Of the images that are streamed to the devices in one piece, about."""
 
+UNRELEASED = 2**24
+"""Bytes read from a memory map before it is given back; the system may have mapped some times as many around them."""
+
 AHEAD = 2
 """Pieces on their way to the devices while one is used."""
 
@@ -36,14 +39,45 @@ def fits(images: ImageSet, mesh: Mesh, share: float) -> bool:
 
 
 def gather(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """`images[indices]`; what a memory map has read is given back, so that resident memory does not grow with the set."""
-    found = images[indices]
-    base: Any = images
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap):
-        base.madvise(mmap.MADV_DONTNEED)
+    """`images[indices]`.
+
+    Raises:
+      IndexError: an index out of range, negative ones included.
+    """
+    if indices.size and not 0 <= indices.min() <= indices.max() < len(images):
+        raise IndexError(f"indices {indices.min()} ... {indices.max()} of {len(images)} images")
+    found = np.empty((*indices.shape, *images.shape[1:]), images.dtype)
+    np.take(images, indices, axis=0, out=found, mode="clip")  # without `mode` it checks again, and takes five times as long
     return found
+
+
+class HostImages:
+    """Images in the host's memory or a memory map, of which about `UNRELEASED` bytes stay resident after they were read."""
+
+    def __init__(self, images: np.ndarray):
+        """`images` [N, H, W, C]."""
+        self.images, self._read = images, 0
+        base: Any = images
+        while isinstance(base, np.ndarray):
+            base = base.base
+        self._map = base if isinstance(base, mmap.mmap) else None
+
+    def gather(self, indices: np.ndarray) -> np.ndarray:
+        """The images at `indices`, of any shape."""
+        found = gather(self.images, indices)
+        self._read += found.nbytes
+        if self._map is not None and self._read > UNRELEASED:
+            self._map.madvise(mmap.MADV_DONTNEED)  # of the map, not of the page cache
+            self._read = 0
+        return found
+
+    def place(self, indices: np.ndarray, sharding: NamedSharding) -> Array:
+        """The images at `indices` over the devices; every process gathers what its own devices hold, and nothing else."""
+
+        def part(index: Any) -> np.ndarray:
+            return self.gather(indices[index[: indices.ndim]])
+
+        return jax.make_array_from_callback((*indices.shape, *self.images.shape[1:]), sharding, part)
 
 
 class DeviceImages:
@@ -51,34 +85,24 @@ class DeviceImages:
 
     def __init__(self, images: np.ndarray, mesh: Mesh, resident: bool = True):
         """`images` [N, H, W, C] as stored; `resident`: copy all of them to every device of the mesh now."""
-        self._images, self._mesh = images, mesh
+        self._images, self._mesh = HostImages(images), mesh
         self.resident: Array | None = replicate(images, mesh) if resident else None
         """[N, H, W, C] on every device; None if they are streamed."""
 
     def __len__(self) -> int:
         """N."""
-        return len(self._images)
+        return len(self._images.images)
 
     def batch(self, indices: np.ndarray) -> Array:
         """The images at `indices` [B], as stored, [B, H, W, C], divided over the data axis of the mesh."""
         if self.resident is not None:
             return _gather_resident(self._mesh)(self.resident, indices)
-        return _place(self._images, np.asarray(indices), NamedSharding(self._mesh, SHARDED))
+        return self._images.place(np.asarray(indices), NamedSharding(self._mesh, SHARDED))
 
 
 @functools.cache
 def _gather_resident(mesh: Mesh) -> Any:
     return jax.jit(lambda images, indices: images[indices], out_shardings=NamedSharding(mesh, SHARDED))
-
-
-def _place(images: np.ndarray, indices: np.ndarray, sharding: NamedSharding) -> Array:
-    """`images[indices]` over the devices; every process gathers what its own devices hold, and nothing else."""
-    shape = (*indices.shape, *images.shape[1:])
-
-    def part(index: Any) -> np.ndarray:
-        return gather(images, indices[index[: indices.ndim]])
-
-    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def streamed_steps(images: np.ndarray, batch_size: int, members: int, most: int) -> int:
@@ -109,7 +133,7 @@ class Stream:
           steps: in a piece.
           starts: the first step of each piece, in order.
         """
-        self._images, self._steps, self._starts = images, steps, starts
+        self._images, self._steps, self._starts = HostImages(images), steps, starts
         self._orders = [order.on_host() for order in orders]
         self._sharding, self._stacked = NamedSharding(mesh, spec), len(spec) == 3
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "images")
@@ -132,7 +156,7 @@ class Stream:
 
     def _piece(self, start: int) -> Array:
         indices = [np.asarray(order(start, self._steps)) for order in self._orders]
-        return _place(self._images, np.stack(indices) if self._stacked else indices[0], self._sharding)
+        return self._images.place(np.stack(indices) if self._stacked else indices[0], self._sharding)
 
     def take(self, step: int) -> Array:
         """The piece that begins at `step`, which must be the next one."""

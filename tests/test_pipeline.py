@@ -22,7 +22,7 @@ from bsvae_jax.config import MLP, Config, Digits, Optimizer
 from bsvae_jax.data import ImageSet, ShuffledOrder, load
 from bsvae_jax.interruption import Interrupted, Stop
 from bsvae_jax.parallel import data_mesh, sweep_mesh
-from bsvae_jax.pipeline import DeviceImages, Stream, fits, gather, streamed_steps
+from bsvae_jax.pipeline import DeviceImages, HostImages, Stream, fits, gather, streamed_steps
 from bsvae_jax.rundir import read_metrics
 
 PACKAGE = Path(pipeline.__file__).parents[1]
@@ -102,19 +102,16 @@ def test_a_stream_that_is_asked_for_another_step(tmp_path, key):
         stream.take(6)
 
 
-def test_what_cannot_be_read_is_not_swallowed(key):
-    class Unreadable(np.ndarray):
-        def __getitem__(self, index):
-            raise OSError("the disk is gone")
+def test_what_cannot_be_read_is_not_swallowed(key, monkeypatch):
+    def gone(images, indices):
+        raise OSError("the disk is gone")
 
-    order = ShuffledOrder(key, 50, 8)
-    with Stream(stored(50), [order], data_mesh(1), P(None, "data"), 2, iter([0])) as stream:
-        stream._images = stored(50).view(Unreadable)
-        stream._coming.clear()
-        stream._starts = iter([0])
-        stream._send()
-        with pytest.raises(OSError, match="the disk is gone"):
-            stream.take(0)
+    monkeypatch.setattr(pipeline, "gather", gone)
+    with (
+        Stream(stored(50), [ShuffledOrder(key, 50, 8)], data_mesh(1), P(None, "data"), 2, iter([0])) as stream,
+        pytest.raises(OSError, match="the disk is gone"),
+    ):
+        stream.take(0)
 
 
 def test_the_order_is_the_same_on_the_host(key):
@@ -188,7 +185,9 @@ def stream_of(path: Path, whole: bool = False) -> list[int]:
 
 
 def test_resident_memory_stays_flat(tmp_path):
-    """A set of 400 MB through pieces of 3 MB: after the first tenth, resident memory grows by less than a twentieth of it.
+    """A set of 400 MB through pieces of 3 MB: after its first steps, resident memory grows by less than a quarter of it.
+
+    (16 MiB are read before they are given back, and the system maps up to 64 KiB around every image of 12 KiB: 85 MiB.)
 
     Reading it as a whole afterwards shows that the measure sees a map that is not given back.
     """
@@ -197,17 +196,21 @@ def test_resident_memory_stays_flat(tmp_path):
     images[::7] = 3
     images.flush()
     sizes = np.asarray(stream_of(tmp_path / "images.npy", whole=True))
-    before, streamed, whole = sizes[len(sizes) // 10], sizes[:-1].max(), sizes[-1]
-    assert streamed - before < images.nbytes / 20
-    assert whole - before > images.nbytes * 0.9
+    before, streamed, whole = sizes[3], sizes[:-1].max(), sizes[-1]
+    assert streamed - before < images.nbytes / 4
+    assert whole - before > images.nbytes * 0.7
 
 
-def test_gathering_gives_back_what_it_mapped(tmp_path):
+def test_gathering_is_indexing(tmp_path, monkeypatch):
     images = stored(1000)
-    there = mapped(tmp_path, images)[100:]
-    np.testing.assert_array_equal(gather(there, np.array([5, 7, 5])), images[[105, 107, 105]])
-    np.testing.assert_array_equal(there[:3], images[100:103])  # and it is still there
-    np.testing.assert_array_equal(gather(images, np.array([1, 2])), images[1:3])
+    np.testing.assert_array_equal(gather(images, np.array([[1, 2], [999, 0]])), images[[[1, 2], [999, 0]]])
+    for bad in ([0, 1000], [-1]):
+        with pytest.raises(IndexError, match="of 1000 images"):
+            gather(images, np.array(bad))
+    monkeypatch.setattr(pipeline, "UNRELEASED", 0)
+    there = HostImages(mapped(tmp_path, images)[100:])
+    for _ in range(2):  # what was given back is still there
+        np.testing.assert_array_equal(there.gather(np.array([5, 7, 5])), images[[105, 107, 105]])
 
 
 # --- Two processes ----------------------------------------------------------------------------------------------------
