@@ -64,24 +64,30 @@ def test_it_imports_the_library_and_sets_up_like_the_others(path):
     assert _setup(path) == _setup(NOTEBOOKS[0])
 
 
-def _execute(path: Path, folder: Path, extra: dict[str, str]) -> list[dict]:
+def _execute(path: Path, folder: Path) -> list[dict]:
     pytest.importorskip("ipykernel", reason="pip install -e '.[notebooks]'")
     nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[notebooks]'")
     nbformat = pytest.importorskip("nbformat", reason="pip install -e '.[notebooks]'")
     notebook = nbformat.read(path, as_version=4)
     search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "JAX_PLATFORMS": "cpu"} | extra
+    environment = {"PYTHONPATH": os.pathsep.join(search), "JAX_PLATFORMS": "cpu", "BSVAE_NOTEBOOK_SMALL": "1"}
     client = nbclient.NotebookClient(
         notebook, timeout=540, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, record_timing=False
     )
-    client.execute(env=environment)
+    client.execute(env=os.environ | environment)
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.slow
-@every_notebook
+SHORT = {"theory"}  # 20 seconds; the others take up to a minute each
+
+run_from_start_to_end = pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[] if path.stem in SHORT else pytest.mark.slow, id=path.stem) for path in NOTEBOOKS]
+)
+
+
+@run_from_start_to_end
 def test_it_runs(path, tmp_path):
-    for cell in _execute(path, tmp_path, {"BSVAE_NOTEBOOK_SMALL": "1"}):
+    for cell in _execute(path, tmp_path):
         errors = [output.text for output in cell.outputs if output.get("name") == "stderr"]
         assert not [text for text in errors if "Warning" in text], f"{cell.source[:200]}\n{errors}"
 
