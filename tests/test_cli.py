@@ -104,10 +104,10 @@ def test_samples_are_reproducible_and_the_first_do_not_depend_on_the_count(train
     assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["--help"], *([name, "--help"] for name in ("train", "sweep", "report", "evaluate", "sample", "import-torch", "export"))],
-)
+COMMANDS = ("prepare", "train", "sweep", "report", "evaluate", "sample", "import-torch", "export")
+
+
+@pytest.mark.parametrize("command", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(command)
