@@ -51,7 +51,7 @@ def _choose_for_sweep(
 
 
 def prepare(
-    source: tyro.conf.Positional[str],
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
     size: int | None = None,
     crop: int | None = None,
     channels: Literal[1, 3] | None = None,
@@ -68,10 +68,7 @@ def prepare(
     Prepared images are kept in $BSVAE_CACHE, or ~/.cache/bsvae_jax, and found again by everything that changes a pixel. An
     interrupted command continues when it is given again.
 
-    Examples:
-      bsvae prepare mnist
-      bsvae prepare celeb_a --manual-dir DOWNLOADS --crop 148 --size 64
-      bsvae prepare photos/ --size 64
+    Example: bsvae prepare celeb_a --manual-dir DOWNLOADS --crop 148 --size 64
 
     Args:
       source: A folder or .zip of images, or the TFDS name of a set: mnist, fashion_mnist, cifar10, celeb_a, lsun/CATEGORY, or
