@@ -247,7 +247,15 @@ def latent_space(
         for number, label in enumerate(names):
             own = points[classes == number]
             colour = colours(number if len(names) <= 10 else number / (len(names) - 1))
-            axes.scatter(own[:, 0], own[:, 1], s=4, color=colour, alpha=0.6, linewidths=0, label=label)
+            axes.scatter(
+                own[:, 0],
+                own[:, 1],
+                s=float(np.clip(6000 / len(points), 3, 20)),
+                color=colour,
+                alpha=0.6,
+                linewidths=0,
+                label=label,
+            )
         axes.set_title(name, fontsize=9)
         axes.set_xlabel(f"first principal axis of the posterior means ({shares[0]:.0%})", fontsize=8)
         axes.set_ylabel(f"second ({shares[1]:.0%})", fontsize=8)
@@ -255,7 +263,7 @@ def latent_space(
         if len(names) <= CLASSES_NAMED:
             axes.legend(
                 fontsize=7,
-                markerscale=3,
+                markerscale=1.5,
                 loc="center left" if len(panels) == 1 else "best",
                 bbox_to_anchor=(1.0, 0.5) if len(panels) == 1 else None,
             )

@@ -1,13 +1,15 @@
 """`bsvae evaluate` and `bsvae sample` as a user gives them: numbers, figures, interruptions, wrong options."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_fid import random_weights
 
-from bsvae_jax import cli, data, evaluation, feature_statistics, fid, inception, likelihood, sampling
+from bsvae_jax import cli, data, evaluation, evaluation_pictures, feature_statistics, fid, inception, likelihood, sampling
+from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import Fid
 from bsvae_jax.loading import restore
@@ -322,3 +324,46 @@ def test_samples_of_others_are_left_alone(trained, tmp_path, capsys):
     (tmp_path / "photos" / "000000.png").write_bytes(b"precious")
     assert "exists and is not empty" in refused(capsys, "sample", trained, "--out", tmp_path / "photos")
     assert (tmp_path / "photos" / "000000.png").read_bytes() == b"precious"
+
+
+def test_attributes_are_ordered_by_how_well_the_latent_space_separates_them():
+    """Against the definition: the variance of the two groups' means, weighted, over the whole variance."""
+    generator = np.random.default_rng(0)
+    points = generator.normal(size=(400, 2))
+    points -= points.mean(axis=0)
+    attributes = np.stack(
+        [generator.random(400) < 0.3, points[:, 1] > 0.5, points[:, 0] + generator.normal(size=400) > 0, np.ones(400, bool)],
+        axis=1,
+    )
+
+    def between(attribute):
+        groups = [points[attribute], points[~attribute]]
+        return sum(len(group) * np.sum(group.mean(axis=0) ** 2) for group in groups if len(group)) / np.sum(points**2)
+
+    found = evaluation_pictures._separation(points, attributes)
+    np.testing.assert_allclose(found, [between(column) for column in attributes.T], atol=1e-12)
+    assert np.argsort(-found).tolist() == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize("kind", ["classes", "many classes", "attributes", "none", "one latent"])
+def test_the_latent_space_is_coloured_by_what_the_data_know(kind):
+    generator = np.random.default_rng(0)
+    count, latents = 60, 1 if kind == "one latent" else 5
+    images = np.zeros((count, 2, 2, 1), np.uint8)
+    labels = {"classes": np.arange(count) % 3, "many classes": np.arange(count) % 30, "one latent": np.arange(count) % 3}.get(
+        kind
+    )
+    names: tuple[str, ...] = ()
+    if kind == "attributes":
+        labels, names = generator.random((count, 9)) < 0.5, tuple(f"attribute {number}" for number in range(9))
+    image_set = ImageSet("x", images, images, 256, labels, labels, names)
+    scores = SimpleNamespace(posterior_mean=generator.normal(size=(count, latents)))
+    drawn = evaluation_pictures._latent_space(image_set, "test", SimpleNamespace(scores=scores), "title")
+    if kind in ("none", "one latent"):
+        assert drawn == {}
+        return
+    panels = [axes for axes in drawn["latent_space_test"].axes if axes.get_visible()]
+    assert len(panels) == (6 if kind == "attributes" else 1)
+    shown = sum(len(collection.get_offsets()) for collection in panels[0].collections)
+    assert shown == count
+    assert (panels[0].get_legend() is None) == (kind == "many classes")
