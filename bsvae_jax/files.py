@@ -1,14 +1,19 @@
 """Files that are whole or not there, and damaged ones that say so."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import struct
+import sys
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from bsvae_jax.errors import UserError
 
@@ -41,6 +46,32 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, name: str, remedy: str) -> Iterator[None]:
+    """Keep other processes out of the block, and wait for one that is in it; the system lets go of the lock of a dead one.
+
+    Args:
+      path: of the lock, an empty file that stays.
+      name: of what is prepared, for whom has to wait.
+      remedy: what to do where the lock cannot be made.
+
+    Raises:
+      UserError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be written ({error.strerror}); {remedy}.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"another process is preparing {name}; waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:

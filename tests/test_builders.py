@@ -193,6 +193,32 @@ def test_no_room_for_a_download(tmp_path, monkeypatch, served):
         load("mnist", tmp_path)
 
 
+AT_ONCE = """
+import hashlib, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from bsvae_jax import config, data
+from bsvae_jax.data import builders
+folder = Path({folder!r})
+def published(wanted):
+    content = (folder / wanted.name).read_bytes()
+    return wanted._replace(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+builders.Mnist.DOWNLOADS = {{purpose: published(wanted) for purpose, wanted in builders.Mnist.DOWNLOADS.items()}}
+images = data.load(config.TFDS("mnist", data_dir={data_dir!r}, manual_dir=str(folder)), progress=False)
+print(images.fingerprint(), len(images.train))
+"""
+
+
+def test_two_processes_at_once_write_one_set(tmp_path):
+    arrays = write_mnist(tmp_path / "files", train=3000)
+    code = AT_ONCE.format(root=str(PACKAGE), folder=str(tmp_path / "files"), data_dir=str(tmp_path / "tfds"))
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    results = [process.communicate()[0].split() for process in processes]
+    expected = data.ImageSet("x", arrays["train-images"][..., None], arrays["t10k-images"][..., None]).fingerprint()
+    assert results == [[expected, "3000"]] * 2
+    assert [path.name for path in (tmp_path / "tfds" / "mnist").iterdir()] == ["1.0.0"]
+
+
 def test_published_content_that_is_damaged(tmp_path, monkeypatch):
     """The hash is right, the content is not: a wrong table of hashes must not end in a traceback."""
     write_mnist(tmp_path / "files")

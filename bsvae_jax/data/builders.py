@@ -26,7 +26,7 @@ from bsvae_jax.data.decoding import CorruptImageError
 from bsvae_jax.data.encoded import Files, find_images, open_zip
 from bsvae_jax.downloads import Download
 from bsvae_jax.errors import UserError, nearest
-from bsvae_jax.files import DAMAGE, cache_folder
+from bsvae_jax.files import DAMAGE, cache_folder, locked
 
 _UNREADABLE: tuple[type[Exception], ...] = (tarfile.TarError, *DAMAGE)
 
@@ -57,12 +57,17 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         super().__init__(file_format="array_record", **options)
 
     def prepare(self) -> None:
-        """Write the array_record files, unless they are there.
+        """Write the array_record files, unless they are there; another process that does so is waited for.
 
         Raises:
           UserError: a published file is missing, or is another.
         """
-        with contextlib.redirect_stdout(sys.stderr):  # TFDS prints what it does
+        folder = Path(self.data_dir)
+        lock = folder.parents[1] / f".{folder.parent.name}.lock"
+        with (
+            locked(lock, self.name, "give another --data-dir (in a config: data.data_dir)"),
+            contextlib.redirect_stdout(sys.stderr),  # TFDS prints what it does
+        ):
             self.download_and_prepare()
 
     def file(self, purpose: str) -> Path:

@@ -11,7 +11,6 @@ says, with checksums, which images are there already, so that an interrupted pre
 import collections
 import concurrent.futures
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -34,7 +33,7 @@ from bsvae_jax.data.encoded import Encoded, EncodedImages
 from bsvae_jax.data.images import ImageSet
 from bsvae_jax.data.workers import Decoders
 from bsvae_jax.errors import UserError
-from bsvae_jax.files import cache_folder, write_atomically
+from bsvae_jax.files import cache_folder, locked, write_atomically
 from bsvae_jax.space import MARGIN, free_bytes, mebibytes
 
 FORMAT = 1
@@ -105,30 +104,11 @@ def prepared(recipe: Recipe, skip_corrupt: bool = False, progress: bool = True) 
     folder = recipe.folder()
     if (images := _open(folder, progress)) is not None:
         return images
-    with _locked(folder.with_name(f".{folder.name}.lock"), recipe.name):
+    with locked(folder.with_name(f".{folder.name}.lock"), recipe.name, "set BSVAE_CACHE to a folder for prepared images"):
         if (images := _open(folder, progress)) is not None:
             return images
         manifest = _Preparation(recipe, folder, skip_corrupt, progress).run()
         return _map(folder, manifest)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, name: str) -> Iterator[None]:
-    """Keeps other processes out; the system lets go of the lock of a dead one."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
-    except OSError as error:
-        raise UserError(
-            f"{path.parent} cannot be written ({error.strerror}); set BSVAE_CACHE to a folder for prepared images."
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tqdm.write(f"another process is preparing {name}; waiting for it", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 # --- Opening ----------------------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def tfds_builder(source: config.TFDS) -> Any:
     if own is None or (stock is not None and stock.info.splits and source.manual_dir is None):
         return stock
     own.prepare()
-    return own
+    return builder_of(source.name, source.data_dir, source.manual_dir)  # which knows what is there now
 
 
 def prepare_tfds(source: config.TFDS) -> None:
