@@ -25,6 +25,7 @@ from bsvae_jax.config import (
     Config,
     DataSource,
     Digits,
+    Folder,
     Linear,
     Network,
     Optimizer,
@@ -64,9 +65,14 @@ NUMBERS = [
     (Optimizer, "gradient_clip", "optimizer.gradient_clip", "> 0", [0.0, -1.0]),
     (Optimizer, "ema_decay", "optimizer.ema_decay", ">= 0 and <= 1", [-0.1, 1.0, 1.5]),
     (Config, "beta", "beta", ">= 0", [-1e-9]),
+    (Config, "resident_memory", "resident_memory", ">= 0 and <= 1", [-1e-9, 1.01]),
+    (Folder, "holdout", "data.holdout", "> 0 and <= 0.9", [0.0, 0.91]),
 ]
 COUNTS = [
     (Arrays, "holdout_seed", "data.holdout_seed", 0),
+    (Folder, "holdout_seed", "data.holdout_seed", 0),
+    (Folder, "size", "data.size", 1),
+    (TFDS, "crop", "data.crop", 1),
     (Optimizer, "cycles", "optimizer.cycles", 1),
     (Optimizer, "warmup_steps", "optimizer.warmup_steps", 0),
     (Config, "latent_size", "latent_size", 1),
@@ -77,7 +83,7 @@ COUNTS = [
     (Config, "devices", "devices", 1),
     (Config, "seed", "seed", 0),
 ]
-OPTIONAL = {"gradient_clip", "ema_decay", "steps_per_dispatch", "devices"}
+OPTIONAL = {"size", "crop", "gradient_clip", "ema_decay", "steps_per_dispatch", "devices"}
 
 
 @pytest.mark.parametrize(
@@ -207,8 +213,8 @@ def test_a_list_of_widths_is_a_tuple_or_refused(kind, field):
         ),
         (lambda: Config(precision="float16"), "precision must be one of float32, bfloat16, got 'float16'"),
         (lambda: Config(precision=32), "precision must be one of float32, bfloat16, got 32"),
-        (lambda: Config(data="mnist"), "data must be one of Digits, MNIST, Arrays, TFDS, got 'mnist'"),
-        (lambda: Config(data=MNIST), "data must be one of Digits, MNIST, Arrays, TFDS"),
+        (lambda: Config(data="mnist"), "data must be one of Digits, MNIST, Arrays, Folder, TFDS, got 'mnist'"),
+        (lambda: Config(data=MNIST), "data must be one of Digits, MNIST, Arrays, Folder, TFDS"),
         (lambda: Config(network=Optimal()), "network must be one of Linear, MLP, Residual, got Optimal"),
         (
             lambda: Config(decoder_variance=0.5),
@@ -251,7 +257,7 @@ def test_frozen_and_hashable():
 @pytest.mark.parametrize(
     ("field", "union", "expected"),
     [
-        ("data", DataSource, {"digits": Digits, "mnist": MNIST, "arrays": Arrays, "tfds": TFDS}),
+        ("data", DataSource, {"digits": Digits, "mnist": MNIST, "arrays": Arrays, "folder": Folder, "tfds": TFDS}),
         ("network", Network, {"linear": Linear, "mlp": MLP, "residual": Residual}),
         (
             "decoder_variance",
@@ -315,6 +321,7 @@ def test_to_dict_written_by_hand():
         "precision": "float32",
         "steps_per_dispatch": None,
         "devices": None,
+        "resident_memory": 0.5,
         "seed": 0,
     }
 
@@ -348,7 +355,7 @@ def test_from_dict_fills_in_what_is_left_out_and_leaves_its_input_alone():
             "Unknown kind 'resdual' \\(did you mean 'residual'\\?\\); known: linear, mlp, residual",
         ),
         ({"network": {"kind": "optimal"}}, "Unknown kind 'optimal'"),
-        ({"data": {"kind": "imagenet"}}, "Unknown kind 'imagenet'.*known: digits, mnist, arrays, tfds"),
+        ({"data": {"kind": "imagenet"}}, "Unknown kind 'imagenet'.*known: digits, mnist, arrays, folder, tfds"),
         ({"prior": {"kind": "normal"}}, "Unknown kind 'normal'.*known: standard_normal"),
         ({"network": {"hidden": [8]}}, "kind"),
         ({"network": {}}, "kind"),

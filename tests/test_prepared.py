@@ -474,6 +474,36 @@ def test_killed_at_any_moment_it_continues(tmp_path, own_cache):
     assert not unfinished.parent.exists()
 
 
+@pytest.mark.faults
+def test_killed_at_random_moments_while_it_prepares(tmp_path, own_cache, capsys):
+    """Until 15 have hit: from the first import to the renaming of the finished folder. The set is that of one go."""
+    write_images(tmp_path / "photos", 2000, (4, 4, 3))
+    wanted = of(tmp_path / "photos")
+    expected = prepared(wanted, progress=False).fingerprint()
+    shutil.rmtree(own_cache / "prepared")
+    begun = time.monotonic()
+    subprocess.run(script(tmp_path / "photos", 0.001), check=True, capture_output=True)
+    whole = time.monotonic() - begun
+    generator = np.random.default_rng(0)
+    kills = runs = 0
+    while kills < 15:
+        shutil.rmtree(own_cache / "prepared")
+        while True:
+            process = subprocess.Popen(script(tmp_path / "photos", 0.001), stdout=subprocess.PIPE, text=True)
+            try:
+                out, _ = process.communicate(timeout=generator.uniform(0.3, 0.7) * whole)
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+        assert process.returncode == 0
+        assert out.split()[0] == expected
+        runs += 1
+    with capsys.disabled():
+        print(f"\nprepare: {kills} x SIGKILL, all survived, {runs} of {runs} sets identical; one takes {whole:.1f} s")
+
+
 def test_two_processes_at_once_make_one_set(tmp_path):
     write_images(tmp_path / "photos", 600, (4, 4, 3))
     processes = [
