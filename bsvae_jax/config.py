@@ -249,7 +249,19 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment: data, model, objective and training."""
+    """One experiment: data, model, objective and training.
+
+    >>> config = Config(network=MLP((64,)), decoder_variance=Optimal("batch"), beta=0.1)
+    >>> config.data, config.beta, config.epochs
+    (Digits(), 0.1, 50)
+    >>> Config(beta=-1.0)
+    Traceback (most recent call last):
+        ...
+    bsvae_jax.errors.UserError: beta must be a finite number >= 0, got -1.0.
+
+    Raises:
+      UserError: a field of a wrong kind or out of range.
+    """
 
     data: DataSource = field(default_factory=Digits)
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -326,8 +338,16 @@ CHOICES: dict[str, dict[str, type]] = {
 def load_config(path: str | Path) -> Config:
     """The `Config` returned by `get_config()` of a Python file. A config file is code: run only those you trust.
 
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "mine.py"
+    ...     _ = file.write_text("import bsvae_jax as bv; get_config = lambda: bv.Config(beta=0.1)")
+    ...     load_config(file).beta
+    0.1
+
     Raises:
-      UserError: no such file, no `get_config`, an unknown field (the nearest name is offered), or a value out of range.
+      UserError: no such file, one that is not Python, no `get_config`, one that returns something else, an unknown field (the
+        nearest name is offered), or a value out of range. Whatever else the file raises passes.
     """
     module = load_module(Path(path))
     if not hasattr(module, "get_config"):

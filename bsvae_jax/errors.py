@@ -5,18 +5,38 @@ from collections.abc import Iterable
 
 
 class BsvaeError(Exception):
-    """Base of the errors whose message is written for the user."""
+    """Base of the errors whose message is written for the user.
+
+    >>> from bsvae_jax import Config
+    >>> try:
+    ...     Config(beta=-1.0)
+    ... except BsvaeError as error:
+    ...     print(error)
+    beta must be a finite number >= 0, got -1.0.
+    """
 
 
 class UserError(BsvaeError):
     """Something the user gave is wrong; the message says what, what was expected and what to do.
 
-    Raised before any computation starts.
+    Raised before any computation starts, where it can be known by then (a disk may fill up later).
+
+    >>> from bsvae_jax import Config
+    >>> Config(latent_size=0)
+    Traceback (most recent call last):
+        ...
+    bsvae_jax.errors.UserError: latent_size must be a whole number >= 1, got 0.
     """
 
 
 class DivergenceError(BsvaeError, FloatingPointError):
-    """Training met a value that is not finite; the message names the step, the terms and the last good checkpoint."""
+    """Training met a value that is not finite; the message names the step, the terms and the last good checkpoint.
+
+    `failed_step` gives the step back; `FailedStep` has an example of a run that diverges.
+
+    >>> issubclass(DivergenceError, FloatingPointError)
+    True
+    """
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -42,7 +42,14 @@ FID_SALT = 0x65760004
 
 @dataclasses.dataclass(frozen=True)
 class Fid:
-    """How FID and KID are computed."""
+    """How FID (Heusel et al. 2017) and KID (Binkowski et al. 2018) are computed.
+
+    >>> Fid(samples=PAPER_SAMPLES, protocol="paper")  # for `evaluate(..., fid_options=...)`
+    Fid(samples=25600, weights=None, protocol='paper')
+
+    Raises:
+      UserError: fewer than 4 samples, or another protocol.
+    """
 
     samples: int = 10_000
     """Images drawn from the prior."""
@@ -94,19 +101,29 @@ def evaluate(
       run: from `restore`.
       images: the data of its config, from `data.load`.
       splits: 'train', 'test' or both, in the order to report.
-      samples: importance samples per image, 1 to 5,000; None: no importance-weighted bound.
+      samples: importance samples per image, 1 to 5,000; None: no importance-weighted bound (Burda et al. 2016).
       bound_images: of the first images of each split for that bound; None: all.
       fid_options: None: no FID.
       workdir: where long computations are kept in case they are interrupted; None: nowhere.
       progress: show a bar on stderr.
 
     Returns:
-      The report, `{split: {name: Quantity}}`, and what it was made of. The training set is scored as well if the run has not
-      recorded its calibration.
+      The report, `{split: {name: Quantity}}` (each with its unit, most in nats per example), and what it was made of. The
+      training set is scored as well if the run has not recorded its calibration.
+
+    >>> import tempfile
+    >>> import bsvae_jax as bv
+    >>> from bsvae_jax.config import MLP
+    >>> config = bv.Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     images = bv.fit(config, folder, progress=False).images
+    ...     report = evaluate(bv.restore(folder), images, splits=("test",)).report
+    >>> report["test"]["profile_elbo"].unit, report["test"]["calibrated_bits_per_dimension"].unit
+    ('nats', 'bits/dim')
 
     Raises:
       UserError: an unknown split, images of another shape than the model's, a number out of range, or a model whose
-        parameters are not finite.
+        parameters are not finite; for FID, images of neither 1 nor 3 channels, or weights that cannot be had.
     """
     _check(run, images, splits, samples, bound_images)
     weights = None

@@ -40,8 +40,17 @@ def export_safetensors(
     Returns:
       The file.
 
+    >>> import tempfile
+    >>> import bsvae_jax as bv
+    >>> config = bv.Config(network=configs.MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = bv.fit(config, f"{folder}/run", progress=False)
+    ...     file = export_safetensors(f"{folder}/run", f"{folder}/run.safetensors")
+    ...     safetensors.numpy.load_file(file)["params.encoder.posterior.kernel"].shape  # [in, mean and log-variance]
+    (8, 4)
+
     Raises:
-      UserError: not a run, another suffix, a file that exists, or a place that cannot be written.
+      UserError: as `restore`; another suffix, a file that exists, or a place that cannot be written.
     """
     out = Path(out)
     if out.suffix != ".safetensors":

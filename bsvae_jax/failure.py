@@ -19,14 +19,30 @@ from bsvae_jax.training import TrainState, build_knobs, build_model, create_stat
 
 
 class FailedStep(NamedTuple):
-    """The arguments of `train_step` at the step that was not finite."""
+    """The arguments of `train_step` at the step that was not finite.
+
+    >>> import tempfile
+    >>> import bsvae_jax as bv
+    >>> from bsvae_jax.config import MLP, Optimizer
+    >>> config = Config(network=MLP((8,)), optimizer=Optimizer(learning_rate=1e30), epochs=1, batch_size=500, devices=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     try:
+    ...         _ = bv.fit(config, folder, progress=False)
+    ...     except bv.DivergenceError as error:
+    ...         print(str(error)[:21], bv.failed_step(folder).images.shape)
+    Step 2 is not finite: (500, 8, 8, 1)
+    """
 
     state: TrainState
+    """Before the step."""
     images: Array
     """[B, H, W, C] in [0, 1], as augmented."""
     key: Array
+    """For the posterior samples."""
     beta: Array
+    """Weight of the rate, []."""
     variance: Array | None
+    """Squared intensity, []; None for every decoder variance but `Constant`."""
 
 
 def failing_step(config: Config, images: ImageSet, total: int, step: int, run: RunDirectory) -> dict[str, np.ndarray]:
@@ -60,8 +76,13 @@ def failing_step(config: Config, images: ImageSet, total: int, step: int, run: R
 def failed_step(workdir: str | Path) -> FailedStep:
     """The step at which the run in `workdir` stopped being finite: `train_step(*failed_step(workdir))` runs it again.
 
+    >>> failed_step("no/such/run")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    bsvae_jax.errors.UserError: no/such/run is not a run...
+
     Raises:
-      UserError: not a run, or one that has not failed.
+      UserError: not a run, one of which no step failed (a held-out objective that is not finite keeps none), or a damaged file.
     """
     folder = Path(workdir)
     info = read_info(folder)

@@ -23,7 +23,15 @@ class GridMember(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """The product of settings that a sweep trains, over one base config."""
+    """The product of settings that a sweep trains, over one base config.
+
+    >>> grid = Sweep(beta=(0.1, 1.0), decoder_variance=(Optimal(), Constant(0.5)), seeds=1)
+    >>> [member.name for member in grid.members(Config())][:3]
+    ['optimal_beta0.1_seed0', 'optimal_beta1_seed0', 'constant-0.5_beta0.1_seed0']
+
+    Raises:
+      UserError: a setting without values or with one twice, or `seeds` < 1.
+    """
 
     beta: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
     """Weights of the rate; the paper's five."""

@@ -22,9 +22,15 @@ from bsvae_jax.training import build_model, check_against_data, create_state
 
 
 class Imported(NamedTuple):
-    """What was imported, and where it is now."""
+    """What was imported, and where it is now.
+
+    >>> imported = Imported(Path("run"), parameters=1000, sha256="0" * 64)  # as `import_torch` returns it
+    >>> f"{imported.parameters:,} parameters in {imported.workdir}"
+    '1,000 parameters in run'
+    """
 
     workdir: Path
+    """The run, for `restore`, `fit` and the command line."""
     parameters: int
     """Numbers that training would change; BatchNorm's running statistics are not among them."""
     sha256: str
@@ -42,6 +48,12 @@ def import_torch(path: str | Path, config: Config, workdir: str | Path) -> Impor
       path: a file of `torch.save(model.state_dict(), path)`; read without PyTorch, and nothing in it is run.
       config: of the network that was saved, with its decoder variance; its data decide the size of the images.
       workdir: a folder that is empty or does not exist.
+
+    >>> from bsvae_jax.config import Residual
+    >>> import_torch("missing.pt", Config(network=Residual()), "run")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    bsvae_jax.errors.UserError: ...missing.pt...
 
     Raises:
       UserError: before anything is written: the file holds no `state_dict`, another network's or one that is not finite; the

@@ -15,7 +15,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run stopped because a signal asked for it; everything done so far is saved."""
+    """A run stopped because a signal asked for it; what was done so far is saved, unless the message says that it could not be.
+
+    >>> import signal
+    >>> try:
+    ...     raise Interrupted("stopped after step 10 of 100", signal.SIGTERM)  # as `fit` does
+    ... except Interrupted as stopped:
+    ...     print(f"{stopped}; exit status {128 + stopped.number}")
+    stopped after step 10 of 100; exit status 143
+    """
 
     def __init__(self, message: str, number: int):
         """`message` is for the user, `number` the signal's."""

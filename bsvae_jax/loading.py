@@ -16,14 +16,26 @@ from bsvae_jax.training import build_model, create_state
 
 
 class Restored(NamedTuple):
-    """A trained model: `model.apply(variables, x, key)`."""
+    """A trained model: `model.apply(variables, x, key)`.
+
+    >>> import tempfile
+    >>> import bsvae_jax as bv
+    >>> from bsvae_jax.config import MLP
+    >>> config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = restore(bv.fit(config, folder, progress=False).workdir)
+    >>> run.model.apply(run.variables, jax.random.key(0), 5, method="sample").shape
+    (5, 8, 8, 1)
+    """
 
     model: VAE
     variables: dict[str, Any]
     """`{"params": ..., "batch_stats": ...}`; the averaged parameters where the run kept them."""
     config: Config
     step: int
+    """Steps that the run had taken."""
     image_shape: tuple[int, int, int]
+    """(H, W, C)"""
     levels: int
     """Grey levels of the data."""
     calibration: Calibration | None
@@ -31,7 +43,7 @@ class Restored(NamedTuple):
 
     @property
     def floor(self) -> float:
-        """v0 of the data."""
+        """v0 of the data, squared intensity."""
         return quantization_variance(1.0 / (self.levels - 1))
 
 
@@ -43,8 +55,17 @@ def restore(workdir: str | Path, checkpoint: Literal["latest", "best"] = "latest
       checkpoint: 'latest' (the end of training), or 'best' (least held-out objective: chosen on the test split, so its test
         numbers are slightly optimistic). A damaged latest one is reported on stderr, and the one before is used.
 
+    >>> import tempfile
+    >>> import bsvae_jax as bv
+    >>> from bsvae_jax.config import MLP
+    >>> config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = bv.fit(config, folder, progress=False)
+    ...     restore(folder, "best").step  # 1,500 images in batches of 500
+    3
+
     Raises:
-      UserError: not a run, no checkpoint yet, or none that loads.
+      UserError: another `checkpoint`, not a run, no checkpoint yet, or none that loads.
     """
     folder = Path(workdir)
     if checkpoint not in ("latest", "best"):

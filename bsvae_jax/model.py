@@ -52,17 +52,22 @@ class VAE(nn.Module):
     `train=True` BatchNorm uses batch statistics (averaged over `axis_name`) and `batch_stats` must be mutable.
 
     >>> import jax, jax.numpy as jnp
-    >>> model = VAE(image_shape=(8, 8, 1), latent_size=2, network=config.MLP(hidden=(16,)))
+    >>> from bsvae_jax.config import MLP
+    >>> model = VAE(image_shape=(8, 8, 1), latent_size=2, network=MLP(hidden=(16,)))
     >>> x = jnp.zeros((3, 8, 8, 1))
     >>> variables = model.init(jax.random.key(0), x, jax.random.key(1))
     >>> terms = model.apply(variables, x, jax.random.key(2), method="elbo_terms")
     >>> terms.distortion.shape, terms.rate.shape
     ((3,), (3,))
+
+    Raises:
+      UserError: images of another shape than `image_shape`.
     """
 
     image_shape: tuple[int, int, int]
     """(H, W, C)"""
     latent_size: int
+    """L"""
     network: config.Network
     decoder_variance: DecoderVariance = objective.Optimal()
     prior: config.Prior = config.StandardNormal()

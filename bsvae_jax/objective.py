@@ -35,7 +35,7 @@ Tree = TypeVar("Tree")
 
 
 def quantization_variance(step: float) -> float:
-    """Variance `step**2 / 12` of uniform dequantisation noise for data on a grid of spacing `step` in [0, 1].
+    """Variance `step**2 / 12` (squared intensity) of uniform dequantisation noise for data in [0, 1] on a grid of spacing `step`.
 
     >>> f"{quantization_variance(1 / 255):.3e}"
     '1.282e-06'
@@ -89,7 +89,16 @@ def _check_shared(over: str) -> None:
 
 @dataclass(frozen=True)
 class Constant:
-    """One fixed variance: the conventional beta-VAE. Distortion `D/2 log(2 pi v) + SSE/(2v)`."""
+    """One fixed variance: the conventional beta-VAE. Distortion `D/2 log(2 pi v) + SSE / (2 v)`, nats.
+
+    >>> import jax.numpy as jnp
+    >>> x, mean = jnp.array([[0.0, 1.0]]), jnp.zeros((1, 2))  # SSE = 1
+    >>> print(elbo_terms(x, mean, jnp.zeros(1), Constant(0.5)).distortion)  # log(pi) + 1
+    [2.1447299]
+
+    Raises:
+      UserError: the variance is not a finite number > 0.
+    """
 
     variance: Any = 0.5
     """sigma^2 > 0, in squared units of the [0, 1] intensity; 0.5 is the paper's SSE + beta*KL up to a constant."""
@@ -102,7 +111,17 @@ class Constant:
 
 @dataclass(frozen=True)
 class Optimal:
-    """The closed-form optimal variance `v* = MSE + v0` (Kim & Lee 2024): BS-VAE."""
+    """The closed-form optimal variance `v* = MSE + v0` (Kim & Lee 2024): BS-VAE. Distortion `D/2 (log(2 pi v*) + 1)`, nats.
+
+    >>> import jax.numpy as jnp
+    >>> x, mean = jnp.array([[0.0, 1.0]]), jnp.zeros((1, 2))  # MSE = 1/2
+    >>> terms = elbo_terms(x, mean, jnp.zeros(1), Optimal(floor=0.0))
+    >>> print(terms.variance, terms.distortion)  # v* = 1/2, log(pi) + 1
+    [[0.5]] [2.1447299]
+
+    Raises:
+      UserError: `over` is unknown or asks for a variance per pixel and example, or `floor` is not a finite number >= 0.
+    """
 
     over: Shared = "example"
     """What shares one variance: 'example' (BS-VAE, sigma^2*(x)), 'batch' (Rybkin et al. 2021) or 'pixel'."""
@@ -116,10 +135,22 @@ class Optimal:
 
 @dataclass(frozen=True)
 class Learned:
-    """One trained log-variance for all pixels and examples (sigma-VAE, Rybkin et al. 2021)."""
+    """One trained log-variance for all pixels and examples (sigma-VAE, Rybkin et al. 2021).
+
+    Distortion `D/2 log(2 pi v) + (SSE + D v0) / (2 v)`, nats.
+
+    >>> import jax.numpy as jnp
+    >>> x, mean = jnp.array([[0.0, 1.0]]), jnp.zeros((1, 2))  # SSE = 1
+    >>> log_variance = jnp.log(0.5)  # the model's parameter
+    >>> print(elbo_terms(x, mean, jnp.zeros(1), Learned(floor=0.0), log_variance=log_variance).distortion)  # log(pi) + 1
+    [2.1447299]
+
+    Raises:
+      UserError: `initial_variance` is not a finite number > 0, or `floor` none >= 0.
+    """
 
     initial_variance: float = 1.0
-    """Where training starts, > 0."""
+    """Where training starts, squared intensity, > 0."""
     floor: float | None = None
     """v0, as in `Optimal`; with it the variance converges to the batch-optimal `MSE + v0`."""
 
@@ -130,7 +161,20 @@ class Learned:
 
 @dataclass(frozen=True)
 class Predicted:
-    """The decoder returns a log-variance per pixel besides the mean; v0 > 0 keeps its likelihood bounded."""
+    """The decoder returns a log-variance per pixel besides the mean; v0 > 0 keeps its likelihood bounded.
+
+    Distortion `sum_pixels 1/2 [log(2 pi v) + ((x - mean)^2 + v0) / v]`, nats.
+
+    >>> import jax.numpy as jnp
+    >>> x, mean = jnp.array([[0.0, 1.0]]), jnp.zeros((1, 2))  # SSE = 1
+    >>> log_variance = jnp.log(jnp.full((1, 2), 0.5))  # of the decoder, in the shape of x
+    >>> terms = elbo_terms(x, mean, jnp.zeros(1), Predicted(floor=0.25), log_variance=log_variance)
+    >>> print(terms.distortion)  # log(pi) + SSE + 2 v0
+    [2.6447299]
+
+    Raises:
+      UserError: `floor` is not a finite number > 0.
+    """
 
     floor: float | None = None
     """v0, as in `Optimal`."""
@@ -188,8 +232,8 @@ def gaussian_nll(
 ) -> Float[Array, " batch"]:
     """`-log N(x; mean, diag(variance)) = sum_pixels 1/2 [log(2 pi v) + (x - mean)^2 / v]`, nats per example, shape [B].
 
-    `variance` (> 0) broadcasts against `x`: a scalar, `[B, 1, 1, 1]`, `[H, W, C]` or the full shape. For a scalar this is
-    `D/2 log(2 pi v) + SSE / (2 v)`.
+    `variance` (> 0, squared intensity) broadcasts against `x`: a scalar, `[B, 1, 1, 1]`, `[H, W, C]` or the full shape. For a
+    scalar this is `D/2 log(2 pi v) + SSE / (2 v)`.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.array([[0.0, 1.0]])
@@ -228,6 +272,13 @@ def optimal_variance(
       floor: v0 >= 0, squared intensity. With 0, perfectly reconstructed data has variance 0 and infinite likelihood.
       axis_name: the device axis over which 'batch' and 'pixel' are averaged as well.
 
+    >>> import jax.numpy as jnp
+    >>> x, mean = jnp.array([[0.0, 1.0], [0.0, 3.0]]), jnp.zeros((2, 2))
+    >>> print(optimal_variance(x, mean, floor=0.0).ravel())  # 1/2 and 9/2
+    [0.5 4.5]
+    >>> print(optimal_variance(x, mean, "batch", floor=0.0), optimal_variance(x, mean, "pixel", floor=0.0))
+    2.5 [0. 5.]
+
     Raises:
       UserError: `x` and `mean` differ in shape, `over` is unknown or asks for a variance per pixel and example, or `floor` is
         negative or NaN.
@@ -248,7 +299,13 @@ def optimal_gaussian_nll(
     that shares `v*` is the closed form `D/2 (log(2 pi v*) + 1)`; for 'example' every entry is. Gradients flow through `v*`;
     by the envelope theorem they equal those with `v*` held constant, once averaged over the set that shares it.
 
-    With 'example' the variance depends on x, so `exp(-value)` is a *profile* likelihood and not a density.
+    With 'example' the variance depends on x, so `exp(-value)` is a *profile* likelihood and not a density. ('example':
+    Kim & Lee 2024; 'batch': Rybkin et al. 2021.)
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.array([[0.0, 1.0]])
+    >>> print(optimal_gaussian_nll(x, jnp.zeros_like(x), floor=0.0))  # log(2 pi v*) + 1 at v* = 1/2: log(pi) + 1
+    [2.1447299]
 
     Raises:
       UserError: as `optimal_variance`.
@@ -269,6 +326,8 @@ def kl_to_standard_normal(
 ) -> Float[Array, " batch"]:
     """`KL(N(mean, exp(log_variance)) || N(0, I)) = 1/2 sum (exp(lv) - 1 - lv + mean^2)`, nats per example, shape [B].
 
+    Kingma & Welling (2014), appendix B.
+
     >>> import jax.numpy as jnp
     >>> print(kl_to_standard_normal(jnp.array([[2.0]]), jnp.array([[0.0]])))
     [2.]
@@ -286,7 +345,13 @@ def kl_to_standard_normal(
 
 
 class ElboTerms(NamedTuple):
-    """The terms of the objective, per example; `mean_objective` is the one place where they are reduced."""
+    """The terms of the objective, per example; `mean_objective` is the one place where they are reduced.
+
+    >>> import jax.numpy as jnp
+    >>> terms = elbo_terms(jnp.ones((3, 4)), jnp.zeros((3, 4)), jnp.zeros(3), Optimal())
+    >>> terms.distortion.shape, terms.rate.shape, terms.mse.shape, terms.variance.shape
+    ((3,), (3,), (3,), (3, 1))
+    """
 
     distortion: Float[Array, " batch"]
     """`-log p(x|z)` under the decoder-variance model, nats. [B]"""
@@ -295,7 +360,7 @@ class ElboTerms(NamedTuple):
     mse: Float[Array, " batch"]
     """Squared error averaged over the pixels, squared intensity. [B]"""
     variance: Float[Array, "..."]
-    """The decoder variance used: [] | [B, 1, 1, 1] | [H, W, C] | [B, H, W, C]."""
+    """The decoder variance used, squared intensity: [] | [B, 1, 1, 1] | [H, W, C] | [B, H, W, C]."""
 
 
 def elbo_terms(
@@ -307,16 +372,22 @@ def elbo_terms(
     log_variance: Float[Array, "..."] | None = None,
     axis_name: str | None = None,
 ) -> ElboTerms:
-    """Distortion and rate per example under any decoder-variance model.
+    """Distortion and rate per example under any decoder-variance model, nats, and the squared error that they come from.
 
     Args:
-      x: images in [0, 1].
-      mean: the decoder's mean for one sample z ~ q(z|x) per image.
-      rate: `KL(q(z|x) || p(z))` in nats, from the prior.
+      x: images in [0, 1], [B, ...].
+      mean: the decoder's mean for one sample z ~ q(z|x) per image, the shape of `x`.
+      rate: `KL(q(z|x) || p(z))` in nats, from the prior, [B]; handed on as it is.
       decoder_variance: `Constant`, `Optimal`, `Learned` or `Predicted`.
       log_variance: the trained log-variance; a scalar for `Learned`, the shape of `x` for `Predicted`, else None.
         Values and gradients are finite in float32 for |log_variance| <= 50.
       axis_name: device axis over which a shared optimal variance is averaged.
+
+    >>> import jax.numpy as jnp
+    >>> x, mean, rate = jnp.array([[0.0, 1.0]]), jnp.zeros((1, 2)), jnp.array([3.0])
+    >>> terms = elbo_terms(x, mean, rate, Constant(0.5))
+    >>> print(terms.distortion, terms.rate, terms.mse, terms.variance)  # log(pi) + 1, as given, 1/2, as given
+    [2.1447299] [3.] [0.5] 0.5
 
     Raises:
       UserError: shapes differ, or `log_variance` is missing or given where the variance model has none.
@@ -346,9 +417,18 @@ def elbo_terms(
 
 
 def mean_objective(terms: ElboTerms, beta: float | Float[Array, ""], axis_name: str | None = None) -> Float[Array, ""]:
-    """`mean over the global batch of distortion + beta * rate`, nats per example: what training minimises.
+    """`mean over the global batch of distortion + beta * rate`, nats per example, shape []: what training minimises.
 
-    `beta = 1` is the negative ELBO. `beta` may be traced; 0 switches the rate off.
+    `beta = 1` is the negative ELBO. `beta` may be traced; 0 switches the rate off. With `axis_name` the mean is over its devices.
+
+    >>> import jax.numpy as jnp
+    >>> distortion, rate = jnp.array([100.0, 200.0]), jnp.array([10.0, 30.0])
+    >>> terms = ElboTerms(distortion, rate, mse=jnp.ones(2), variance=jnp.ones(()))
+    >>> print(mean_objective(terms, beta=0.5))  # 150 + 0.5 * 20
+    160.0
+
+    Raises:
+      UserError: `beta` is not a finite number >= 0.
     """
     _check_positive("beta", beta, allow_zero=True)
     return mean_over_devices(jnp.mean(terms.distortion + beta * terms.rate), axis_name)
@@ -360,8 +440,11 @@ Values = float | Float[Array, "..."] | Float[np.ndarray, "..."]
 def bits_per_dimension(nll: Values, shape: Sequence[int], step: float = 1.0 / 255.0) -> Values:
     """`-log2 P` per pixel of the quantised image: `nll / (D ln 2) - log2(step)`, where `step` is the data's grid spacing.
 
+    Takes the density as constant over a cell of the grid. Of a `nll` averaged over dequantisation noise it is an upper bound
+    of `-log2 P` (Theis et al. 2016, section 3.1).
+
     Args:
-      nll: negative log density in nats per example, of data in [0, 1].
+      nll: negative log density in nats per example, of data in [0, 1]; any shape, which is that of the result.
       shape: shape of one image, D = prod(shape).
       step: quantisation step after scaling to [0, 1].
 

@@ -50,9 +50,15 @@ FORMAT = 1
 
 
 class SweepResult(NamedTuple):
-    """What a sweep has come to."""
+    """What a sweep has come to.
+
+    >>> result = SweepResult(Path("sweep"), finished=["optimal_beta1_seed0"], failed={})  # as `fit_sweep` returns it
+    >>> [(result.folder / "members" / name).as_posix() for name in result.finished]  # each is a run, for `restore`
+    ['sweep/members/optimal_beta1_seed0']
+    """
 
     folder: Path
+    """The workdir; each member is a run in `members/NAME`."""
     finished: list[str]
     """Names of the members that reached their last step, now or before."""
     failed: dict[str, str]
@@ -92,8 +98,16 @@ def fit_sweep(
       members_at_once: members in one stack; None: as many as fit into memory.
       progress: show a progress bar and messages.
 
+    >>> import tempfile
+    >>> config = Config(network=configs.MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> grid = Sweep(beta=(0.1, 1.0), decoder_variance=(configs.Optimal(),), seeds=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fit_sweep(config, grid, folder, progress=False).finished
+    ['optimal_beta0.1_seed0', 'optimal_beta1_seed0']
+
     Raises:
-      UserError: before any training: grid, data, devices, memory or workdir do not fit.
+      UserError: before any training: grid, data, devices, memory or workdir do not fit; or the disk is full at a member's end.
+      Interrupted: SIGINT or SIGTERM; the step in flight was finished and saved, the same call continues after it.
     """
     folder = Path(workdir)
     members = grid.members(config)

@@ -1,6 +1,7 @@
 """Exact results for linear-Gaussian data, in float64 NumPy: what a trained linear model must land on.
 
-Everything is in nats per example. The data are described by the eigenvalues of their covariance, in any order.
+Everything is in nats per example. The data are described by the eigenvalues of their covariance (squared intensity), in any
+order.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,12 @@ Eigenvalues = Float[np.ndarray, " dimensions"]
 
 
 class LinearOptimum(NamedTuple):
-    """The global optimum of a linear VAE with one optimal decoder variance for the whole data set."""
+    """The global optimum of a linear VAE with one optimal decoder variance for the whole data set.
+
+    >>> optimum = linear_optimum(np.array([4.0, 1.0, 1.0]), latent_size=1, beta=1.0)
+    >>> round(optimum.distortion, 4), round(optimum.objective, 4)  # 3/2 (log(2 pi) + 1), and log(4) / 2 more
+    (4.2568, 4.95)
+    """
 
     variance: float
     """Decoder variance v at the optimum, squared intensity."""
@@ -50,13 +56,14 @@ def linear_optimum(eigenvalues: Eigenvalues, latent_size: int, beta: float, floo
 
     Just one k is consistent with its own level: v solves `D v = sum_{i<=K} min(l_i, beta v) + sum_{i>K} l_i + D v0`, whose
     right side is concave in v and positive at 0, so the two sides meet once. The posterior therefore collapses
-    continuously, at `critical_beta`. At beta = 1 and v0 = 0 this is probabilistic PCA (Tipping & Bishop 1999).
+    continuously, at `critical_beta`. At beta = 1 and v0 = 0 this is probabilistic PCA (Tipping & Bishop 1999), and the objective
+    minus its log-likelihood.
 
     Args:
-      eigenvalues: of the data covariance (divided by N, not N - 1), length D, any order.
+      eigenvalues: l, of the data covariance (divided by N, not N - 1), length D, any order.
       latent_size: K, between 1 and D.
       beta: weight of the rate, > 0.
-      floor: v0 of the data, as in `bsvae_jax.objective`.
+      floor: v0 of the data, squared intensity, as in `bsvae_jax.objective`.
 
     >>> optimum = linear_optimum(np.array([4.0, 1.0, 1.0]), latent_size=1, beta=1.0)
     >>> optimum.variance, optimum.active, round(optimum.rate, 4)  # the rate is log(4) / 2
@@ -93,6 +100,10 @@ def linear_optimum(eigenvalues: Eigenvalues, latent_size: int, beta: float, floo
 
 def critical_beta(eigenvalues: Eigenvalues, floor: float = 0.0) -> float:
     """The least beta at which no latent is active: `l_1 / v` at `v = mean(l) + v0`, where the water level reaches l_1.
+
+    Args:
+      eigenvalues: l, of the data covariance, any order.
+      floor: v0 of the data, squared intensity.
 
     >>> critical_beta(np.array([4.0, 1.0, 1.0]))
     2.0
@@ -137,7 +148,8 @@ def gaussian_rate_distortion(eigenvalues: Eigenvalues, distortion: float) -> flo
 def probabilistic_pca_log_likelihood(eigenvalues: Eigenvalues, latent_size: int) -> tuple[float, float]:
     """Maximum-likelihood noise variance and mean log-likelihood (nats per example) of probabilistic PCA.
 
-    Tipping & Bishop (1999), eqs. 8 and 11: `sigma^2 = mean_{i>K} l_i`, and
+    Tipping & Bishop (1999), eq. 8, and their log-likelihood there (Bishop 2006, eqs. 12.46 and 12.44):
+    `sigma^2 = mean_{i>K} l_i`, and
     `log p = -1/2 [D log(2 pi) + sum_{i<=K} log l_i + (D - K) log sigma^2 + D]`.
 
     Args:
@@ -146,6 +158,10 @@ def probabilistic_pca_log_likelihood(eigenvalues: Eigenvalues, latent_size: int)
 
     Returns:
       `(sigma^2, log-likelihood)`.
+
+    >>> variance, log_likelihood = probabilistic_pca_log_likelihood(np.array([4.0, 1.0, 1.0]), latent_size=1)
+    >>> variance, round(log_likelihood, 4)  # -3/2 (log(2 pi) + 1) - log(4) / 2
+    (1.0, -4.95)
 
     Raises:
       UserError: `latent_size` out of range, or data of rank <= K (the likelihood is unbounded).
@@ -162,7 +178,14 @@ def probabilistic_pca_log_likelihood(eigenvalues: Eigenvalues, latent_size: int)
 
 
 def covariance_eigenvalues(data: Shaped[np.ndarray, "examples *pixels"]) -> Eigenvalues:
-    """Eigenvalues, largest first, of the covariance (divided by N) of flattened data; float64.
+    """Eigenvalues, largest first, of the covariance (divided by N) of flattened data, [D]; squared units of the data, float64.
+
+    Args:
+      data: [N, ...], of any type; D is the product of the other axes.
+
+    >>> data = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+    >>> print(covariance_eigenvalues(data))  # 8/4 and 2/4
+    [2.  0.5]
 
     Raises:
       UserError: fewer than two examples.

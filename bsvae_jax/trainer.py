@@ -468,10 +468,21 @@ class _MetricsRow:
 
 
 class FitResult(NamedTuple):
-    """A finished run."""
+    """A finished run.
+
+    >>> import tempfile
+    >>> from bsvae_jax.config import MLP
+    >>> config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = fit(config, folder, progress=False)
+    >>> int(result.state.step), result.images.name, result.report["test"]["rate"].unit
+    (3, 'digits', 'nats')
+    """
 
     state: TrainState
+    """After the last step, on all the devices of the run."""
     images: ImageSet
+    """What it was trained and evaluated on."""
     workdir: Path
     report: Report
     """`{split: {name: Quantity}}` of the training and the test set."""
@@ -488,9 +499,18 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
       workdir: a folder of this run alone.
       progress: show a progress bar and messages.
 
+    >>> import tempfile
+    >>> from bsvae_jax.config import MLP
+    >>> config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = fit(config, folder, progress=False)
+    ...     sorted(path.name for path in Path(folder).glob("*.json"))
+    ['config.json', 'evaluation.json']
+
     Raises:
-      UserError: before any training: the data, devices or workdir do not fit the config.
-      DivergenceError: a loss or gradient is not finite; names the step, the terms and the last good checkpoint.
+      UserError: before any training: the data, devices or workdir do not fit the config; or at its end: the disk is full.
+      DivergenceError: a loss, gradient or held-out objective is not finite; names the step, the terms and the last good
+        checkpoint.
       Interrupted: SIGINT or SIGTERM; the step in flight was finished and saved, the same call continues after it.
     """
     mesh = data_mesh(config.devices, config.batch_size)

@@ -33,7 +33,13 @@ ORDER_SALT = 2**31 - 1
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that decides the future of a run. `model` and `optimizer` are static; the rest are arrays."""
+    """Everything that decides the future of a run. `model` and `optimizer` are static; the rest are arrays.
+
+    >>> config = Config(network=configs.MLP((8,)), latent_size=2)
+    >>> state = create_state(config, build_model(config, (8, 8, 1)), steps=100)
+    >>> int(state.step), sorted(state.params)
+    (0, ['decoder', 'encoder'])
+    """
 
     step: Any
     """Steps taken. (Types are not annotated: leaves may be abstract, and have a leading axis of devices or members.)"""
@@ -119,6 +125,21 @@ def train_step(
       key: for the posterior samples; each example takes its own by its position in the global batch.
       beta: weight of the rate, may be traced.
       variance: in place of the `Constant` decoder variance of the model, may be traced; None: the model's own.
+
+    Returns:
+      The state after the step, and the metrics of the batch before it: nats per example, `mse` and `variance` in squared
+      intensity, each [].
+
+    >>> config = Config(network=configs.MLP((8,)), latent_size=2)
+    >>> state = create_state(config, build_model(config, (8, 8, 1)), steps=100)
+    >>> state, metrics = jax.jit(train_step)(state, jnp.ones((4, 8, 8, 1)), jax.random.key(0), beta=0.5)
+    >>> int(state.step)
+    1
+    >>> bool(jnp.allclose(metrics.objective, metrics.distortion + 0.5 * metrics.rate))
+    True
+
+    Raises:
+      UserError: images of another shape than the model's, or a `beta` or `variance` that is out of range and not traced.
     """
     axis_name = state.model.axis_name
     model = state.model if variance is None else state.model.clone(decoder_variance=objective.Constant(variance))

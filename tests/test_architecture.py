@@ -1,6 +1,7 @@
 """The shape of the package: imports point down, importing touches no device, training never needs TensorFlow."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,14 @@ def test_only_public_names_of_jax_are_imported():
         if "jax._src" in line or "flax._src" in line or "optax._src" in line or "orbax.checkpoint._src" in line
     ]
     assert not private
+
+
+def test_every_public_function_and_class_has_an_example():
+    public = {f"bsvae_jax.{name}": getattr(bsvae_jax, name) for name in bsvae_jax.__all__}
+    public |= {f"bsvae_jax.data.{name}": getattr(bsvae_jax.data, name) for name in bsvae_jax.data.__all__}
+    # `theory` has no __all__: what it defines itself, but for private names and aliases of types.
+    theory = {name: value for name, value in vars(bsvae_jax.theory).items() if not name.startswith("_")}
+    public |= {f"bsvae_jax.theory.{n}": v for n, v in theory.items() if getattr(v, "__module__", "") == "bsvae_jax.theory"}
+    described = {name: value for name, value in public.items() if inspect.isroutine(value) or inspect.isclass(value)}
+    assert {"bsvae_jax.fit", "bsvae_jax.data.ImageSet", "bsvae_jax.theory.linear_optimum"} <= set(described)
+    assert not [name for name, value in described.items() if ">>>" not in (value.__doc__ or "")]

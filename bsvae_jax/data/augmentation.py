@@ -16,7 +16,18 @@ Image = Float[Array, "height width channels"]
 def augment(
     images: Float[Array, "batch height width channels"], keys: Key[Array, " batch"], config: Augmentation
 ) -> Float[Array, "batch height width channels"]:
-    """Images [B, H, W, C] in [0, 1] changed at random; the identity where the config asks for nothing."""
+    """Images [B, H, W, C] in [0, 1] changed at random; the identity where the config asks for nothing.
+
+    Args:
+      images: float; what comes back has their shape and range.
+      keys: one for each image, [B].
+      config: what may change.
+
+    >>> ramps = jnp.tile(jnp.array([0.0, 0.5, 1.0]).reshape(1, 1, 3, 1), (100, 1, 1, 1))  # 100 images of 1 x 3 pixels
+    >>> changed = augment(ramps, jax.random.split(jax.random.key(0), 100), Augmentation(flip=True))
+    >>> sorted(set(changed[:, 0, 0, 0].tolist()))  # some are mirrored
+    [0.0, 1.0]
+    """
     if config == Augmentation():
         return images
     return jax.vmap(lambda image, key: _augment_one(image, key, config))(images, keys)

@@ -20,7 +20,13 @@ SPECTRUM_LIMIT = 4096
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Training and test images."""
+    """Training and test images.
+
+    >>> blank = np.zeros((5, 8, 8, 1), np.uint8)
+    >>> images = ImageSet("blank", train=blank, test=blank[:1], levels=17)
+    >>> images.image_shape, images.step, len(images.train)
+    ((8, 8, 1), 0.0625, 5)
+    """
 
     name: str
     train: np.ndarray
@@ -98,7 +104,19 @@ def to_unit_interval(images: Array, levels: int) -> Float[Array, "..."]:
 
 
 def check_images(images: Any, what: str) -> np.ndarray:
-    """Images of one's own as `[N, H, W, C]`, uint8 or float32.
+    """Images of one's own as `[N, H, W, C]`, uint8 (0 ... 255) or float32 (in [0, 1]).
+
+    Args:
+      images: an array of any kind, `[N, H, W]` or `[N, H, W, C]`; floats of any precision.
+      what: they are, for the error.
+
+    >>> checked = check_images(np.ones((5, 8, 8)), "my images")
+    >>> checked.shape, checked.dtype
+    ((5, 8, 8, 1), dtype('float32'))
+    >>> check_images(np.full((5, 8, 8), 255.0), "my images")
+    Traceback (most recent call last):
+        ...
+    bsvae_jax.errors.UserError: my images must lie in [0, 1], got values from 255 to 255; divide 8-bit values by 255.
 
     Raises:
       UserError: a rank other than [N, H, W] or [N, H, W, C], no images, a dtype other than uint8 or float, or floats that are

@@ -12,6 +12,12 @@ class ShuffledOrder:
 
     Epochs are permutations laid end to end and cut into batches, so a batch may straddle two epochs, every example is seen
     exactly once an epoch, and nothing is dropped. Any step can be asked for, so a resumed run needs no replay.
+
+    >>> order = ShuffledOrder(jax.random.key(0), examples=3, batch_size=2)
+    >>> order(0, 3).shape
+    (3, 2)
+    >>> sorted(order(0, 3).ravel().tolist())  # 3 steps of 2 are 2 epochs of 3
+    [0, 0, 1, 1, 2, 2]
     """
 
     def __init__(self, key: Key[Array, ""], examples: int, batch_size: int):

@@ -33,6 +33,10 @@ def load(source: config.DataSource, progress: bool = True) -> ImageSet:
       source: of the config.
       progress: show a bar while images are prepared.
 
+    >>> images = load(config.Digits())
+    >>> images.train.shape, images.test.shape, images.levels
+    ((1500, 8, 8, 1), (297, 8, 8, 1), 17)
+
     Raises:
       UserError: a file is missing, truncated or not what it should be; a set cannot be prepared; images of a wrong kind.
     """
