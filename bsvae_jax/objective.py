@@ -35,7 +35,7 @@ Tree = TypeVar("Tree")
 
 
 def quantization_variance(step: float) -> float:
-    """Variance `step**2 / 12` (squared intensity) of uniform dequantisation noise for data in [0, 1] on a grid of spacing `step`.
+    """Variance `step**2 / 12`, squared intensity, of uniform dequantisation noise for data in [0, 1] of grid spacing `step`.
 
     >>> f"{quantization_variance(1 / 255):.3e}"
     '1.282e-06'
@@ -419,7 +419,8 @@ def elbo_terms(
 def mean_objective(terms: ElboTerms, beta: float | Float[Array, ""], axis_name: str | None = None) -> Float[Array, ""]:
     """`mean over the global batch of distortion + beta * rate`, nats per example, shape []: what training minimises.
 
-    `beta = 1` is the negative ELBO. `beta` may be traced; 0 switches the rate off. With `axis_name` the mean is over its devices.
+    `beta = 1` is the negative ELBO. `beta` may be traced; 0 switches the rate off. `axis_name`: of the devices
+    that share the batch, equally.
 
     >>> import jax.numpy as jnp
     >>> distortion, rate = jnp.array([100.0, 200.0]), jnp.array([10.0, 30.0])

@@ -56,8 +56,8 @@ def linear_optimum(eigenvalues: Eigenvalues, latent_size: int, beta: float, floo
 
     Just one k is consistent with its own level: v solves `D v = sum_{i<=K} min(l_i, beta v) + sum_{i>K} l_i + D v0`, whose
     right side is concave in v and positive at 0, so the two sides meet once. The posterior therefore collapses
-    continuously, at `critical_beta`. At beta = 1 and v0 = 0 this is probabilistic PCA (Tipping & Bishop 1999), and the objective
-    minus its log-likelihood.
+    continuously, at `critical_beta`. At beta = 1 and v0 = 0 this is probabilistic PCA (Tipping & Bishop 1999), and the
+    objective is minus its log-likelihood.
 
     Args:
       eigenvalues: l, of the data covariance (divided by N, not N - 1), length D, any order.
