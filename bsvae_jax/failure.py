@@ -76,10 +76,10 @@ def failing_step(config: Config, images: ImageSet, total: int, step: int, run: R
 def failed_step(workdir: str | Path) -> FailedStep:
     """The step at which the run in `workdir` stopped being finite: `train_step(*failed_step(workdir))` runs it again.
 
-    >>> failed_step("no/such/run")  # doctest: +ELLIPSIS
+    >>> failed_step("no_run")  # `FailedStep` shows one that has failed
     Traceback (most recent call last):
         ...
-    bsvae_jax.errors.UserError: no/such/run is not a run...
+    bsvae_jax.errors.UserError: no_run is not a run: it has no config.json. Give the folder that `bsvae train` wrote.
 
     Raises:
       UserError: not a run, one of which no step failed (a held-out objective that is not finite keeps none), or a damaged file.

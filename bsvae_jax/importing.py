@@ -50,10 +50,10 @@ def import_torch(path: str | Path, config: Config, workdir: str | Path) -> Impor
       workdir: a folder that is empty or does not exist.
 
     >>> from bsvae_jax.config import Residual
-    >>> import_torch("missing.pt", Config(network=Residual()), "run")  # doctest: +ELLIPSIS
+    >>> import_torch("missing.pt", Config(network=Residual()), "run")
     Traceback (most recent call last):
         ...
-    bsvae_jax.errors.UserError: ...missing.pt...
+    bsvae_jax.errors.UserError: missing.pt cannot be read (No such file or directory).
 
     Raises:
       UserError: before anything is written: the file holds no `state_dict`, another network's or one that is not finite; the

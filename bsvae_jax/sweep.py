@@ -102,7 +102,7 @@ def fit_sweep(
     >>> config = Config(network=configs.MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
     >>> grid = Sweep(beta=(0.1, 1.0), decoder_variance=(configs.Optimal(),), seeds=1)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     fit_sweep(config, grid, folder, progress=False).finished
+    ...     fit_sweep(config, grid, folder, driving="loop", progress=False).finished
     ['optimal_beta0.1_seed0', 'optimal_beta1_seed0']
 
     Raises:
