@@ -24,7 +24,8 @@ class FailedStep(NamedTuple):
     >>> import tempfile
     >>> import bsvae_jax as bv
     >>> from bsvae_jax.config import MLP, Optimizer
-    >>> config = Config(network=MLP((8,)), optimizer=Optimizer(learning_rate=1e30), epochs=1, batch_size=500, devices=1)
+    >>> hot = Optimizer(learning_rate=1e30)
+    >>> config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1, optimizer=hot)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     try:
     ...         _ = bv.fit(config, folder, progress=False)

@@ -111,7 +111,9 @@ class Constant:
 
 @dataclass(frozen=True)
 class Optimal:
-    """The closed-form optimal variance `v* = MSE + v0` (Kim & Lee 2024): BS-VAE. Distortion `D/2 (log(2 pi v*) + 1)`, nats.
+    """The closed-form optimal variance `v* = MSE + v0` (Kim & Lee 2024): BS-VAE.
+
+    Distortion `D/2 (log(2 pi v*) + 1)`, nats, once averaged over what shares v*; see `optimal_gaussian_nll`.
 
     >>> import jax.numpy as jnp
     >>> x, mean = jnp.array([[0.0, 1.0]]), jnp.zeros((1, 2))  # MSE = 1/2
