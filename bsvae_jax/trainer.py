@@ -521,6 +521,7 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
         run.say(
             f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
             f"{config.epochs} epochs, {program.total} steps of {config.batch_size}; {describe_devices(mesh)}"
+            + ("" if program.resident else "; images are streamed from the host")
         )
         done = max(run.saved_steps(), default=0)
         with ProgressBar(program.total * config.batch_size, done * config.batch_size, progress) as bar:
