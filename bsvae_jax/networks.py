@@ -12,12 +12,12 @@ variance (n / (n - 1)), Flax with the biased one; at evaluation both use what is
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from bsvae_jax.config import MLP, Linear, Network, Residual
+from bsvae_jax.convolutions import convolve, convolve_phases, exact, join_phases, transposed_phases
 
 Images = Float[Array, "batch height width channels"]
 FeatureMaps = Float[Array, "batch map_height map_width features"]
@@ -29,14 +29,9 @@ def _as_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _precision(dtype: Any) -> jax.lax.Precision | None:
-    """Full float32 products where float32 is asked for: by default TPUs and recent GPUs round their factors."""
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
-
-
 def dense(features: int, dtype: Any, use_bias: bool = True, name: str | None = None) -> nn.Dense:
     """Affine map to `features`, linear without the bias."""
-    return nn.Dense(features, use_bias, dtype=dtype, precision=_precision(dtype), name=name)
+    return nn.Dense(features, use_bias, dtype=dtype, precision=exact(dtype), name=name)
 
 
 def _split_posterior(parameters: Float[Array, "batch twice_latent"]) -> PosteriorParameters:
@@ -159,7 +154,7 @@ def convolution(features: int, kernel: int, stride: int, dtype: Any, name: str |
         stride,
         ((padding, padding), (padding, padding)),
         dtype=dtype,
-        precision=_precision(dtype),
+        precision=exact(dtype),
         name=name,
     )
 
@@ -168,42 +163,28 @@ class TransposedConvolution(nn.Module):
     """3x3 transposed convolution with padding 1: PyTorch's `ConvTranspose2d(in, features, 3, stride, 1, output_padding)`.
 
     `out[stride * i + k - 1] += in[i] @ kernel[k]` along both image axes; the kernel is stored as `[3, 3, in, features]`.
-    With stride 2 the even and odd rows and columns of the output are four small convolutions of the *input*, which are then
-    interleaved (sub-pixel convolution): no zeros are inserted and multiplied, as `lhs_dilation` does.
     """
 
     features: int
     stride: int
-    output_size: tuple[int, int]
+    phases: bool = False
+    """Stride 2: leave the result as its phases; stride 1: the maps are given as phases. See `convolutions`."""
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Images) -> FeatureMaps:
-        """Feature maps [B, h, w, C] to [B, *output_size, features]."""
+    def __call__(self, x: Images, size: tuple[int, int]) -> Float[Array, "maps map_height map_width features"]:
+        """Maps [B, h, w, C] to [B, *size, features]; in phases, [4B, h, w, C] or [4B, h, w, features]."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        same = ((1, 1), (1, 1))
-        out = _convolve(x, kernel[::-1, ::-1], same) if self.stride == 1 else self._sub_pixel(x, kernel)
+        if self.stride == 2:
+            out = transposed_phases(x, kernel)
+            out = out if self.phases else join_phases(out, size)
+        elif self.phases:
+            out = convolve_phases(x, kernel[::-1, ::-1])
+        else:
+            out = convolve(x, kernel[::-1, ::-1], ((1, 1), (1, 1)))
         return out + bias.reshape(1, 1, 1, -1)
-
-    def _sub_pixel(self, x: Array, k: Array) -> Array:
-        batch, height, width, _ = x.shape
-        # Along one axis, out[2m] = x[m] k[1] and out[2m + 1] = x[m] k[2] + x[m + 1] k[0].
-        none, after = (0, 0), (0, 1)
-        even_even = _convolve(x, k[1:2, 1:2], (none, none))
-        even_odd = _convolve(x, k[1:2, 2::-2], (none, after))
-        odd_even = _convolve(x, k[2::-2, 1:2], (after, none))
-        odd_odd = _convolve(x, k[2::-2, 2::-2], (after, after))
-        rows = jnp.stack([jnp.stack([even_even, even_odd], axis=3), jnp.stack([odd_even, odd_odd], axis=3)], axis=2)
-        full = rows.reshape(batch, 2 * height, 2 * width, self.features)
-        return full[:, : self.output_size[0], : self.output_size[1]]
-
-
-def _convolve(x: Array, kernel: Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=_precision(x.dtype)
-    )
 
 
 class ResidualBlock(nn.Module):
@@ -274,9 +255,11 @@ class ResidualDecoder(nn.Module):
         x = ResidualBlock(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)
         for stage, feature in enumerate((*features[1:], features[-1])):
             size = (heights[stage + 1], widths[stage + 1])
-            x = TransposedConvolution(feature, 2, size, self.dtype, name=f"stage{stage}_conv")(x)
+            # The largest maps stay in phases; one of an odd size has cut ones, and is joined.
+            phases = stage == len(features) - 1 and (height % 2, width % 2) == (0, 0)
+            x = TransposedConvolution(feature, 2, phases, self.dtype, name=f"stage{stage}_conv")(x, size)
             x = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")(x))
-        x = TransposedConvolution(channels, 1, (height, width), self.dtype, name="image")(x)
+        x = TransposedConvolution(channels, 1, phases, self.dtype, name="image")(x, (height, width))
         return _as_float32(x)
 
 

@@ -15,7 +15,7 @@ LAYERS = [
     ["errors", "figures", "interruption"],
     ["files", "space"],
     ["objective", "theory", "randomness", "sweep_figures", "evaluation_figures", "torchfile", "fid", "downloads"],
-    ["config"],
+    ["config", "convolutions"],
     ["networks", "priors", "grid"],
     ["model", "weights"],
     ["data.images", "data.decoding", "data.idx", "data.order", "data.augmentation", "parallel", "checkpoint"],

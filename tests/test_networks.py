@@ -77,9 +77,9 @@ every_geometry = pytest.mark.parametrize(("stride", "size", "out"), GEOMETRIES)
 
 def transposed_convolution(stride, size, out):
     """A function of (x, kernel, bias), and values for them: 3 channels to 2, batch 2."""
-    layer = TransposedConvolution(2, stride, out)
+    layer = TransposedConvolution(2, stride)
     values = normal(3, 2, *size, 3), normal(4, 3, 3, 3, 2), normal(5, 2)
-    return lambda x, kernel, bias: layer.apply({"params": {"kernel": kernel, "bias": bias}}, x), values
+    return lambda x, kernel, bias: layer.apply({"params": {"kernel": kernel, "bias": bias}}, x, out), values
 
 
 @every_geometry
