@@ -281,6 +281,11 @@ class Config:
     """Epochs between evaluations on held-out data, each followed by a checkpoint; the last epoch always ends with one."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products and activations; parameters, statistics, sums and logs are float32 always."""
+    gradient_accumulation: int = 1
+    """Parts into which a batch is divided and which follow one another, to save memory at the price of a second forward pass.
+    The numbers are those of the whole batch, but for BatchNorm, which sees one part at a time."""
+    rematerialize: bool = False
+    """Compute what happens inside each block of a convolutional network again in the backward pass, instead of keeping it."""
     steps_per_dispatch: int | None = None
     """Steps in one compiled call; None: one for convolutions on a CPU, 50 otherwise (measured to be fastest)."""
     devices: int | None = None
@@ -307,6 +312,13 @@ class Config:
         _check_number("beta", self.beta, low=0.0)
         _check_count("epochs", self.epochs)
         _check_count("batch_size", self.batch_size)
+        _check_count("gradient_accumulation", self.gradient_accumulation)
+        if self.batch_size % self.gradient_accumulation:
+            raise UserError(
+                f"batch_size {self.batch_size} does not divide into {self.gradient_accumulation} parts (gradient_accumulation)."
+            )
+        if not isinstance(self.rematerialize, bool):
+            raise UserError(f"rematerialize must be True or False, got {self.rematerialize!r}.")
         _check_count("evaluate_every", self.evaluate_every)
         _check_choice("precision", self.precision, ("float32", "bfloat16"))
         for name in ("steps_per_dispatch", "devices"):

@@ -75,13 +75,17 @@ class VAE(nn.Module):
     """The axis of the devices that share a batch, inside `pmap` or `shard_map`; None on one device."""
     dtype: Any = jnp.float32
     """Type of matrix products and activations."""
+    rematerialize: bool = False
+    """Keep only what enters each block of a convolutional network for the backward pass, and compute the rest again."""
 
     def setup(self) -> None:
         """Build the parts; called by Flax."""
         height, width, channels = self.image_shape
         predicted = isinstance(self.decoder_variance, Predicted)
         output_shape = (height, width, 2 * channels if predicted else channels)
-        self.encoder, self.decoder = networks.build(self.network, self.latent_size, output_shape, self.axis_name, self.dtype)
+        self.encoder, self.decoder = networks.build(
+            self.network, self.latent_size, output_shape, self.axis_name, self.dtype, self.rematerialize
+        )
         self.prior_model = priors.build(self.prior, self.latent_size)
         if isinstance(self.decoder_variance, Learned):
             initial = float(np.log(self.decoder_variance.initial_variance))

@@ -211,6 +211,11 @@ class ResidualBlock(nn.Module):
         return nn.leaky_relu(y + x)
 
 
+def _block(rematerialize: bool) -> type[ResidualBlock]:
+    """The block; or one that keeps nothing but its input for the backward pass."""
+    return nn.remat(ResidualBlock, static_argnums=(2,)) if rematerialize else ResidualBlock
+
+
 class ResidualEncoder(nn.Module):
     """Two residual blocks per stage, the first of stride 2; then Dense(2L)-BN-LeakyReLU-Dense(2L)."""
 
@@ -218,6 +223,7 @@ class ResidualEncoder(nn.Module):
     widths: tuple[int, ...]
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    rematerialize: bool = False
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> PosteriorParameters:
@@ -225,10 +231,14 @@ class ResidualEncoder(nn.Module):
         for stage, width in enumerate(self.widths):
             for block, stride in enumerate((2, 1)):
                 name = f"stage{stage}_block{block}"
-                x = ResidualBlock(width, stride, self.axis_name, self.dtype, name=name)(x, train)
+                x = _block(self.rematerialize)(width, stride, self.axis_name, self.dtype, name=name)(x, train)
         hidden = dense(2 * self.latent_size, self.dtype, name="hidden")(x.reshape(len(x), -1))
         hidden = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(hidden))
         return _split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior")(hidden))
+
+
+def _upsample(conv: TransposedConvolution, norm: nn.BatchNorm, x: Array, size: tuple[int, int]) -> Array:
+    return nn.leaky_relu(norm(conv(x, size)))
 
 
 class ResidualDecoder(nn.Module):
@@ -242,6 +252,7 @@ class ResidualDecoder(nn.Module):
     widths: tuple[int, ...]
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    rematerialize: bool = False
 
     @nn.compact
     def __call__(self, z: Latents, train: bool = False) -> Images:
@@ -252,13 +263,15 @@ class ResidualDecoder(nn.Module):
         x = dense(heights[0] * widths[0] * features[0], self.dtype, name="hidden")(z)
         x = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(x))
         x = x.reshape(len(z), heights[0], widths[0], features[0])
-        x = ResidualBlock(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)
+        x = _block(self.rematerialize)(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)
+        # The largest maps stay in phases; one of an odd size has cut ones, and is joined.
+        phases = (height % 2, width % 2) == (0, 0)
         for stage, feature in enumerate((*features[1:], features[-1])):
-            size = (heights[stage + 1], widths[stage + 1])
-            # The largest maps stay in phases; one of an odd size has cut ones, and is joined.
-            phases = stage == len(features) - 1 and (height % 2, width % 2) == (0, 0)
-            x = TransposedConvolution(feature, 2, phases, self.dtype, name=f"stage{stage}_conv")(x, size)
-            x = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")(x))
+            size, last = (heights[stage + 1], widths[stage + 1]), stage == len(features) - 1
+            conv = TransposedConvolution(feature, 2, phases and last, self.dtype, name=f"stage{stage}_conv")
+            norm = batch_norm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")
+            run = nn.remat(_upsample, static_argnums=(3,)) if self.rematerialize else _upsample
+            x = run(conv, norm, x, size)
         x = TransposedConvolution(channels, 1, phases, self.dtype, name="image")(x, (height, width))
         return _as_float32(x)
 
@@ -269,8 +282,12 @@ def build(
     output_shape: tuple[int, int, int],
     axis_name: str | None = None,
     dtype: Any = jnp.float32,
+    rematerialize: bool = False,
 ) -> tuple[nn.Module, nn.Module]:
-    """Encoder and decoder of a network config; the decoder's last shape entry is its number of output channels."""
+    """Encoder and decoder of a network config; the decoder's last shape entry is its number of output channels.
+
+    `rematerialize`: convolutional blocks compute their activations again in the backward pass; dense networks take no notice.
+    """
     match network:
         case Linear():
             frame = LatentFrame(latent_size)
@@ -279,6 +296,6 @@ def build(
             return MLPEncoder(latent_size, hidden, dtype), MLPDecoder(output_shape, hidden, dtype)
         case Residual(widths):
             return (
-                ResidualEncoder(latent_size, widths, axis_name, dtype),
-                ResidualDecoder(output_shape, widths, axis_name, dtype),
+                ResidualEncoder(latent_size, widths, axis_name, dtype, rematerialize),
+                ResidualDecoder(output_shape, widths, axis_name, dtype, rematerialize),
             )

@@ -36,8 +36,8 @@ SHARDED = P(DATA_AXIS)
 """The leading axis is divided over the devices."""
 
 
-def data_mesh(devices: int | None = None, batch_size: int | None = None) -> Mesh:
-    """A one-dimensional mesh over `devices` devices (None: all), along which a batch is shared.
+def data_mesh(devices: int | None = None, batch_size: int | None = None, parts: int = 1) -> Mesh:
+    """A one-dimensional mesh over `devices` devices (None: all), along which a batch is shared, in `parts` one after the other.
 
     Raises:
       UserError: more devices asked for than there are, or a batch that does not divide evenly over them.
@@ -46,13 +46,14 @@ def data_mesh(devices: int | None = None, batch_size: int | None = None) -> Mesh
     count = len(available) if devices is None else devices
     if not 1 <= count <= len(available):
         raise UserError(f"devices must lie in 1 ... {len(available)} (this machine's), got {devices}.")
-    if batch_size is not None and batch_size % count:
-        nearby = max(1, round(batch_size / count)) * count
-        raise UserError(f"batch_size {batch_size} does not divide over {count} devices; {nearby} would.")
+    if batch_size is not None and batch_size % (count * parts):
+        nearby = max(1, round(batch_size / (count * parts))) * count * parts
+        also = f" in {parts} parts (gradient_accumulation)" if parts > 1 else ""
+        raise UserError(f"batch_size {batch_size} does not divide over {count} devices{also}; {nearby} would.")
     return Mesh(np.asarray(available[:count]), (DATA_AXIS,))
 
 
-def sweep_mesh(devices: int | None, members: int, batch_size: int) -> Mesh:
+def sweep_mesh(devices: int | None, members: int, batch_size: int, parts: int = 1) -> Mesh:
     """A mesh for `members` models trained at once: the member axis takes what it can, the data axis the rest.
 
     The member axis gets the largest divisor of the device count that is at most `members`, if the batch divides over the
@@ -64,7 +65,7 @@ def sweep_mesh(devices: int | None, members: int, batch_size: int) -> Mesh:
     """
     available = data_mesh(devices).devices.reshape(-1)
     count = len(available)
-    sizes = [size for size in range(1, count + 1) if count % size == 0 and batch_size % (count // size) == 0]
+    sizes = [size for size in range(1, count + 1) if count % size == 0 and batch_size % (count // size * parts) == 0]
     size = max((size for size in sizes if size <= members), default=sizes[0])
     return Mesh(available.reshape(size, count // size), (MEMBER_AXIS, DATA_AXIS))
 

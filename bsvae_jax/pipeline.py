@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from bsvae_jax.data import ImageSet, ShuffledOrder
+from bsvae_jax.data import ShuffledOrder
 from bsvae_jax.parallel import SHARDED, P, memory_bytes, replicate
 
 WINDOW_BYTES = 2**26
@@ -30,12 +30,12 @@ AHEAD = 2
 """Pieces on their way to the devices while one is used."""
 
 
-def fits(images: ImageSet, mesh: Mesh, share: float) -> bool:
-    """Whether both splits fit into this share of the memory of each device; known from their sizes, without reading them.
+def fits(size: int, mesh: Mesh, share: float) -> bool:
+    """Whether images of `size` bytes, both splits together, fit into this share of the memory of each device.
 
     Of all the memory, not of what is free now: the answer is the same whenever it is asked on the same machine.
     """
-    return images.train.nbytes + images.test.nbytes <= share * memory_bytes(mesh)
+    return size <= share * memory_bytes(mesh)
 
 
 def gather(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -121,7 +121,14 @@ class Stream:
     """Batches of training images, gathered by a thread of their own while the devices compute."""
 
     def __init__(
-        self, images: np.ndarray, orders: Sequence[ShuffledOrder], mesh: Mesh, spec: P, steps: int, starts: Iterator[int]
+        self,
+        images: np.ndarray,
+        orders: Sequence[ShuffledOrder],
+        mesh: Mesh,
+        spec: P,
+        steps: int,
+        starts: Iterator[int],
+        arrangement: np.ndarray | None = None,
     ):
         """Opens the stream; use it in a `with` block.
 
@@ -132,8 +139,10 @@ class Stream:
           spec: of the pieces: [steps, B, H, W, C], or [members, steps, B, H, W, C].
           steps: in a piece.
           starts: the first step of each piece, in order.
+          arrangement: order of the images within a batch, [B]; None: as the orders have them.
         """
         self._images, self._steps, self._starts = HostImages(images), steps, starts
+        self._arrangement = slice(None) if arrangement is None else arrangement
         self._orders = [order.on_host() for order in orders]
         self._sharding, self._stacked = NamedSharding(mesh, spec), len(spec) == 3
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "images")
@@ -155,7 +164,7 @@ class Stream:
             self._coming.append((start, self._pool.submit(self._piece, start)))
 
     def _piece(self, start: int) -> Array:
-        indices = [np.asarray(order(start, self._steps)) for order in self._orders]
+        indices = [np.asarray(order(start, self._steps))[:, self._arrangement] for order in self._orders]
         return self._images.place(np.stack(indices) if self._stacked else indices[0], self._sharding)
 
     def take(self, step: int) -> Array:

@@ -6,13 +6,26 @@ draw the same noise for the same example.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 
-def example_positions(share: int, axis_name: str | None = None) -> Int[Array, " share"]:
-    """Positions in the global batch of this device's `share` of examples; `0 ... share - 1` without a device axis."""
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * share
-    return first + jnp.arange(share)
+def example_positions(share: int, axis_name: str | None = None, parts: int = 1) -> Int[Array, " share"]:
+    """Positions in the global batch of this device's `share` of examples; `0 ... share - 1` without a device axis.
+
+    A batch that is taken in `parts`, one after the other, is cut into parts first, and each of them is divided over the
+    devices: a part then holds the same examples on any number of devices.
+    """
+    if axis_name is None:
+        return jnp.arange(share)
+    own, devices = share // parts, jax.lax.axis_size(axis_name)
+    starts = jnp.arange(parts) * (own * devices) + jax.lax.axis_index(axis_name) * own
+    return (starts[:, None] + jnp.arange(own)[None]).reshape(share)
+
+
+def arranged(batch_size: int, devices: int, parts: int) -> np.ndarray:
+    """The order of a batch in which equal slices of it are the devices' shares of `example_positions`, [batch_size]."""
+    return np.arange(batch_size).reshape(parts, devices, -1).swapaxes(0, 1).reshape(-1)
 
 
 def example_keys(key: Key[Array, ""], positions: Int[Array, " batch"]) -> Key[Array, " batch"]:

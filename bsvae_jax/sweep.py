@@ -31,6 +31,7 @@ from bsvae_jax.gallery import PICTURES, Gallery, draw_members
 from bsvae_jax.grid import GridMember, Sweep, base_config
 from bsvae_jax.interruption import Stop, stop_on_signals
 from bsvae_jax.parallel import Driving, available_bytes, data_mesh, describe_devices, sweep_mesh
+from bsvae_jax.program import Program, program_config
 from bsvae_jax.rundir import (
     ProgressBar,
     RunDirectory,
@@ -42,7 +43,7 @@ from bsvae_jax.rundir import (
     warn,
 )
 from bsvae_jax.scoring import SplitScores
-from bsvae_jax.trainer import Member, Program, Trainer, program_config
+from bsvae_jax.trainer import Member, Trainer
 from bsvae_jax.training import check_against_data
 
 FORMAT = 1
@@ -154,7 +155,7 @@ def _stack_size(config: Config, images: ImageSet, driving: Driving, members: int
 
     @functools.cache
     def needed(size: int) -> int:
-        mesh = sweep_mesh(config.devices, size, config.batch_size)
+        mesh = sweep_mesh(config.devices, size, config.batch_size, config.gradient_accumulation)
         return Program(config, images, mesh, driving, size).needed_bytes(size)
 
     def plan(size: int) -> tuple[int, int]:
@@ -196,7 +197,11 @@ def _train_all(
         at, turn = _next_turn(directory, waiting, size)
         if program is None or (driving != "loop" and len(turn) != compiled_for):
             one = driving == "loop"
-            mesh = data_mesh(config.devices) if one else sweep_mesh(config.devices, len(turn), config.batch_size)
+            mesh = (
+                data_mesh(config.devices)
+                if one
+                else sweep_mesh(config.devices, len(turn), config.batch_size, config.gradient_accumulation)
+            )
             program, compiled_for = Program(config, images, mesh, driving, len(turn)), len(turn)
         bar.describe(turn[0].name if len(turn) == 1 else f"{len(turn)} members from {turn[0].name}")
         try:

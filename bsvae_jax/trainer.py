@@ -3,9 +3,6 @@
 `Program` is what is compiled and what lies on the devices; `Trainer` is the loop that reports, evaluates and saves.
 """
 
-import contextlib
-import dataclasses
-import functools
 import math
 import time
 from collections import deque
@@ -16,178 +13,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array
 
 from bsvae_jax import objective
 from bsvae_jax.config import Config
-from bsvae_jax.data import ImageSet, ShuffledOrder, load
+from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.order import steps_through
 from bsvae_jax.diagnosis import diagnose
 from bsvae_jax.errors import DivergenceError, UserError
 from bsvae_jax.failure import failing_step
 from bsvae_jax.interruption import Stop, stop_on_signals
 from bsvae_jax.parallel import (
-    DATA_AXIS,
-    MEMBER_AXIS,
-    REPLICATED,
-    Driving,
-    P,
     data_mesh,
     describe_devices,
-    lift,
-    member_slots,
-    replicate,
-    stack,
 )
-from bsvae_jax.pipeline import AHEAD, DeviceImages, Stream, fits, streamed_steps
+from bsvae_jax.program import Program
 from bsvae_jax.rundir import ProgressBar, RunDirectory, evaluation_at, write_evaluation
-from bsvae_jax.scoring import EVALUATION_BATCH, SplitScores, calibrate, score_members, split_key
+from bsvae_jax.scoring import SplitScores, calibrate
 from bsvae_jax.summary import Report, summarize
 from bsvae_jax.training import (
     LOG_EVERY,
     StepMetrics,
     TrainState,
     build_knobs,
-    build_model,
     check_against_data,
     create_state,
     data_order,
     learning_rate_schedule,
-    run_steps,
-    run_streamed_steps,
-    steps_per_dispatch,
 )
-
-
-def program_config(config: Config) -> Config:
-    """The config with a fixed value for every number that a compiled program takes as an array.
-
-    Configs that agree in it can be trained by one program.
-    """
-    model = config.decoder_variance
-    return dataclasses.replace(
-        config,
-        beta=1.0,
-        seed=0,
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0),
-        decoder_variance=objective.Constant() if isinstance(model, objective.Constant) else model,
-    )
-
-
-class Program:
-    """The compiled programs of one model, or of a stack of models that differ only in numbers, with the data they run on."""
-
-    def __init__(self, config: Config, images: ImageSet, mesh: Mesh, driving: Driving = "loop", members: int = 1):
-        """Of all members whose `program_config` is that of `config`; compiled at the first use.
-
-        Args:
-          config: of any member.
-          images: the data.
-          mesh: of `data_mesh` for driving 'loop', else of `sweep_mesh`.
-          driving: 'loop' for one model at a time; 'scan' or 'vmap' for a stack.
-          members: of the stack.
-        """
-        self.config, self.images, self.mesh, self.driving = program_config(config), images, mesh, driving
-        self.total = steps_through(config.epochs, len(images.train), config.batch_size)
-        self.model = build_model(self.config, images.image_shape, images.step, DATA_AXIS)
-        resident = fits(images, mesh, config.resident_memory)
-        self.splits = {
-            split: DeviceImages(stored, mesh, resident) for split, stored in (("train", images.train), ("test", images.test))
-        }
-        self.window = steps_per_dispatch(config, mesh.devices.flat[0].platform)
-        if not resident:
-            self.window = streamed_steps(images.train, config.batch_size, members, self.window)
-        data = (REPLICATED, P(None, DATA_AXIS)) if resident else (P(None, DATA_AXIS),)
-        self._run_steps: Any = lift(
-            functools.partial(
-                run_steps if resident else run_streamed_steps, levels=images.levels, augmentation=config.augmentation
-            ),
-            mesh,
-            (REPLICATED, *data, REPLICATED, REPLICATED),
-            REPLICATED,
-            donate=(0,),
-            driving=driving,
-            shared=(1, 3) if resident else (2,),
-        )
-
-    @property
-    def resident(self) -> bool:
-        """Whether the images lie on the devices; they are streamed otherwise."""
-        return self.splits["train"].resident is not None
-
-    def pack(self, trees: Sequence[Any]) -> Any:
-        """The arrays of all members in the form in which they are driven; never aliases them."""
-        return replicate(trees[0], self.mesh) if self.driving == "loop" else stack(list(trees), self.mesh)
-
-    def unpack(self, tree: Any, members: int) -> list[Any]:
-        """The arrays of each member, the inverse of `pack`."""
-        if self.driving == "loop":
-            return [tree]
-        host = jax.device_get(tree)
-        return [jax.tree.map(lambda leaf: jnp.asarray(leaf[member]), host) for member in range(members)]  # noqa: B023
-
-    @contextlib.contextmanager
-    def batches(self, orders: Sequence[ShuffledOrder], starts: Iterator[int]) -> Iterator[Callable[[int], Any]]:
-        """What `take_steps` is given: a function of the step that a window begins with.
-
-        Args:
-          orders: of each member.
-          starts: the steps that will be asked for, in order.
-        """
-        if self.resident:
-            yield lambda step: self.pack(_windows(orders, step, self.window))
-            return
-        spec = P(None, DATA_AXIS)
-        if self.driving != "loop":
-            orders = [*orders, *[orders[-1]] * (member_slots(self.mesh, len(orders)) - len(orders))]
-            spec = P(MEMBER_AXIS, None, DATA_AXIS)
-        with Stream(self.images.train, orders, self.mesh, spec, self.window, starts) as stream:
-            yield stream.take
-
-    def take_steps(self, state: TrainState, batches: Any, count: int, knobs: Any) -> tuple[TrainState, StepMetrics]:
-        """The first `count` steps of a window of `batches`; the state's memory is reused."""
-        train = self.splits["train"].resident
-        data = (batches,) if train is None else (train, batches)
-        return self._run_steps(state, *data, jnp.int32(count), knobs)
-
-    def needed_bytes(self, members: int) -> int:
-        """Memory per device for training a stack of `members`, as the compiler counts it; compiles the training program.
-
-        Arguments, results and temporary arrays, with the images of both splits where they are resident. A 'vmap' needs
-        temporary arrays for every member, a 'scan' for one.
-        """
-        sharding = NamedSharding(self.mesh, P(MEMBER_AXIS))
-        slots = member_slots(self.mesh, members)
-        one = jax.eval_shape(lambda: (create_state(self.config, self.model, self.total), build_knobs(self.config)))
-        state, knobs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((slots, *leaf.shape), leaf.dtype, sharding=sharding), one)
-        train, window = self.splits["train"].resident, (slots, self.window, self.config.batch_size)
-        if train is None:
-            sharding = NamedSharding(self.mesh, P(MEMBER_AXIS, None, DATA_AXIS))
-            shape = (*window, *self.images.image_shape)
-            data: tuple[Any, ...] = (jax.ShapeDtypeStruct(shape, self.images.train.dtype, sharding=sharding),)
-            # The pieces on their way.
-            besides = AHEAD * math.prod(shape) * self.images.train.itemsize // self.mesh.devices.size
-        else:
-            data = (train, jax.ShapeDtypeStruct(window, jnp.int32, sharding=sharding))
-            besides = self.images.test.nbytes
-        sizes = self._run_steps.lower(state, *data, jnp.int32(self.window), knobs).compile().memory_analysis()
-        total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-        return int(total + sizes.temp_size_in_bytes + besides)
-
-    def score(self, state: TrainState, split: str, configs: Sequence[Config]) -> Iterator[SplitScores]:
-        """Scores of each member on a split, with the posterior samples that every evaluation of it takes."""
-        return score_members(
-            self.model,
-            state.variables(),
-            self.splits[split],
-            self.pack([split_key(config.seed, split) for config in configs]),
-            [build_model(config, self.images.image_shape, self.images.step).decoder_variance for config in configs],
-            levels=self.images.levels,
-            mesh=self.mesh,
-            batch_size=EVALUATION_BATCH,
-            driving=self.driving,
-        )
 
 
 class Member(NamedTuple):
@@ -420,12 +272,6 @@ class Trainer:
         return diagnose(scores, config, self.program.images)
 
 
-def _windows(orders: Sequence[ShuffledOrder], step: int, window: int) -> list[Array]:
-    """Indices of each member's batches; members of one seed share their order, which is asked once."""
-    indices = {id(order): order(step, window) for order in set(orders)}
-    return [indices[id(order)] for order in orders]
-
-
 def _window_starts(step: int, ends: Sequence[int], window: int) -> Iterator[int]:
     """The steps at which the windows begin: every epoch, ending at the next of `ends`, is cut from where it begins."""
     for end in ends:
@@ -513,7 +359,7 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
         checkpoint.
       Interrupted: SIGINT or SIGTERM; the step in flight was finished and saved, the same call continues after it.
     """
-    mesh = data_mesh(config.devices, config.batch_size)
+    mesh = data_mesh(config.devices, config.batch_size, config.gradient_accumulation)
     images = load(config.data)
     check_against_data(config, images)
     with stop_on_signals() as stop, RunDirectory(Path(workdir), config, images, progress) as run:

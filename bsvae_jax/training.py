@@ -58,6 +58,8 @@ class TrainState(struct.PyTreeNode):
     ema_decay: float | None = struct.field(pytree_node=False, default=None)
     skip_nonfinite: bool = struct.field(pytree_node=False, default=False)
     """Whether a step whose loss or gradient is not finite changes nothing but the count of steps."""
+    parts: int = struct.field(pytree_node=False, default=1)
+    """Parts of a batch that follow one another (`Config.gradient_accumulation`)."""
 
     def variables(self) -> dict[str, Any]:
         """The variables to evaluate with: the averaged parameters where there are any."""
@@ -146,8 +148,12 @@ def train_step(
 
     def loss(params: Any) -> tuple[Float[Array, ""], tuple[objective.ElboTerms, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
-        terms, updates = model.apply(variables, images, key, train=True, method="elbo_terms", mutable=["batch_stats"])
-        return objective.mean_objective(terms, beta), (terms, updates.get("batch_stats", {}))
+        if state.parts > 1:
+            terms, batch_stats = _terms_in_parts(model, variables, images, key, state.parts)
+        else:
+            terms, updates = model.apply(variables, images, key, train=True, method="elbo_terms", mutable=["batch_stats"])
+            batch_stats = updates.get("batch_stats", {})
+        return objective.mean_objective(terms, beta), (terms, batch_stats)
 
     (value, (terms, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     means = {name: jnp.mean(term) for name, term in terms._asdict().items()} | {"objective": value}
@@ -175,6 +181,40 @@ def train_step(
     return after, StepMetrics(**means, gradient_norm=gradient_norm)
 
 
+def _terms_in_parts(
+    model: VAE, variables: Mapping[str, Any], images: Array, key: Key[Array, ""], parts: int
+) -> tuple[objective.ElboTerms, Any]:
+    """ELBO terms of the whole batch, and the batch statistics after it, with the activations of one part in memory at a time.
+
+    Each part is computed again in the backward pass, when the terms of all are known: a variance that is shared over the batch
+    is that of the whole batch, not of a part, and so are its gradients.
+    """
+
+    @jax.checkpoint
+    def forward(batch_stats: Any, part: tuple[Array, Array]) -> tuple[Any, Any]:
+        own = {"params": variables["params"], "batch_stats": batch_stats}
+        output, updates = model.apply(own, *part, train=True, mutable=["batch_stats"])
+        return updates.get("batch_stats", {}), (output.decoded, output.rate)
+
+    def split(values: Array) -> Array:
+        return values.reshape(parts, len(images) // parts, *values.shape[1:])
+
+    keys = example_keys(key, example_positions(len(images), model.axis_name, parts))
+    batch_stats, (decoded, rate) = jax.lax.scan(forward, variables["batch_stats"], (split(images), split(keys)))
+    mean, log_variance = decoded
+    if log_variance is not None:  # one number, the same of every part; or one per pixel
+        log_variance = jnp.mean(log_variance) if log_variance.ndim == 1 else log_variance.reshape(images.shape)
+    terms = objective.elbo_terms(
+        images,
+        mean.reshape(images.shape),
+        rate.reshape(-1),
+        model.decoder_variance,
+        log_variance=log_variance,
+        axis_name=model.axis_name,
+    )
+    return terms, batch_stats
+
+
 def data_order(state: TrainState, images: ImageSet, batch_size: int) -> ShuffledOrder:
     """The order in which a run takes its training images."""
     return ShuffledOrder(jax.random.fold_in(state.key, ORDER_SALT), len(images.train), batch_size)
@@ -190,7 +230,7 @@ def prepare_batch(
     step_key = jax.random.fold_in(state.key, state.step)
     augmentation_key, posterior_key = jax.random.split(step_key)
     batch = to_unit_interval(stored, levels)
-    positions = example_positions(len(batch), state.model.axis_name)
+    positions = example_positions(len(batch), state.model.axis_name, state.parts)
     return augment(batch, example_keys(augmentation_key, positions), augmentation), posterior_key
 
 
@@ -309,6 +349,7 @@ def build_model(
         prior=config.prior,
         axis_name=axis_name,
         dtype=jnp.dtype(config.precision),
+        rematerialize=config.rematerialize,
     )
 
 
@@ -348,6 +389,7 @@ def create_state(config: Config, model: VAE, steps: int, variables: Mapping[str,
         optimizer,
         config.optimizer.ema_decay,
         config.optimizer.skip_nonfinite > 0,
+        config.gradient_accumulation,
     )
 
 

@@ -29,7 +29,7 @@ LAYERS = [
     ["diagnosis"],
     ["rundir"],
     ["training"],
-    ["failure"],
+    ["program", "failure"],
     ["trainer"],
     ["loading", "sweep", "importing"],
     ["results"],

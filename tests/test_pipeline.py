@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import bsvae_jax as bv
-from bsvae_jax import parallel, pipeline, trainer
+from bsvae_jax import parallel, pipeline, program, trainer
 from bsvae_jax.config import MLP, Config, Digits, Optimizer
 from bsvae_jax.data import ImageSet, ShuffledOrder, load
 from bsvae_jax.interruption import Interrupted, Stop
@@ -136,10 +136,10 @@ def test_residence_is_decided_by_size_alone(monkeypatch):
     def of(train: int, test: int) -> ImageSet:
         return ImageSet("x", np.zeros((train, 1, 1, 1), np.uint8), np.zeros((test, 1, 1, 1), np.uint8))
 
-    assert fits(of(400, 100), mesh, 0.5)
-    assert not fits(of(401, 100), mesh, 0.5)
+    assert fits(of(400, 100).nbytes, mesh, 0.5)
+    assert not fits(of(401, 100).nbytes, mesh, 0.5)
     huge = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (10**12, 64, 64, 3), (0, 0, 0, 0))
-    assert not fits(ImageSet("x", huge, huge[:1]), mesh, 0.5)
+    assert not fits(ImageSet("x", huge, huge[:1]).nbytes, mesh, 0.5)
 
 
 def test_devices_of_one_machine_share_its_memory():
@@ -286,14 +286,14 @@ def test_streamed_training_is_resident_training(tmp_path, devices):
 
 def test_streaming_does_not_compile_again(tmp_path):
     counts = []
-    original = trainer.run_streamed_steps
+    original = program.run_streamed_steps
 
     def counted(*arguments, **options):
         counts.append(1)
         return original(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "run_streamed_steps", counted)
+        patch.setattr(program, "run_streamed_steps", counted)
         trained(tmp_path, "run", resident_memory=0.0, steps_per_dispatch=5)
     assert len(counts) == 1  # traced once, whatever is left of an epoch
 
@@ -305,7 +305,7 @@ def test_interrupted_inside_an_epoch_it_goes_on_to_the_bit(tmp_path, resident_me
     whole = trained(tmp_path, "whole", **changes)
     for stop_at in (13, 14, 40):
         asked = Stop()
-        original = trainer.Program.take_steps
+        original = program.Program.take_steps
 
         def take(self, state, *rest, asked=asked, stop_at=stop_at, original=original):
             if int(state.step) >= stop_at:
@@ -313,7 +313,7 @@ def test_interrupted_inside_an_epoch_it_goes_on_to_the_bit(tmp_path, resident_me
             return original(self, state, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer.Program, "take_steps", take)
+            patch.setattr(program.Program, "take_steps", take)
             patch.setattr(trainer, "stop_on_signals", lambda asked=asked: _given(asked))
             with pytest.raises(Interrupted):
                 trained(tmp_path, "cut", **changes)
@@ -359,6 +359,6 @@ def test_memory_that_a_streamed_stack_needs_grows_with_its_pieces():
     images = load(Digits())
     config = dataclasses.replace(SMALL, resident_memory=0.0, devices=1)
     mesh = sweep_mesh(1, 4, 64)
-    needed = [trainer.Program(config, images, mesh, "scan", count).needed_bytes(count) for count in (1, 4)]
+    needed = [program.Program(config, images, mesh, "scan", count).needed_bytes(count) for count in (1, 4)]
     piece = 50 * 64 * 64  # steps, images, bytes of an image
     assert needed[1] - needed[0] > 3 * 3 * piece * 0.9  # three members more, one piece used and two on their way

@@ -32,9 +32,10 @@ from bsvae_jax.grid import Sweep
 from bsvae_jax.loading import restore
 from bsvae_jax.objective import Constant, Learned, Optimal
 from bsvae_jax.parallel import member_slots, stack, sweep_mesh
+from bsvae_jax.program import Program
 from bsvae_jax.rundir import RunDirectory, read_metrics
 from bsvae_jax.sweep import choose_driving, fit_sweep, read_sweep
-from bsvae_jax.trainer import Program, Trainer, fit
+from bsvae_jax.trainer import Trainer, fit
 
 # 3 epochs of 3 steps; the last batch of an epoch straddles nothing, so every epoch ends a window early.
 BASE = Config(

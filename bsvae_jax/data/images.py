@@ -66,6 +66,11 @@ class ImageSet:
         return digest.hexdigest()
 
     @property
+    def nbytes(self) -> int:
+        """Of both splits, as stored; known without reading them."""
+        return self.train.nbytes + self.test.nbytes
+
+    @property
     def step(self) -> float:
         """Quantisation step after scaling to [0, 1]: 1/255 for 8 bits, 1/16 for the 17-level digits."""
         return 1.0 / (self.levels - 1)

@@ -23,7 +23,7 @@ from bsvae_jax.config import Config, Residual
 from bsvae_jax.data import ImageSet, ShuffledOrder, builders, load
 from bsvae_jax.parallel import P, data_mesh, replicate
 from bsvae_jax.pipeline import DeviceImages, Stream
-from bsvae_jax.trainer import Program
+from bsvae_jax.program import Program
 from bsvae_jax.training import build_knobs, create_state, data_order
 
 BATCH = 256
