@@ -264,6 +264,79 @@ def _sweep_command(default: Config, file_grid: Sweep) -> Callable[..., None]:
     return sweep
 
 
+def _compile_command(default: Config) -> Callable[..., None]:
+    """`bsvae compile` with the fields of `default` as options."""
+
+    def compile(
+        config_file: tyro.conf.Positional[Path],
+        config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = default,
+        topology: tuple[str, ...] = ("v5e:2x4",),
+        members: int = 1,
+        scaling: Literal["weak", "strong"] | None = None,
+        image_shape: tuple[int, int, int] | None = None,
+        images: int | None = None,
+        full: bool = False,
+        data: DATA | None = None,
+        network: NETWORK | None = None,
+        decoder_variance: DECODER_VARIANCE | None = None,
+    ) -> None:
+        """Compile the training and sampling programs of a config for a machine, which need not be there.
+
+        Prints per device the arithmetic, the memory moved and held, the communication, the least time of a step by the
+        machine's published peaks, and the largest batch that fits. TPUs are compiled for with libtpu alone; nothing is run and
+        no data are read where their size is known.
+
+        Example: bsvae compile configs/mnist.py --topology v5e:2x4 --precision bfloat16 --batch-size 4096
+
+        Args:
+          config_file: A Python file with get_config(); configs/ holds ready ones.
+          config: The experiment.
+          topology: A TPU and the arrangement of its chips, v2:2x2x1 to v6e:16x16; or cpu, gpu or tpu, those of this machine.
+            With several and --scaling, a table.
+          members: Compile a stack of so many members of a sweep, divided over the devices.
+          scaling: weak: batch_size images on every device; strong: batch_size images on all of them together.
+          image_shape: Height, width and channels, in place of the data's own, which are then not read.
+          images: Number of training images, with --image-shape.
+          full: Let the compiler of TPUs take its time, minutes, as it does before training; times are about the same.
+          data: Kind of data source to use instead of the config's.
+          network: Kind of network to use instead of the config's.
+          decoder_variance: Kind of decoder variance to use instead of the config's.
+        """
+        from bsvae_jax import compiling
+        from bsvae_jax.data import shape_of
+        from bsvae_jax.training import check_against_shape
+
+        shape = shape_of(config.data, image_shape, images)
+        check_against_shape(config, shape)
+        if members < 1:
+            raise UserError(f"--members must be a whole number >= 1, got {members}.")
+        if scaling is None:
+            for name in topology:
+                compiled = compiling.compile_training(config, shape, name, None, members, full)
+                print(compiling.describe(compiled))
+                unit = config.gradient_accumulation * (compiled.devices if members == 1 else 1)
+                double = dataclasses.replace(config, batch_size=2 * config.batch_size)
+                twice = compiling.compile_training(double, shape, name, None, members, full)
+                largest = compiling.largest_batch(compiled, twice, unit)
+                if largest is not None:
+                    print(
+                        f"largest batch that fits: about {largest:,}, by the memory of {config.batch_size} and of twice as many"
+                    )
+                sampling = compiling.compile_sampling(config, shape, name, None, full)
+                print(f"sampling 500 images: {sampling.flops:.3g} FLOP, {sampling.bytes_accessed:.3g} bytes per device\n")
+            return
+        rows = []
+        for name in topology:
+            count = len(compiling.machine(name, config.devices)[0])
+            own = config if scaling == "strong" else dataclasses.replace(config, batch_size=config.batch_size * count)
+            rows.append(compiling.compile_training(own, shape, name, None, members * (count if members > 1 else 1), full))
+            print(compiling.scaling_table(rows).splitlines()[-1], file=sys.stderr)
+        print(compiling.scaling_table(rows))
+        print("Computed, not measured: the compiler's counts and published peaks.")
+
+    return compile
+
+
 def report(workdir: tyro.conf.Positional[Run]) -> None:
     """Write the table, the figures and report.html of a sweep from what has finished so far.
 
@@ -456,6 +529,7 @@ _LESS_MEMORY = "A smaller batch_size or network needs less."
 
 _CHOOSE: dict[str, Callable[..., Config]] = {
     "train": _choose,
+    "compile": _choose,
     "sweep": _choose_for_sweep,
     "import-torch": _choose_for_import,
 }
@@ -488,6 +562,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             {
                 "train": _train_command(default),
                 "sweep": _sweep_command(default, grid),
+                "compile": _compile_command(default),
                 "report": report,
                 "prepare": prepare,
                 "evaluate": evaluate,

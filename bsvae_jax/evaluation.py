@@ -136,7 +136,7 @@ def evaluate(
 
     @functools.cache
     def stored(split: str) -> DeviceImages:
-        return DeviceImages(getattr(images, split), mesh, fits(images.nbytes, mesh, run.config.resident_memory))
+        return DeviceImages(getattr(images, split), mesh, fits(images.shape.nbytes, mesh, run.config.resident_memory))
 
     def score(split: str) -> SplitScores:
         # The same posterior samples as `fit` takes, so that its last row is repeated here.

@@ -114,7 +114,12 @@ def streamed_steps(images: np.ndarray, batch_size: int, members: int, most: int)
       members: models that each take batches of their own.
       most: upper limit.
     """
-    return max(1, min(most, WINDOW_BYTES // (images[0].nbytes * batch_size * members)))
+    return streamed_window(images[0].nbytes, batch_size, members, most)
+
+
+def streamed_window(image_bytes: int, batch_size: int, members: int, most: int) -> int:
+    """`streamed_steps` of images of so many bytes each."""
+    return max(1, min(most, WINDOW_BYTES // (image_bytes * batch_size * members)))
 
 
 class Stream:

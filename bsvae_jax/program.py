@@ -8,17 +8,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from bsvae_jax import objective
 from bsvae_jax.config import Config
-from bsvae_jax.data import ImageSet, ShuffledOrder
+from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder
 from bsvae_jax.data.order import steps_through
 from bsvae_jax.model import VAE
 from bsvae_jax.parallel import (
@@ -45,36 +44,6 @@ from bsvae_jax.training import (
     run_streamed_steps,
     steps_per_dispatch,
 )
-
-
-class DataShape(NamedTuple):
-    """What a program has to know of a set of images."""
-
-    image_shape: tuple[int, int, int]
-    """(H, W, C)"""
-    levels: int
-    """Grey levels of stored uint8 images."""
-    dtype: Any
-    """As stored."""
-    train: int
-    """Training images."""
-    test: int
-    """Held-out images."""
-
-    @property
-    def step(self) -> float:
-        """Quantisation step after scaling to [0, 1]."""
-        return 1.0 / (self.levels - 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Both splits, as stored."""
-        return (self.train + self.test) * math.prod(self.image_shape) * np.dtype(self.dtype).itemsize
-
-
-def data_shape(images: ImageSet) -> DataShape:
-    """Of a set of images."""
-    return DataShape(images.image_shape, images.levels, images.train.dtype, len(images.train), len(images.test))
 
 
 def program_config(config: Config) -> Config:
@@ -168,7 +137,7 @@ class Program:
           members: of the stack.
         """
         self.config, self.images, self.mesh, self.driving = program_config(config), images, mesh, driving
-        self.data = data_shape(images)
+        self.data = images.shape
         self.total = steps_through(config.epochs, len(images.train), config.batch_size)
         self.model = program_model(self.config, self.data)
         resident = fits(self.data.nbytes, mesh, config.resident_memory)

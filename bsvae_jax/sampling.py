@@ -48,7 +48,8 @@ def _draw(variables: Any, key: Any, *, model: VAE, devices: int) -> Any:
 
 
 @functools.cache
-def _lifted(model: VAE, mesh: Mesh) -> Any:
+def lift_sampling(model: VAE, mesh: Mesh) -> Any:
+    """The program that draws one batch: (variables, key) to decoder means, [B, H, W, C] divided over the devices."""
     draw = functools.partial(_draw, model=model, devices=mesh.shape[DATA_AXIS])
     return lift(draw, mesh, (REPLICATED, REPLICATED), SHARDED)
 
@@ -65,7 +66,7 @@ def sample_batches(run: Restored, count: int, seed: int = 0, first: int = 0) -> 
     if first % BATCH:
         raise ValueError(f"first must be a multiple of {BATCH}, got {first}.")
     mesh = data_mesh()
-    draw, variables = _lifted(run.model.clone(axis_name=None), mesh), replicate(run.variables, mesh)
+    draw, variables = lift_sampling(run.model.clone(axis_name=None), mesh), replicate(run.variables, mesh)
     root = jax.random.key(seed)
     for start in range(first, count, BATCH):
         means = draw(variables, jax.random.fold_in(root, start // BATCH))

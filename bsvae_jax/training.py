@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from bsvae_jax import config as configs
 from bsvae_jax import objective
 from bsvae_jax.config import Config
-from bsvae_jax.data import ImageSet, ShuffledOrder, augment
+from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder, augment
 from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.errors import UserError
 from bsvae_jax.model import VAE
@@ -408,6 +408,15 @@ def check_against_data(config: Config, images: ImageSet) -> None:
     """
     if config.batch_size > len(images.train):
         raise UserError(f"batch_size {config.batch_size} exceeds the {len(images.train)} training images of {images.name}.")
-    pixels = math.prod(images.image_shape)
+    check_against_shape(config, images.shape)
+
+
+def check_against_shape(config: Config, data: DataShape) -> None:
+    """What only config and the sizes of the data together can show to be wrong.
+
+    Raises:
+      UserError: more latents than pixels.
+    """
+    pixels = math.prod(data.image_shape)
     if config.latent_size > pixels:
         raise UserError(f"latent_size {config.latent_size} exceeds the {pixels} pixels of an image.")

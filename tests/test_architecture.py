@@ -12,7 +12,7 @@ PACKAGE = Path(bsvae_jax.__file__).parent
 
 # From the ground up; a module may import only modules of lower layers. One layer a line.
 LAYERS = [
-    ["errors", "figures", "interruption"],
+    ["errors", "figures", "interruption", "chips"],
     ["files", "space"],
     ["objective", "theory", "randomness", "sweep_figures", "evaluation_figures", "torchfile", "fid", "downloads"],
     ["config", "convolutions"],
@@ -35,6 +35,7 @@ LAYERS = [
     ["results"],
     ["report"],
     ["sampling", "pictures", "exporting"],
+    ["compiling"],
     ["feature_statistics"],
     ["evaluation"],
     ["evaluation_pictures"],

@@ -136,10 +136,10 @@ def test_residence_is_decided_by_size_alone(monkeypatch):
     def of(train: int, test: int) -> ImageSet:
         return ImageSet("x", np.zeros((train, 1, 1, 1), np.uint8), np.zeros((test, 1, 1, 1), np.uint8))
 
-    assert fits(of(400, 100).nbytes, mesh, 0.5)
-    assert not fits(of(401, 100).nbytes, mesh, 0.5)
+    assert fits(of(400, 100).shape.nbytes, mesh, 0.5)
+    assert not fits(of(401, 100).shape.nbytes, mesh, 0.5)
     huge = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (10**12, 64, 64, 3), (0, 0, 0, 0))
-    assert not fits(ImageSet("x", huge, huge[:1]).nbytes, mesh, 0.5)
+    assert not fits(ImageSet("x", huge, huge[:1]).shape.nbytes, mesh, 0.5)
 
 
 def test_devices_of_one_machine_share_its_memory():

@@ -34,9 +34,7 @@ def assert_close(found, expected, tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, expected)
 
 
-@pytest.mark.parametrize(
-    "variance", [Optimal("batch"), Optimal("pixel"), Optimal("example"), Learned(), Predicted(), Constant(0.3)]
-)
+@pytest.mark.parametrize("variance", [Optimal("batch"), Optimal("pixel"), Learned(), Predicted(), Constant(0.3)])
 @pytest.mark.parametrize(("parts", "devices"), [(4, 1), (2, 4)])
 def test_accumulation_gives_the_gradients_of_the_whole_batch(variance, parts, devices):
     """Also where a variance is shared over the batch, which averages of the parts' gradients would get wrong."""
@@ -128,7 +126,6 @@ def test_a_run_with_accumulation_is_resident_or_streamed_alike(tmp_path):
     [
         ({"gradient_accumulation": 0}, "gradient_accumulation must be a whole number >= 1, got 0"),
         ({"gradient_accumulation": 3}, "batch_size 16 does not divide into 3 parts"),
-        ({"rematerialize": 1}, "rematerialize must be True or False, got 1"),
     ],
 )
 def test_bad_values_are_refused(change, message):
@@ -138,6 +135,6 @@ def test_bad_values_are_refused(change, message):
 
 def test_parts_that_do_not_divide_over_the_devices_are_refused(tmp_path):
     with pytest.raises(
-        UserError, match="batch_size 20 does not divide over 4 devices in 2 parts .gradient_accumulation.; 16 would"
+        UserError, match=r"batch_size 20 does not divide over 4 devices in 2 parts \(gradient_accumulation\); 16 would"
     ):
         fit(dataclasses.replace(SMALL, batch_size=20, gradient_accumulation=2, devices=4), tmp_path, progress=False)

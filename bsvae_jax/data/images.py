@@ -5,7 +5,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,36 @@ from bsvae_jax.errors import UserError
 
 SPECTRUM_LIMIT = 4096
 """Largest number of pixels times channels whose covariance is decomposed: 4,096 take a minute, ten times as many a day."""
+
+
+class DataShape(NamedTuple):
+    """What is known of a set of images without reading it.
+
+    >>> shape = DataShape((28, 28, 1), 256, np.uint8, train=60_000, test=10_000)
+    >>> shape.nbytes
+    54880000
+    """
+
+    image_shape: tuple[int, int, int]
+    """(H, W, C)"""
+    levels: int
+    """Grey levels of stored uint8 images."""
+    dtype: Any
+    """As stored."""
+    train: int
+    """Training images."""
+    test: int
+    """Held-out images."""
+
+    @property
+    def step(self) -> float:
+        """Quantisation step after scaling to [0, 1]."""
+        return 1.0 / (self.levels - 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Both splits, as stored."""
+        return (self.train + self.test) * math.prod(self.image_shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -50,6 +80,11 @@ class ImageSet:
         height, width, channels = self.train.shape[1:]
         return height, width, channels
 
+    @property
+    def shape(self) -> DataShape:
+        """Sizes and kind of the images."""
+        return DataShape(self.image_shape, self.levels, self.train.dtype, len(self.train), len(self.test))
+
     def fingerprint(self) -> str:
         """Hash of the training and test images: their values, shapes and type."""
         return self._fingerprint
@@ -64,11 +99,6 @@ class ImageSet:
             for block in _blocks(images):
                 digest.update(np.ascontiguousarray(block).data)
         return digest.hexdigest()
-
-    @property
-    def nbytes(self) -> int:
-        """Of both splits, as stored; known without reading them."""
-        return self.train.nbytes + self.test.nbytes
 
     @property
     def step(self) -> float:

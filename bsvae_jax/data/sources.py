@@ -15,7 +15,7 @@ from bsvae_jax import config
 from bsvae_jax.data.decoding import CorruptImageError, Header, Preprocessing
 from bsvae_jax.data.encoded import Encoded, EncodedImages, find_images
 from bsvae_jax.data.idx import read_pair
-from bsvae_jax.data.images import ImageSet, check_images
+from bsvae_jax.data.images import DataShape, ImageSet, check_images
 from bsvae_jax.data.prepared import Recipe, prepared
 from bsvae_jax.errors import UserError, nearest
 from bsvae_jax.files import DAMAGE, read_arrays
@@ -49,6 +49,51 @@ def load(source: config.DataSource, progress: bool = True) -> ImageSet:
             return _arrays(Path(path), holdout, seed)
         case config.Folder() | config.TFDS():
             return prepared(recipe(source), progress=progress)
+
+
+_PUBLISHED = {
+    "mnist": ((28, 28, 1), 60_000, 10_000),
+    "fashion_mnist": ((28, 28, 1), 60_000, 10_000),
+    "cifar10": ((32, 32, 3), 50_000, 10_000),
+    "celeb_a": ((218, 178, 3), 162_770, 19_962),
+}
+"""Image shape, training and test images of TFDS sets whose default splits are those."""
+
+
+def shape_of(
+    source: config.DataSource, image_shape: tuple[int, int, int] | None = None, images: int | None = None
+) -> DataShape:
+    """Sizes of the images of a data config; they are only read where their size is not known.
+
+    Args:
+      source: of the config.
+      image_shape: (H, W, C) of 8-bit images, in place of the source's own.
+      images: of them for training, 60,000 if not given.
+
+    >>> shape_of(config.TFDS("celeb_a", crop=148, size=64)).image_shape
+    (64, 64, 3)
+
+    Raises:
+      UserError: sizes that are no images, or data that must be read and cannot be.
+    """
+    if image_shape is not None:
+        if len(image_shape) != 3 or min(image_shape) < 1 or (images is not None and images < 1):
+            raise UserError(
+                f"An image shape is height, width and channels, of at least one image; got {image_shape}, {images}."
+            )
+        return DataShape(image_shape, 256, np.dtype(np.uint8), 60_000 if images is None else images, 0)
+    if images is not None:
+        raise UserError("A number of images is for an image shape; give --image-shape HEIGHT WIDTH CHANNELS as well.")
+    if (
+        isinstance(source, config.TFDS)
+        and source.name in _PUBLISHED
+        and (source.train_split, source.test_split) == ("train", "test")
+    ):
+        (height, width, channels), train, test = _PUBLISHED[source.name]
+        side = source.size or source.crop
+        sides = (height, width) if side is None else (side, side)
+        return DataShape((*sides, source.channels or channels), 256, np.dtype(np.uint8), train, test)
+    return load(source).shape
 
 
 def recipe(source: config.Folder | config.TFDS) -> Recipe:
