@@ -4,6 +4,7 @@ Expected pixels come from PIL by itself, from torchvision's published rounding w
 written losslessly. Damaged files, caches and archives are made here.
 """
 
+import contextlib
 import fcntl
 import io
 import json
@@ -376,6 +377,44 @@ def test_a_damaged_set_is_made_again(tmp_path, damage, capsys):
             file.unlink()
     np.testing.assert_array_equal(load(tmp_path / "photos").train, expected)
     assert "is damaged; it is made again" in capsys.readouterr().err
+
+
+def test_what_another_process_has_made_again_is_not_deleted(tmp_path, monkeypatch, capsys):
+    """Both see the damage, the other has the lock first: nothing is deleted without the lock, and nothing good with it."""
+    write_images(tmp_path / "photos", 5)
+    expected = load(tmp_path / "photos").train.copy()
+    folder = of(tmp_path / "photos").folder()
+    shutil.copytree(folder, tmp_path / "good")
+    (folder / "images.npy").write_bytes(b"")
+    locked = prepared_module.locked
+
+    @contextlib.contextmanager
+    def after_the_other(*arguments):
+        assert (folder / "images.npy").read_bytes() == b"", "changed without the lock"
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "good", folder)
+        with locked(*arguments):
+            yield
+
+    monkeypatch.setattr(prepared_module, "locked", after_the_other)
+    monkeypatch.setattr(prepared_module, "Decoders", lambda *_: pytest.fail("decoded again"))
+    np.testing.assert_array_equal(load(tmp_path / "photos").train, expected)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_a_set_that_vanishes_while_it_is_checked_is_made_again(tmp_path, monkeypatch):
+    write_images(tmp_path / "photos", 5)
+    expected = load(tmp_path / "photos").train.copy()
+    folder, checked = of(tmp_path / "photos").folder(), prepared_module.sha256_of
+
+    def too_late(*arguments):
+        shutil.rmtree(folder, ignore_errors=True)
+        return checked(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared_module, "sha256_of", too_late)
+        assert prepared_module._open(folder, False) is None
+    np.testing.assert_array_equal(load(tmp_path / "photos").train, expected)
 
 
 def test_corrupt_images_are_left_out_and_listed(tmp_path, capsys):

@@ -33,7 +33,7 @@ from bsvae_jax.data.encoded import Encoded, EncodedImages
 from bsvae_jax.data.images import ImageSet
 from bsvae_jax.data.workers import Decoders
 from bsvae_jax.errors import UserError
-from bsvae_jax.files import cache_folder, locked, write_atomically
+from bsvae_jax.files import cache_folder, locked, sha256_of, write_atomically
 from bsvae_jax.space import MARGIN, free_bytes, mebibytes
 
 FORMAT = 1
@@ -105,8 +105,12 @@ def prepared(recipe: Recipe, skip_corrupt: bool = False, progress: bool = True) 
     if (images := _open(folder, progress)) is not None:
         return images
     with locked(folder.with_name(f".{folder.name}.lock"), recipe.name, "set BSVAE_CACHE to a folder for prepared images"):
+        # Looked at again: another process may have made it, or made it anew. Only here may it be deleted.
         if (images := _open(folder, progress)) is not None:
             return images
+        if folder.exists():
+            tqdm.write(f"{folder} is damaged; it is made again", file=sys.stderr)
+            shutil.rmtree(folder, ignore_errors=True)
         manifest = _Preparation(recipe, folder, skip_corrupt, progress).run()
         return _map(folder, manifest)
 
@@ -124,15 +128,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _open(folder: Path, progress: bool) -> ImageSet | None:
-    """A finished set; None where there is none. A damaged one is deleted."""
-    if not folder.is_dir():
+    """A finished set; None where there is none, or a damaged one."""
+    try:
+        manifest = read_manifest(folder)
+        return _map(folder, manifest) if manifest is not None and _undamaged(folder, manifest["files"], progress) else None
+    except FileNotFoundError:  # just deleted by another process, which makes it again
         return None
-    manifest = read_manifest(folder)
-    if manifest is None or not _undamaged(folder, manifest["files"], progress):
-        tqdm.write(f"{folder} is damaged; it is made again", file=sys.stderr)
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-    return _map(folder, manifest)
 
 
 def _map(folder: Path, manifest: dict[str, Any]) -> ImageSet:
@@ -160,16 +161,7 @@ def _undamaged(folder: Path, files: dict[str, Any], progress: bool) -> bool:
     if any(not (folder / name).is_file() or (folder / name).stat().st_size != size for name, size in sizes.items()):
         return False
     with _bar(sum(sizes.values()), f"checking {folder.name}", progress and sum(sizes.values()) > 2**30, "B") as bar:
-        return all(_sha256(folder / name, bar.update) == wanted["sha256"] for name, wanted in files.items())
-
-
-def _sha256(path: Path, progress: Callable[[int], Any]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-            progress(len(block))
-    return digest.hexdigest()
+        return all(sha256_of(folder / name, bar.update) == wanted["sha256"] for name, wanted in files.items())
 
 
 def _bar(total: int, what: str, enabled: bool, unit: str = "image") -> tqdm:
@@ -445,7 +437,7 @@ class _Preparation:
             fingerprint = beside.submit(whole.fingerprint)
             files = {}
             for name in self._arrays():
-                files[name] = {"bytes": (source / name).stat().st_size, "sha256": _sha256(source / name, lambda _: None)}
+                files[name] = {"bytes": (source / name).stat().st_size, "sha256": sha256_of(source / name)}
         manifest = {
             **self.recipe.manifest(),
             "shape": list(images.shape[1:]),
