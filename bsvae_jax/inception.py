@@ -320,11 +320,11 @@ def convert_weights(path: Path, out: Path, sha256: str | None = WEIGHTS.sha256) 
     Raises:
       UserError: as `load_weights`.
     """
-    _check_hash(path, sha256)
+    found = _checked_hash(path, sha256)
     arrays = read_state_dict(path)
     from_state_dict(arrays, str(path))
     with out.open("wb") as file:
-        np.savez(file, **{"source_sha256": np.array(sha256_of(path)), **arrays})  # type: ignore[arg-type]
+        np.savez(file, **{"source_sha256": np.array(found), **arrays})  # type: ignore[arg-type]
 
 
 def load_weights(path: str | Path | None = None, sha256: str | None = WEIGHTS.sha256) -> Weights:
@@ -338,20 +338,26 @@ def load_weights(path: str | Path | None = None, sha256: str | None = WEIGHTS.sh
       UserError: no such file, a wrong hash, a file that holds more than tensors, weights of another network, or no way to
         download them (the sentence says which file is wanted, and where to put it).
     """
-    path = fetch(WEIGHTS, cache_folder(), _how_to_get()) if path is None else Path(path)
+    if path is None:
+        path, found = fetch(WEIGHTS, cache_folder(), _how_to_get()), WEIGHTS.sha256  # which `fetch` has checked
+        return Weights(from_state_dict(read_state_dict(path), str(path)), found)
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}; {_how_to_get()}")
     if path.suffix != ".npz":
-        _check_hash(path, sha256)
-        return Weights(from_state_dict(read_state_dict(path), str(path)), sha256_of(path))
+        found = _checked_hash(path, sha256)
+        return Weights(from_state_dict(read_state_dict(path), str(path)), found)
     arrays = read_arrays(path, _how_to_get())
     source = arrays.pop("source_sha256", None)
     return Weights(from_state_dict(arrays, str(path)), sha256_of(path) if source is None else str(source))
 
 
-def _check_hash(path: Path, sha256: str | None) -> None:
-    if sha256 is not None and (found := sha256_of(path)) != sha256:
+def _checked_hash(path: Path, sha256: str | None) -> str:
+    """SHA-256 of a file, which is the wanted one where one is wanted."""
+    found = sha256_of(path)
+    if sha256 is not None and found != sha256:
         raise UserError(f"{path} is not the wanted file: its SHA-256 is {found}, expected {sha256}. {_how_to_get()}")
+    return found
 
 
 def _how_to_get() -> str:

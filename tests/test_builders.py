@@ -353,6 +353,17 @@ def test_celeb_a_as_the_paper_takes_it(tmp_path, monkeypatch, form, tables):
     np.testing.assert_array_equal(images.test_labels, expected[8:])
 
 
+def test_celeb_a_hashes_its_images_once(tmp_path, monkeypatch):
+    """The published archive has 1.4 GB."""
+    write_celeba(tmp_path / "files")
+    publish(monkeypatch, builders.CelebA, tmp_path / "files")
+    hashed = []
+    sha256_of = downloads.sha256_of
+    monkeypatch.setattr(downloads, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    load("celeb_a", tmp_path, manual_dir=str(tmp_path / "files"), crop=148, size=64)
+    assert hashed.count("img_align_celeba.zip") == 1
+
+
 def test_celeb_a_without_attributes(tmp_path, monkeypatch):
     write_celeba(tmp_path / "files", attributes=False)
     publish(monkeypatch, builders.CelebA, tmp_path / "files")

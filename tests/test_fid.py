@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from bsvae_jax import fid, inception
+from bsvae_jax import downloads, fid, inception
 from bsvae_jax.errors import UserError
+from bsvae_jax.files import sha256_of
 from bsvae_jax.inception import Inception, convert_weights, features, from_state_dict, load_weights
 from bsvae_jax.parallel import data_mesh
 from bsvae_jax.torchfile import read_state_dict
@@ -233,6 +234,21 @@ def test_weights_load_from_pth_as_pytorch_writes_it(tmp_path, legacy):
     again = load_weights(tmp_path / "converted.npz")
     assert again.source == weights.source, "the converted file remembers what it was made of"
     jax.tree.map(np.testing.assert_array_equal, again.variables, expected)
+
+
+def test_weights_are_hashed_once(tmp_path, monkeypatch, served):
+    """They are 90 MB, and a hash takes a fifth of a second or a second each."""
+    torch = pytest.importorskip("torch")
+    folder, url = served
+    torch.save({name: torch.tensor(array) for name, array in random_weights().items()}, folder / "weights.pth")
+    hashed, size = [], (folder / "weights.pth").stat().st_size
+    wanted = sha256_of(folder / "weights.pth")
+    monkeypatch.setattr(inception, "WEIGHTS", inception.Download(f"{url}weights.pth", size, wanted))
+    load_weights()  # downloads them
+    for module in (inception, downloads):
+        monkeypatch.setattr(module, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    assert load_weights().source == load_weights(folder / "weights.pth", wanted).source == wanted
+    assert [path.parent.name for path in hashed] == ["cache", "served"]
 
 
 def test_weights_of_another_network_are_refused():

@@ -81,9 +81,12 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         else:
             found = downloads.find(wanted, [cache_folder() / "downloads"], remedy)
         if found is None:
-            where = self._manual_dir or cache_folder() / "downloads"
-            raise UserError(f"{where} lacks {wanted.name}. {remedy}")
+            raise self._missing(wanted)
         return found
+
+    def _missing(self, wanted: Download) -> UserError:
+        where = self._manual_dir or cache_folder() / "downloads"
+        return UserError(f"{where} lacks {wanted.name}. {self._remedy(wanted)}")
 
     def _remedy(self, wanted: Download) -> str:
         return (
@@ -265,8 +268,7 @@ class CelebA(ImageBuilder):
         partition = self._table("partition")
         attributes = self._table("attributes")
         if partition is None:
-            self.file("partition")  # says what is missing
-            raise AssertionError
+            raise self._missing(self.DOWNLOADS["partition"])
         files = self._images()
         missing = [name for name in partition if name not in files]
         if missing:
@@ -294,9 +296,10 @@ class CelebA(ImageBuilder):
         if unpacked is not None and unpacked.is_dir():
             found: Files = find_images(unpacked).train
         else:
-            archive = open_zip(self.file("images"))
+            path = self.file("images")
+            archive = open_zip(path)
             names = [member.filename for member in archive.infolist() if member.filename.endswith(".jpg")]
-            found = Files(self.file("images"), names, None, archive)
+            found = Files(path, names, None, archive)
         return {Path(name).name: functools.partial(found.read, index, index + 1) for index, name in enumerate(found.names)}
 
     def _table(self, purpose: str) -> dict[str, list[str]] | None:
