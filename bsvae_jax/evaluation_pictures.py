@@ -50,7 +50,7 @@ def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -
         own = f"{title}, {split} set"
         drawn[f"residuals_{split}"] = _residuals(parts, own)
         drawn[f"variance_maps_{split}"] = evaluation_figures.variance_maps(
-            _mean_image(images), parts.scores.pixel_squared_error, evaluated.calibration.variance_per_pixel, own
+            images.mean_image, parts.scores.pixel_squared_error, evaluated.calibration.variance_per_pixel, own
         )
         drawn[f"variance_by_difficulty_{split}"] = _difficulty(images, split, parts, evaluated, own)
         drawn[f"rate_parts_{split}"] = _rate(parts, own)
@@ -64,10 +64,6 @@ def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -
         paths.append(workdir / "figures" / f"{name}.png")
         figures.save(figure, paths[-1])
     return paths
-
-
-def _mean_image(images: ImageSet) -> np.ndarray:
-    return images.train.mean(axis=0, dtype=np.float64) * images.scale
 
 
 def _residuals(parts: SplitEvaluation, title: str) -> Any:
@@ -92,7 +88,7 @@ def _residuals(parts: SplitEvaluation, title: str) -> Any:
 
 def _difficulty(images: ImageSet, split: str, parts: SplitEvaluation, evaluated: Evaluated, title: str) -> Any:
     variance = parts.scores.squared_error / parts.scores.pixels + evaluated.calibration.floor
-    stored, mean = getattr(images, split), _mean_image(images)
+    stored, mean = getattr(images, split), images.mean_image
 
     def at(positions: np.ndarray) -> np.ndarray:
         return np.asarray(to_unit_interval(jnp.asarray(stored[positions]), images.levels))

@@ -499,7 +499,10 @@ def bad_tfds(kind: str, folder: Path) -> None:
         ("sizes differ", "tiny_images holds images of 2 sizes \\(4 x 4: 6, 4 x 5: 2\\); --size N"),
         ("integers", "must be 8-bit images, got Tensor.*int64"),
         ("tfrecord", "not prepared as array_record"),
-        ("shard cut", "image 0 of split 'train' of TFDS set 'tiny_images' cannot be read; prepare the TFDS set again"),
+        (
+            "shard cut",
+            "image 0 of split 'train' of TFDS set 'tiny_images' cannot be read; prepare the TFDS set again, in .*tiny_images",
+        ),
         ("shard missing", "'train' of TFDS set 'tiny_images' does not load; prepare it again"),
     ],
 )
@@ -509,6 +512,17 @@ def test_tfds_refuses(tmp_path, kind, telling):
         load_tfds(tmp_path)
     assert "tiny_images" in str(error.value)
     assert one_sentence(error)
+
+
+@pytest.mark.parametrize("stored", ["uint8", "float32"])
+def test_the_mean_image_is_that_of_all_blocks(stored, tmp_path):
+    """More than one block of 16 MiB, mapped from a file, against NumPy's mean in float64."""
+    pixels = random_bytes(70, 512, 512, 1)
+    np.save(tmp_path / "images.npy", pixels if stored == "uint8" else pixels.astype(np.float32) / 255)
+    images = np.load(tmp_path / "images.npy", mmap_mode="r")
+    found = data.ImageSet("x", images, images[:1]).mean_image
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, pixels.mean(axis=0, dtype=np.float64) / 255, atol=1e-7 if stored == "float32" else 1e-14)
 
 
 # --- Order ------------------------------------------------------------------------------------------------------------

@@ -116,9 +116,10 @@ def find_images(path: Path) -> Found:
     depth = 1 if test_names else 0
     classes = sorted({_folder(name, depth) for name in (*train_names, *test_names)})
     labelled = len(classes) > 1 and "" not in classes
+    numbers = {name: number for number, name in enumerate(classes)}
 
     def files(chosen: list[str]) -> Files:
-        labels = [classes.index(_folder(name, depth)) for name in chosen] if labelled else None
+        labels = [numbers[_folder(name, depth)] for name in chosen] if labelled else None
         return Files(path, [prefix + name for name in chosen], labels, archive)
 
     return Found(files(train_names), files(test_names) if test_names else None, tuple(classes) if labelled else (), stamp)

@@ -118,6 +118,12 @@ class ImageSet:
         return theory.covariance_eigenvalues(self.train) * self.scale**2
 
     @functools.cached_property
+    def mean_image(self) -> np.ndarray:
+        """Mean of the training images in [0, 1], [H, W, C], float64."""
+        total = sum(block.sum(axis=0, dtype=np.float64) for block in _blocks(self.train))
+        return total * (self.scale / len(self.train))
+
+    @functools.cached_property
     def test_variance(self) -> float:
         """Variance of the test images in [0, 1] around their mean, averaged over pixels."""
         mean = self.test.mean(axis=0, dtype=np.float64)

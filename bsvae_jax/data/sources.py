@@ -207,6 +207,8 @@ class Records:
     """Encoded images of a TFDS split, as array_record."""
 
     name: str
+    folder: Path
+    """That holds its files."""
     source: Any
     label: str | None
     """The feature taken for it."""
@@ -225,7 +227,9 @@ class Records:
         try:
             example = self.source[index]
         except _UNREADABLE as error:
-            return CorruptImageError(f"{what} cannot be read; prepare the TFDS set again: {_first_line(error)}.")
+            return CorruptImageError(
+                f"{what} cannot be read; prepare the TFDS set again, in {self.folder}: {_first_line(error)}."
+            )
         label: Any = None if self.label is None else example[self.label]
         if self.attributes:
             label = np.array([label[name] for name in self.attributes], np.bool_)
@@ -302,7 +306,8 @@ def _tfds(source: config.TFDS) -> Recipe:
     splits: dict[str, EncodedImages] = {}
     for part, split in (("train", source.train_split), ("test", source.test_split)):
         records, stamps = _records(builder, source.name, split)
-        splits[part] = Records(f"split {split!r} of TFDS set {source.name!r}", records, label, attributes)
+        what = f"split {split!r} of TFDS set {source.name!r}"
+        splits[part] = Records(what, Path(builder.data_dir), records, label, attributes)
         files |= stamps
     return Recipe(
         source.name,
