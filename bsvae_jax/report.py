@@ -125,8 +125,8 @@ def _values(members: Sequence[MemberResult], quantity: str, split: str) -> np.nd
 
 
 def _names(betas: Sequence[float]) -> list[str]:
-    """Labels of the points of a curve, where they do not crowd it."""
-    return [f"β={beta:g}" for beta in betas] if len(betas) <= 8 else []
+    """Labels of the points of a curve; the figure leaves out those for which it has no room."""
+    return [f"β={beta:g}" for beta in betas]
 
 
 def readings(results: SweepResults, split: str) -> list[Curve]:

@@ -51,19 +51,50 @@ def _draw(axes: Any, curves: Sequence[Curve], lines: Sequence[Line] = (), joined
     axes.grid(alpha=0.3)
 
 
-def _name_points(axes: Any, curves: Sequence[Curve]) -> None:
-    """Write the names beside their points, points too close together under one label; call once the scales are set."""
-    axes.autoscale_view()
+def _name_points(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
+    """Write the names beside their points; call once the figure is complete, since the places depend on all that is there.
+
+    Points too close together share one label. A label goes to the first side of its point where it covers no other label, and
+    is left out where there is none.
+    """
+    figure.draw_without_rendering()  # places axes and legend
+    inside, legend = axes.get_window_extent(), axes.get_legend()
+    taken = [] if legend is None else [legend.get_window_extent()]
     for index, curve in enumerate(curves):
-        last, text = None, None
-        for x, y, name in zip(curve.x, curve.y, curve.names, strict=False):
-            place = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
-            if last is not None and text is not None and np.linalg.norm(place - last) < 0.06:
-                text.set_text(f"{text.get_text()}, {name.removeprefix('β=')}")
-                continue
-            style = dict(fontsize=7, color=COLOURS[(index if curve.family is None else curve.family) % 8])
-            side = dict(ha="right", xytext=(-5, 5)) if place[0] > 0.9 else dict(ha="left", xytext=(5, 5))
-            text, last = axes.annotate(name, (x, y), textcoords="offset points", **side, **style), place
+        colour = COLOURS[(index if curve.family is None else curve.family) % 8]
+        for (x, y), name in _groups(axes, curve):
+            for across, up in ((1, 1), (-1, -1), (1, -1), (-1, 1)):  # most curves fall
+                text = axes.annotate(
+                    name,
+                    (x, y),
+                    xytext=(5 * across, 5 * up),
+                    textcoords="offset points",
+                    ha="left" if across > 0 else "right",
+                    va="bottom" if up > 0 else "top",
+                    fontsize=7,
+                    color=colour,
+                )
+                box = text.get_window_extent()
+                fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+                if fits and not box.count_overlaps(taken):
+                    taken.append(box)
+                    break
+                text.remove()
+
+
+def _groups(axes: Any, curve: Curve) -> list[tuple[tuple[float, float], str]]:
+    """The first point of every group of neighbours, and the names of all of them."""
+    groups: list[tuple[tuple[float, float], str]] = []
+    first = None
+    for x, y, name in zip(curve.x, curve.y, curve.names, strict=False):
+        place = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+        if first is not None and np.linalg.norm(place - first) < 0.06:
+            point, names = groups[-1]
+            groups[-1] = point, f"{names}, {name.removeprefix('β=')}"
+        else:
+            groups.append(((x, y), name))
+            first = place
+    return groups
 
 
 def rate_distortion(
@@ -86,10 +117,11 @@ def rate_distortion(
     _draw(right, squared_errors, errors)
     right.set_ylabel("mean squared error [intensity²]")
     right.set_yscale("log")
-    for axes, curves in ((left, readings), (right, squared_errors)):
-        _name_points(axes, curves)
+    for axes in (left, right):
         axes.set_xlabel("rate KL(q(z|x) ‖ p(z)) [nats per image]")
         axes.legend(fontsize=8)
+    for axes, curves in ((left, readings), (right, squared_errors)):
+        _name_points(figure, axes, curves)
     return figure
 
 
@@ -253,7 +285,6 @@ def linear_theory(
     left.set_xlabel("rate [nats per image]")
     left.set_ylabel("mean squared error [intensity²]")
     left.set_yscale("log")
-    _name_points(left, measured)
     for (label, (betas, values)), colour in zip(deviations.items(), COLOURS, strict=False):
         right.plot(betas, 100 * np.maximum(values, 1e-7), color=colour, marker="o", markersize=4, label=label)
     right.axhline(1.0, color="black", linestyle=":", linewidth=1.0, label="1%")
@@ -264,4 +295,5 @@ def linear_theory(
     right.grid(alpha=0.3)
     for axes in (left, right):
         axes.legend(fontsize=8)
+    _name_points(figure, left, measured)
     return figure

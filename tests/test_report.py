@@ -20,6 +20,7 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.grid import Sweep
 from bsvae_jax.objective import Constant, Optimal
 from bsvae_jax.sweep import fit_sweep
+from bsvae_jax.sweep_figures import Curve, rate_distortion
 
 BETAS = (0.05, 0.1, 0.5, 1.0)
 VARIANCES = (0.05, 0.1, 0.5)
@@ -173,6 +174,25 @@ def test_the_page_needs_nothing_else(folder):
             assert np.asarray(image.convert("L")).std() > 5  # not blank
     assert 'name="viewport"' in page
     assert "<td>β-VAE, constant σ² = 0.1</td>" in page
+
+
+@pytest.mark.parametrize("count", [3, 13, 40])
+def test_labels_of_points_cover_nothing(count):
+    """Two curves that almost coincide, points crowded at one end: no two labels overlap, none leaves the axes or the legend."""
+    beta = np.geomspace(0.01, 100.0, count)
+    rate = 40.0 / (1.0 + beta)
+    names, none = tuple(f"β={value:.3g}" for value in beta), np.zeros(count)
+    curves = [Curve(f"curve {i}", rate * (1 + 0.02 * i), 100.0 / (2.0 + rate) + i, none, none, names) for i in (0, 1)]
+    squared = [curve._replace(y=0.01 * np.exp(-rate / 20)) for curve in curves]
+    figure = rate_distortion(curves, squared, [], [], "crowded")
+    figure.canvas.draw()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) >= 3
+        for index, box in enumerate(boxes):
+            assert not box.count_overlaps([*boxes[:index], axes.get_legend().get_window_extent()])
+            assert axes.get_window_extent().containsx(box.x0)
+            assert axes.get_window_extent().containsx(box.x1)
 
 
 def test_unfinished_and_diverged_members_are_told(folder, tmp_path):
