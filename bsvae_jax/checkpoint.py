@@ -3,12 +3,13 @@
 A checkpoint holds plain arrays only, so it restores onto any number of devices: the caller gives the target shapes.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ class DamagedCheckpointError(UserError):
 
 class NewerCheckpointError(UserError):
     """The checkpoint was written by a newer version, which may have meant something else by it."""
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written; those before it are still there, and another may be saved later."""
 
 
 def digest(tree: Any) -> str:
@@ -63,22 +68,14 @@ class Checkpoints:
     def __init__(self, folder: Path, read_only: bool = False, description: dict[str, Any] | None = None):
         """`folder` is made if absent, unless `read_only`; `description` (plain JSON values) travels with every checkpoint."""
         self._description = description or {}
+        self._saving: int | None = None
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every step, and errors that it raises too
         self._folder, self._read_only = folder.resolve(), read_only
-        best = BestN(get_metric_fn=lambda metrics: -metrics["objective"], n=1, keep_checkpoints_without_metrics=False)
-        options = ocp.CheckpointManagerOptions(
-            best_fn=lambda metrics: metrics["objective"],  # Orbax writes metrics only where this is set
-            best_mode="min",
-            preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
-            create=not read_only,
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
-        )
         damaged = self._damaged_metrics()
         if damaged and not read_only:
             self._set_aside(damaged)
         try:
-            self._manager = ocp.CheckpointManager(epath.Path(self._folder), options=options)
+            self._manager = self._open()
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             named = f" of step {', '.join(map(str, damaged))}" if damaged else ""
             raise UserError(
@@ -86,13 +83,28 @@ class Checkpoints:
                 "the command that trained it: it moves that step aside and continues from another."
             ) from error
 
+    def _open(self) -> ocp.CheckpointManager:
+        best = BestN(get_metric_fn=lambda metrics: -metrics["objective"], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics["objective"],  # Orbax writes metrics only where this is set
+            best_mode="min",
+            preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
+            create=not self._read_only,
+            read_only=self._read_only,
+            cleanup_tmp_directories=not self._read_only,
+        )
+        return ocp.CheckpointManager(epath.Path(self._folder), options=options)
+
     def __enter__(self) -> "Checkpoints":
         """Nothing to open."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Finish pending writes."""
-        self._manager.close()
+        """Finish pending writes; raises as `wait`."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """Steps saved, oldest first."""
@@ -104,14 +116,41 @@ class Checkpoints:
         return None if step is None or math.isinf(self._manager.metrics(step)["objective"]) else step
 
     def save(self, step: int, state: Any, objective: float | None) -> None:
-        """Save a pytree of arrays; `objective` (held-out, nats; None: not evaluated) ranks it."""
+        """Save a pytree of arrays; `objective` (held-out, nats; None: not evaluated) ranks it.
+
+        Raises:
+          SaveError: the disk did not take it, or the one before it (see `wait`).
+        """
+        self.wait()
         metadata = {"format": FORMAT, "sha256": digest(state), **self._description}
         metrics = {"objective": math.inf if objective is None else objective}  # Orbax wants one
-        self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, custom_metadata=metadata)
+        self._saving = step
+        with self._explained():
+            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, custom_metadata=metadata)
 
     def wait(self) -> None:
-        """Block until everything saved is on disk."""
-        self._manager.wait_until_finished()
+        """Block until everything saved is on disk.
+
+        Raises:
+          SaveError: it cannot be; what was written of it is deleted, and saving may be tried again.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # the system's word for a full disk, and TensorStore's
+            step, self._saving = self._saving, None
+            # A manager that has failed keeps its error for the next save, and its unfinished files on the disk.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._manager = self._open()
+            reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0][:200] or type(error).__name__
+            reason = "No space left on device" if "No space left" in str(error) else reason
+            raise SaveError(f"The checkpoint of step {step} could not be written to {self._folder} ({reason}).") from error
 
     def path(self, step: int) -> Path:
         """Folder of a step."""

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -547,6 +548,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Exit status 2: the message says what was wrong; 130 and 143: stopped by SIGINT or SIGTERM, the same command continues.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Of a save that fails, Orbax closes its event loop before all of TensorStore's threads have told it so; what is left of
+    # them complains on stderr, a dozen times, beside the sentence in which the failure is reported.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    complain = sys.unraisablehook
+    sys.unraisablehook = lambda error: None if str(error.exc_value) == "Event loop is closed" else complain(error)
     try:
         default: Any = Config()
         grid = Sweep()
@@ -591,3 +597,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from what is saved", file=sys.stderr)
         sys.exit(130)
+    finally:
+        sys.unraisablehook = complain

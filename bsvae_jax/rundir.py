@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
 from bsvae_jax import config as configs
-from bsvae_jax.checkpoint import Checkpoints, DamagedCheckpointError
+from bsvae_jax.checkpoint import Checkpoints, DamagedCheckpointError, SaveError
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
+from bsvae_jax.events import EventFile
 from bsvae_jax.files import read_arrays, write_atomically
 from bsvae_jax.scoring import Calibration
 from bsvae_jax.space import MARGIN, check_room, free_bytes, mebibytes, tree_bytes
@@ -241,7 +241,8 @@ class RunDirectory:
         self.folder, self._progress = folder, progress
         self._check_folder(config, images)
         self._checkpoints = Checkpoints(folder / "checkpoints", description={"config": configs.to_dict(config)})
-        self._writer: SummaryWriter | None = None
+        self._events: EventFile | None = None
+        self._first_step = 1
         self._unwritten: list[str] = []
         self._paused = False
         self._said: set[str] = set()
@@ -270,9 +271,10 @@ class RunDirectory:
 
     def __exit__(self, *exception: object) -> None:
         """Finish pending checkpoints and event files."""
+        self.settle()
         self._checkpoints.__exit__(*exception)
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
         self._lock.close()
 
     def say(self, message: str) -> None:
@@ -286,7 +288,7 @@ class RunDirectory:
 
     def state_before(self, state: State, step: int) -> State:
         """The newest checkpoint before `step` that loads, else `state`, the beginning."""
-        self._checkpoints.wait()
+        self.settle()
         for saved in reversed([saved for saved in self._checkpoints.steps() if saved < step]):
             try:
                 return state.with_arrays(self._checkpoints.restore(state.arrays(), saved)[1])  # type: ignore[attr-defined]
@@ -311,8 +313,7 @@ class RunDirectory:
         if metrics.is_file():
             kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
             write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        # TensorBoard drops what an earlier, interrupted writer put after this step.
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        self._first_step = step + 1
         return state
 
     def log(self, row: dict[str, Any], **clocked: float) -> None:
@@ -334,12 +335,15 @@ class RunDirectory:
             )
             return
         self._unwritten.clear()
-        assert self._writer is not None, "resume() opens the event file"
-        if free_bytes(self.folder) < MARGIN:  # the event file's thread would not survive a full disk
-            return
-        for name, value in (row | clocked).items():
-            if name not in ("step", "epoch", "split") and value is not None:
-                self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+        known = {name: value for name, value in (row | clocked).items() if value is not None}
+        values = {f"{row['split']}/{name}": value for name, value in known.items() if name not in ("step", "epoch", "split")}
+        try:
+            if self._events is None:
+                self._events = EventFile(self.folder / "tensorboard", self._first_step)
+            self._events.add(row["step"], values)
+        except OSError as error:
+            why = error.strerror or error
+            self.warn_once("events", f"TensorBoard events could not be written ({why}); metrics.jsonl has the numbers.")
 
     def warn_once(self, topic: str, message: str) -> None:
         """Show a warning, once for each topic."""
@@ -351,8 +355,10 @@ class RunDirectory:
         """Save a checkpoint, ranked by its held-out objective where that is known, unless this step is saved already.
 
         Returns:
-          False where the disk is too full: the last good checkpoint stays, a warning says so, and later calls try again.
+          False where the disk is too full: the last good checkpoint stays, a warning says so, and later calls try again. True
+          where saving has begun; `settle` says whether it ended well.
         """
+        self.settle()
         if step in self._checkpoints.steps():
             return True
         needed, free = tree_bytes(arrays) + MARGIN, free_bytes(self.folder)
@@ -361,15 +367,25 @@ class RunDirectory:
             return False
         try:
             self._checkpoints.save(step, arrays, objective)
-        except OSError as error:
-            self._pause(str(error.strerror or error))
+        except SaveError as error:
+            self._pause(str(error))
             return False
         if self._paused:
             warn(f"{self.folder}: saving again, from step {step}.")
             self._paused = False
         return True
 
+    def settle(self) -> bool:
+        """Wait until what is being saved is on the disk; False, and a warning, where it did not get there."""
+        try:
+            self._checkpoints.wait()
+        except SaveError as error:
+            self._pause(str(error))
+            return False
+        return True
+
     def _pause(self, why: str) -> None:
+        why = why.removesuffix(".")
         if not self._paused:
             warn(f"Saving in {self.folder} is paused ({why}); training goes on. {self.last_checkpoint()} Free some space.")
         self._paused = True
@@ -395,7 +411,7 @@ class RunDirectory:
 
     def last_checkpoint(self) -> str:
         """A sentence that names the last good checkpoint."""
-        self._checkpoints.wait()
+        self.settle()
         steps = self._checkpoints.steps()
         return f"The last good checkpoint is {self._checkpoints.path(steps[-1])}." if steps else "No checkpoint was saved yet."
 

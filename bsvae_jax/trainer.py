@@ -100,6 +100,9 @@ class Trainer:
                     saved = self._evaluate_and_save(state, step, epoch)
                 elif self.stop.number is not None:
                     saved = self._save_unevaluated(state, step)
+                if step == program.total or self.stop.number is not None:
+                    settled = [member.run.settle() for member in self.members]
+                    saved = saved and all(settled)
                 if step < program.total:
                     self.stop.check(
                         f"stopped after step {step} of {program.total}" + ("" if saved else ", which could not be saved")

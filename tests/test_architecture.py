@@ -13,7 +13,7 @@ PACKAGE = Path(bsvae_jax.__file__).parent
 # From the ground up; a module may import only modules of lower layers. One layer a line.
 LAYERS = [
     ["errors", "figures", "interruption", "chips"],
-    ["files", "space"],
+    ["files", "space", "events"],
     ["objective", "theory", "randomness", "sweep_figures", "evaluation_figures", "torchfile", "fid", "downloads"],
     ["config", "convolutions"],
     ["networks", "priors", "grid"],
