@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
+import os
 import re
 import typing
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bsvae_jax.errors import UserError, nearest
+from bsvae_jax.files import as_path
 from bsvae_jax.objective import Constant, DecoderVariance, Learned, Optimal, Predicted
 
 
@@ -25,6 +27,15 @@ def _check_number(name: str, value: Any, *, low: float, high: float = math.inf, 
         lower = f"{'>' if open_low else '>='} {low:g}"
         upper = "" if high == math.inf else f" and <= {high:g}"
         raise UserError(f"{name} must be a finite number {lower}{upper}, got {value!r}.")
+
+
+def _check_path(owner: Any, name: str, optional: bool = False) -> None:
+    """A path may be given as one, and is kept as text, which `config.json` can hold."""
+    value = getattr(owner, name)
+    if isinstance(value, os.PathLike):
+        object.__setattr__(owner, name, os.fspath(value))
+    elif not isinstance(value, str) and not (optional and value is None):
+        raise UserError(f"data.{name} must be a path, got {value!r}.")
 
 
 def _check_count(name: str, value: Any, low: int = 1) -> None:
@@ -52,6 +63,9 @@ class MNIST:
     folder: str = "data/mnist"
     """Holds train-images-idx3-ubyte[.gz], train-labels-..., t10k-images-... and t10k-labels-..."""
 
+    def __post_init__(self) -> None:
+        _check_path(self, "folder")
+
 
 @dataclass(frozen=True)
 class Arrays:
@@ -65,6 +79,7 @@ class Arrays:
     """Decides which; apart from the run's seed, so that runs of different seeds are tested on the same images."""
 
     def __post_init__(self) -> None:
+        _check_path(self, "path")
         _check_number("data.holdout", self.holdout, low=0.0, high=0.9, open_low=True)
         _check_count("data.holdout_seed", self.holdout_seed, low=0)
 
@@ -103,6 +118,11 @@ class TFDS:
     """1: grey, 3: colour; None: as they are."""
 
     def __post_init__(self) -> None:
+        for name in ("data_dir", "manual_dir"):
+            _check_path(self, name, optional=True)
+        for name in ("name", "train_split", "test_split"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise UserError(f"data.{name} must be a name, got {getattr(self, name)!r}.")
         _check_preprocessing(self)
 
 
@@ -128,6 +148,7 @@ class Folder:
     """1: grey, 3: colour; None: as they are."""
 
     def __post_init__(self) -> None:
+        _check_path(self, "path")
         _check_number("data.holdout", self.holdout, low=0.0, high=0.9, open_low=True)
         _check_count("data.holdout_seed", self.holdout_seed, low=0)
         _check_preprocessing(self)
@@ -158,6 +179,8 @@ class Augmentation:
             low, high = bounds
             _check_number(f"augmentation.{name}", low, low=0.0, open_low=True)
             _check_number(f"augmentation.{name}", high, low=low, high=1.0 if name == "crop_scale" else math.inf)
+        if not isinstance(self.flip, bool):
+            raise UserError(f"augmentation.flip must be True or False, got {self.flip!r}.")
 
 
 # --- Networks and prior -----------------------------------------------------------------------------------------------
@@ -361,10 +384,11 @@ def load_config(path: str | Path) -> Config:
       UserError: no such file, one that is not Python, no `get_config`, one that returns something else, an unknown field (the
         nearest name is offered), or a value out of range. Whatever else the file raises passes.
     """
-    module = load_module(Path(path))
-    if not hasattr(module, "get_config"):
+    path = as_path(path, "path")
+    module = load_module(path)
+    if not callable(getattr(module, "get_config", None)):
         raise UserError(f"{path} has no function get_config() returning a bsvae_jax Config.")
-    with explained(Path(path)):
+    with explained(path):
         config = module.get_config()
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {path} must return a bsvae_jax Config, got {type(config).__name__}.")

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class BsvaeError(Exception):
@@ -37,6 +38,17 @@ class DivergenceError(BsvaeError, FloatingPointError):
     >>> issubclass(DivergenceError, FloatingPointError)
     True
     """
+
+
+def check_kind(what: str, value: Any, kinds: type | tuple[type, ...], remedy: str = "") -> None:
+    """Raise a UserError, which ends with `remedy`, unless `value` is of one of the `kinds`."""
+    if isinstance(value, kinds):
+        return
+    names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+    shown = repr(value)
+    if len(shown) > 80 or "\n" in shown:  # an array, say
+        shown = f"a value of type {type(value).__name__}"
+    raise UserError(f"{what} must be of type {names}, got {shown}{'; ' if remedy else ''}{remedy}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -19,8 +19,8 @@ from bsvae_jax.checkpoint import digest
 from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.images import to_unit_interval
-from bsvae_jax.errors import UserError, nearest
-from bsvae_jax.files import cache_folder, read_arrays, write_atomically
+from bsvae_jax.errors import UserError, check_kind, nearest
+from bsvae_jax.files import as_path, cache_folder, read_arrays, write_atomically
 from bsvae_jax.likelihood import Density, ImportanceScores
 from bsvae_jax.loading import Restored
 from bsvae_jax.objective import bits_per_dimension
@@ -59,8 +59,10 @@ class Fid:
     """'paper': every sample's contrast is stretched to [0, 1] first, as the code of Kim & Lee (2024) does; not comparable."""
 
     def __post_init__(self) -> None:
-        if self.samples < 4:
-            raise UserError(f"FID needs samples, at least 4, got {self.samples}; 10,000 or more make it comparable.")
+        if not isinstance(self.samples, int) or self.samples < 4:
+            raise UserError(f"FID needs samples, at least 4, got {self.samples!r}; 10,000 or more make it comparable.")
+        if self.weights is not None:
+            check_kind("weights", self.weights, inception.Weights, "inception.load_weights reads them")
         if self.protocol not in ("standard", "paper"):
             raise UserError(f"The protocol must be 'standard' or 'paper', got {self.protocol!r}.")
 
@@ -92,7 +94,7 @@ def evaluate(
     samples: int | None = None,
     bound_images: int | None = None,
     fid_options: Fid | None = None,
-    workdir: Path | None = None,
+    workdir: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluated:
     """Evaluate a restored run on splits of its data, over all devices.
@@ -126,6 +128,10 @@ def evaluate(
         parameters are not finite; for FID, images of neither 1 nor 3 channels, or weights that cannot be had.
     """
     _check(run, images, splits, samples, bound_images)
+    check_kind("fid_options", fid_options, (Fid, type(None)))
+    workdir = None if workdir is None else as_path(workdir, "workdir")
+    if workdir is not None and not workdir.is_dir():
+        raise UserError(f"There is no folder {workdir}; workdir must name one, or be None.")
     weights = None
     if fid_options is not None:
         if images.image_shape[2] not in (1, 3):
@@ -169,15 +175,21 @@ def evaluate(
 
 
 def _check(run: Restored, images: ImageSet, splits: Sequence[str], samples: int | None, bound_images: int | None) -> None:
+    check_kind("run", run, Restored, "bsvae_jax.restore(workdir) opens one")
+    check_kind("images", images, ImageSet, "bsvae_jax.data.load(run.config.data) reads them")
+    if not isinstance(splits, Sequence) or isinstance(splits, str) or not splits:
+        raise UserError(f"splits must be some of the names train and test, as in ('test',), got {splits!r}.")
     for split in splits:
         if split not in ("train", "test"):
-            raise UserError(f"There is no split {split!r}{nearest(split, ('train', 'test'))}; the splits are train and test.")
+            raise UserError(
+                f"There is no split {split!r}{nearest(str(split), ('train', 'test'))}; the splits are train and test."
+            )
     if images.image_shape != run.image_shape:
         raise UserError(f"The model takes images of shape {run.image_shape}, the data have {images.image_shape}.")
     if samples is not None:
         likelihood.check_samples(samples)
-    if bound_images is not None and bound_images < 1:
-        raise UserError(f"The bound needs at least one image, got {bound_images}.")
+    if bound_images is not None and (not isinstance(bound_images, int) or bound_images < 1):
+        raise UserError(f"The bound needs at least one image, got {bound_images!r}.")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.variables)):
         raise UserError(
             f"The parameters of step {run.step} are not finite: this run has diverged, there is nothing to evaluate."

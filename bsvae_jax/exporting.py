@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from bsvae_jax import config as configs
 from bsvae_jax.errors import UserError
-from bsvae_jax.files import write_atomically
+from bsvae_jax.files import as_path, write_atomically
 from bsvae_jax.loading import restore
 from bsvae_jax.weights import flatten
 
@@ -52,7 +52,7 @@ def export_safetensors(
     Raises:
       UserError: as `restore`; another suffix, a file that exists, or a place that cannot be written.
     """
-    out = Path(out)
+    out = as_path(out, "out")
     if out.suffix != ".safetensors":
         raise UserError(f"The file must be called NAME.safetensors, got {out}.")
     if out.exists() and not overwrite:

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
-from bsvae_jax.files import read_arrays
+from bsvae_jax.files import as_path, read_arrays
 from bsvae_jax.pipeline import gather
 from bsvae_jax.rundir import RunDirectory, read_info
 from bsvae_jax.training import TrainState, build_knobs, build_model, create_state, data_order, prepare_batch, train_step
@@ -85,7 +85,7 @@ def failed_step(workdir: str | Path) -> FailedStep:
     Raises:
       UserError: not a run, one of which no step failed (a held-out objective that is not finite keeps none), or a damaged file.
     """
-    folder = Path(workdir)
+    folder = as_path(workdir, "workdir")
     info = read_info(folder)
     path = folder / "failure.npz"
     if not path.is_file():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import UserError, check_kind
 
 DAMAGE: tuple[type[Exception], ...] = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, MemoryError, RuntimeError, SyntaxError),
@@ -28,6 +28,12 @@ DAMAGE: tuple[type[Exception], ...] = (
 def cache_folder() -> Path:
     """Where downloads, prepared images and reference statistics are kept: `$BSVAE_CACHE`, or `~/.cache/bsvae_jax`."""
     return Path(os.environ.get("BSVAE_CACHE") or Path.home() / ".cache" / "bsvae_jax")
+
+
+def as_path(path: Any, what: str) -> Path:
+    """A path given as text or as a path; a UserError names `what` otherwise."""
+    check_kind(what, path, (str, os.PathLike), "give the path of a file or folder")
+    return Path(path)
 
 
 def sha256_of(path: Path, progress: Callable[[int], Any] | None = None) -> str:

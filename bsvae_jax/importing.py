@@ -13,8 +13,8 @@ from bsvae_jax.checkpoint import Checkpoints
 from bsvae_jax.config import Config
 from bsvae_jax.data import load
 from bsvae_jax.data.order import steps_through
-from bsvae_jax.errors import UserError
-from bsvae_jax.files import sha256_of, write_atomically
+from bsvae_jax.errors import UserError, check_kind
+from bsvae_jax.files import as_path, sha256_of, write_atomically
 from bsvae_jax.rundir import describe_run, take_folder
 from bsvae_jax.space import check_room, tree_bytes
 from bsvae_jax.torchfile import read_state_dict
@@ -59,7 +59,8 @@ def import_torch(path: str | Path, config: Config, workdir: str | Path) -> Impor
       UserError: before anything is written: the file holds no `state_dict`, another network's or one that is not finite; the
         data cannot be read; the workdir is in use.
     """
-    path, folder = Path(path), Path(workdir)
+    path, folder = as_path(path, "path"), as_path(workdir, "workdir")
+    check_kind("config", config, Config, "load_config(path) reads one from a file")
     arrays = read_state_dict(path)
     images = load(config.data)
     check_against_data(config, images)

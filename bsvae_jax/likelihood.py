@@ -140,8 +140,8 @@ def _lifted(model: VAE, levels: int, densities: tuple[Density, ...], chunk: int,
 
 def check_samples(samples: int) -> None:
     """Raise a UserError unless the number of importance samples lies in 1 ... 5,000."""
-    if not 1 <= samples <= MOST_SAMPLES:
-        raise UserError(f"The number of importance samples must lie in 1 ... {MOST_SAMPLES:,}, got {samples}.")
+    if not isinstance(samples, int) or not 1 <= samples <= MOST_SAMPLES:
+        raise UserError(f"The number of importance samples must lie in 1 ... {MOST_SAMPLES:,}, got {samples!r}.")
 
 
 class Partial(NamedTuple):

@@ -8,6 +8,7 @@ import jax
 from bsvae_jax.checkpoint import Checkpoints
 from bsvae_jax.config import Config
 from bsvae_jax.errors import UserError
+from bsvae_jax.files import as_path
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import quantization_variance
 from bsvae_jax.rundir import read_calibration, read_info, warn
@@ -67,7 +68,7 @@ def restore(workdir: str | Path, checkpoint: Literal["latest", "best"] = "latest
     Raises:
       UserError: another `checkpoint`, not a run, no checkpoint yet, or none that loads.
     """
-    folder = Path(workdir)
+    folder = as_path(workdir, "workdir")
     if checkpoint not in ("latest", "best"):
         raise UserError(f"checkpoint must be 'latest' or 'best', got {checkpoint!r}.")
     info = read_info(folder)

@@ -1,5 +1,6 @@
 """The VAE: an encoder and a decoder network, a prior and a decoder-variance model."""
 
+import typing
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,9 +9,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
 from bsvae_jax import config, networks, objective, priors
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.objective import DecoderVariance, ElboTerms, Learned, Predicted
-from bsvae_jax.randomness import example_keys, example_positions, normal_per_example
+from bsvae_jax.randomness import check_key, example_keys, example_positions, normal_per_example
 
 Images = Float[Array, "batch height width channels"]
 Latents = Float[Array, "batch latent"]
@@ -61,7 +62,7 @@ class VAE(nn.Module):
     ((3,), (3,))
 
     Raises:
-      UserError: images of another shape than `image_shape`.
+      UserError: a field of a wrong kind, images of another shape than `image_shape`, or what is no key.
     """
 
     image_shape: tuple[int, int, int]
@@ -80,6 +81,7 @@ class VAE(nn.Module):
 
     def setup(self) -> None:
         """Build the parts; called by Flax."""
+        self._check()
         height, width, channels = self.image_shape
         predicted = isinstance(self.decoder_variance, Predicted)
         output_shape = (height, width, 2 * channels if predicted else channels)
@@ -91,14 +93,28 @@ class VAE(nn.Module):
             initial = float(np.log(self.decoder_variance.initial_variance))
             self.log_variance = self.param("log_variance", nn.initializers.constant(initial), ())
 
+    def _check(self) -> None:
+        shape = self.image_shape
+        if not isinstance(shape, tuple) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise UserError(f"image_shape must be (height, width, channels), whole numbers >= 1, got {shape!r}.")
+        if not isinstance(self.latent_size, int) or self.latent_size < 1:
+            raise UserError(f"latent_size must be a whole number >= 1, got {self.latent_size!r}.")
+        fields: dict[str, Any] = {"network": config.Network, "prior": config.Prior, "decoder_variance": DecoderVariance}
+        for name, kinds in fields.items():
+            check_kind(name, getattr(self, name), typing.get_args(kinds) or kinds, "see bsvae_jax.config")
+
     def encode(self, x: Images, train: bool = False) -> Posterior:
         """Images [B, H, W, C] in [0, 1] to q(z|x)."""
-        if x.shape[1:] != self.image_shape:
-            raise UserError(f"This model takes images of shape {self.image_shape}, got a batch of shape {x.shape}.")
+        if jnp.shape(x)[1:] != self.image_shape:
+            raise UserError(f"This model takes images of shape {self.image_shape}, got a batch of shape {jnp.shape(x)}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise UserError(f"This model takes floating-point images in [0, 1], got {x.dtype}; divide 8-bit values by 255.")
         return Posterior(*self.encoder(x, train))
 
     def decode(self, z: Latents, train: bool = False) -> Decoded:
         """Latents [B, L] to p(x|z)."""
+        if jnp.ndim(z) != 2 or jnp.shape(z)[1] != self.latent_size:
+            raise UserError(f"This model takes latents of shape [B, {self.latent_size}], got {jnp.shape(z)}.")
         mean = self.decoder(z, train)
         if isinstance(self.decoder_variance, Predicted):
             mean, log_variance = jnp.split(mean, 2, axis=-1)
@@ -111,6 +127,9 @@ class VAE(nn.Module):
 
     def sample_latents(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
         """`count` samples of the prior, [count, L]."""
+        check_key(key)
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"count must be a whole number >= 1, got {count!r}.")
         return self.prior_model.sample(key, count)
 
     def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count height width channels"]:
@@ -126,6 +145,7 @@ class VAE(nn.Module):
           train: BatchNorm uses and updates batch statistics.
         """
         posterior = self.encode(x, train)
+        check_key(key, len(x))
         keys = example_keys(key, example_positions(len(x), self.axis_name)) if key.ndim == 0 else key
         noise = normal_per_example(keys, posterior.mean.shape[1:])
         z = posterior.mean + jnp.exp(0.5 * posterior.log_variance) * noise.astype(posterior.mean.dtype)

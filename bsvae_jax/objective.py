@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bsvae_jax.errors import UserError, nearest
+from bsvae_jax.errors import UserError, check_kind, nearest
 
 LOG_2PI = float(np.log(2.0 * np.pi))
 
@@ -34,12 +34,31 @@ Shared = Literal["example", "batch", "pixel"]
 Tree = TypeVar("Tree")
 
 
+def _check_positive(what: str, value: Any, allow_zero: bool = False) -> None:
+    """Reject a wrong number; an array of JAX may be traced, so it cannot be looked at and passes."""
+    if isinstance(value, jax.Array):
+        return
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+        if not np.all(np.isfinite(value) & ((value >= 0) if allow_zero else (value > 0))):
+            raise UserError(f"{what} must be finite and {'>= 0' if allow_zero else '> 0'} everywhere; the array holds others.")
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise UserError(f"{what} must be a number, got {value!r}.")
+    if not np.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
+        bound = "a finite number >= 0" if allow_zero else "a finite number > 0"
+        raise UserError(f"{what} must be {bound}, got {value}.")
+
+
 def quantization_variance(step: float) -> float:
     """Variance `step**2 / 12`, squared intensity, of uniform dequantisation noise for data in [0, 1] of grid spacing `step`.
 
     >>> f"{quantization_variance(1 / 255):.3e}"
     '1.282e-06'
+
+    Raises:
+      UserError: `step` is a number that is not finite and > 0.
     """
+    _check_positive("step", step)
     return step**2 / 12.0
 
 
@@ -52,21 +71,18 @@ PAPER_FLOOR = 1e-5 / (2.0 * np.pi)
 
 def mean_over_devices(tree: Tree, axis_name: str | None) -> Tree:
     """Mean of every leaf over the named device axis; the identity when there is none."""
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+    if axis_name is None:
+        return tree
+    try:
+        return jax.lax.pmean(tree, axis_name)
+    except NameError as error:
+        raise UserError(
+            f"There is no device axis {axis_name!r} here: axis_name is for functions inside jax.pmap or jax.shard_map over an "
+            "axis of that name; leave it out elsewhere."
+        ) from error
 
 
 # --- Decoder-variance models ------------------------------------------------------------------------------------------
-
-
-def _check_positive(what: str, value: Any, allow_zero: bool = False) -> None:
-    """Reject a wrong number; an array may be traced, so it cannot be looked at and passes."""
-    if isinstance(value, jax.Array | np.ndarray):
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise UserError(f"{what} must be a number, got {value!r}.")
-    if not np.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
-        bound = "a finite number >= 0" if allow_zero else "a finite number > 0"
-        raise UserError(f"{what} must be {bound}, got {value}.")
 
 
 def _check_floor(what: str, value: Any) -> None:
@@ -199,8 +215,20 @@ def floor_of(decoder_variance: DecoderVariance) -> float:
 # --- Gaussian negative log-likelihoods --------------------------------------------------------------------------------
 
 
+def _as_float(what: str, values: Any) -> Array:
+    """Values as an array of a floating type. (8-bit images that nobody divided by 255 would give numbers, and wrong ones.)"""
+    check_kind(what, values, (jax.Array, np.ndarray, np.number, float, list, tuple), "give an array of floats")
+    try:
+        array = jnp.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what} is no array of numbers: {str(error).splitlines()[0]}") from error
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"{what} must be floating point (images in [0, 1]), got {array.dtype}; divide 8-bit values by 255.")
+    return array
+
+
 def _residual_squared(x: Float[Array, "batch *pixels"], mean: Float[Array, "batch *pixels"]) -> Float[Array, "batch *pixels"]:
-    x, mean = jnp.asarray(x), jnp.asarray(mean)
+    x, mean = _as_float("x", x), _as_float("mean", mean)
     if x.shape != mean.shape or x.ndim < 2:
         raise UserError(
             f"x and mean must have one shape [batch, ...pixels], got {x.shape} and {mean.shape}; nothing is broadcast here."
@@ -337,7 +365,7 @@ def kl_to_standard_normal(
     Raises:
       UserError: the two shapes differ.
     """
-    mean, log_variance = jnp.asarray(mean), jnp.asarray(log_variance)
+    mean, log_variance = _as_float("mean", mean), _as_float("log_variance", log_variance)
     if mean.shape != log_variance.shape:
         raise UserError(f"mean and log_variance must have one shape, got {mean.shape} and {log_variance.shape}.")
     dtype = jnp.promote_types(jnp.result_type(mean, log_variance), jnp.float32)
@@ -394,11 +422,15 @@ def elbo_terms(
     Raises:
       UserError: shapes differ, or `log_variance` is missing or given where the variance model has none.
     """
+    check_kind("decoder_variance", decoder_variance, (Constant, Optimal, Learned, Predicted), "as in bsvae_jax.Optimal()")
     residual_squared = _residual_squared(x, mean)
+    rate = _as_float("rate", rate)
+    if rate.shape != residual_squared.shape[:1]:
+        raise UserError(f"rate must have a value for each image, shape {residual_squared.shape[:1]}, got {rate.shape}.")
     trained = isinstance(decoder_variance, Learned | Predicted)
     if trained != (log_variance is not None):
         name = type(decoder_variance).__name__
-        raise UserError(f"{name} {'needs' if trained else 'takes no'} log_variance; got {log_variance!r}.")
+        raise UserError(f"{name} {'needs' if trained else 'takes no'} log_variance, and got {'none' if trained else 'one'}.")
     if isinstance(decoder_variance, Optimal):
         floor = floor_of(decoder_variance)
         variance = _optimal_variance(residual_squared, decoder_variance.over, floor, axis_name)
@@ -408,7 +440,7 @@ def elbo_terms(
         distortion = gaussian_nll(x, mean, decoder_variance.variance)
     else:
         expected = residual_squared.shape if isinstance(decoder_variance, Predicted) else ()
-        log_variance = jnp.asarray(log_variance).astype(residual_squared.dtype)
+        log_variance = _as_float("log_variance", log_variance).astype(residual_squared.dtype)
         if log_variance.shape != expected:
             name = type(decoder_variance).__name__
             raise UserError(f"log_variance of {name} must have shape {expected}, got {log_variance.shape}.")
@@ -433,7 +465,13 @@ def mean_objective(terms: ElboTerms, beta: float | Float[Array, ""], axis_name: 
     Raises:
       UserError: `beta` is not a finite number >= 0.
     """
+    check_kind("terms", terms, ElboTerms, "it is what elbo_terms returns")
+    if jnp.shape(terms.distortion) != jnp.shape(terms.rate):
+        shapes = f"{jnp.shape(terms.distortion)} and {jnp.shape(terms.rate)}"
+        raise UserError(f"distortion and rate must have a value for each image, got shapes {shapes}.")
     _check_positive("beta", beta, allow_zero=True)
+    if np.ndim(beta):
+        raise UserError(f"beta must be one number, got an array of shape {np.shape(beta)}; jax.vmap takes many.")
     return mean_over_devices(jnp.mean(terms.distortion + beta * terms.rate), axis_name)
 
 
@@ -453,5 +491,12 @@ def bits_per_dimension(nll: Values, shape: Sequence[int], step: float = 1.0 / 25
 
     >>> round(float(bits_per_dimension(0.0, (28, 28, 1))), 3)  # density 1 on [0, 1]: a uniform distribution
     7.994
+
+    Raises:
+      UserError: a shape that is not of an image, or a step that is not a number > 0.
     """
+    if not isinstance(shape, Sequence) or not shape or not all(isinstance(n, int | np.integer) and n > 0 for n in shape):
+        raise UserError(f"shape must be that of an image, whole numbers >= 1 as in (28, 28, 1), got {shape!r}.")
+    _check_positive("step", step)
+    check_kind("nll", nll, (float, int, np.number, np.ndarray, jax.Array), "nats per example")
     return nll / (float(np.prod(shape)) * float(np.log(2.0))) - float(np.log2(step))

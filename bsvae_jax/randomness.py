@@ -4,10 +4,24 @@ Each example of the global batch has its own key, made from its position in it. 
 draw the same noise for the same example.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
+
+from bsvae_jax.errors import UserError
+
+
+def check_key(key: Any, batch: int | None = None) -> None:
+    """Raise a UserError unless `key` is one key of `jax.random.key`, or, given `batch`, one for each example."""
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        given = f"{key.dtype} of shape {key.shape}" if isinstance(key, jax.Array) else repr(key)
+        raise UserError(f"key must be made by jax.random.key (jax.random.PRNGKey makes plain numbers), got {given}.")
+    if key.shape not in ((), *(() if batch is None else ((batch,),))):
+        wanted = "one key" if batch is None else f"one key, or one for each of the {batch} images,"
+        raise UserError(f"key must be {wanted} got keys of shape {key.shape}.")
 
 
 def example_positions(share: int, axis_name: str | None = None, parts: int = 1) -> Int[Array, " share"]:

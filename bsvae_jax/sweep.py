@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -25,8 +25,8 @@ from bsvae_jax.checkpoint import DamagedCheckpointError, saved_steps
 from bsvae_jax.config import Config, Residual
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.order import steps_through
-from bsvae_jax.errors import DivergenceError, UserError
-from bsvae_jax.files import write_atomically
+from bsvae_jax.errors import DivergenceError, UserError, check_kind
+from bsvae_jax.files import as_path, write_atomically
 from bsvae_jax.gallery import PICTURES, Gallery, draw_members
 from bsvae_jax.grid import GridMember, Sweep, base_config
 from bsvae_jax.interruption import Stop, stop_on_signals
@@ -110,13 +110,17 @@ def fit_sweep(
       UserError: before any training: grid, data, devices, memory or workdir do not fit; or the disk is full at a member's end.
       Interrupted: SIGINT or SIGTERM; the step in flight was finished and saved, the same call continues after it.
     """
-    folder = Path(workdir)
+    check_kind("config", config, Config, "load_config(path) reads one from a file")
+    check_kind("grid", grid, Sweep)
+    folder = as_path(workdir, "workdir")
+    if driving is not None and driving not in get_args(Driving):
+        raise UserError(f"driving must be one of {', '.join(get_args(Driving))}, got {driving!r}.")
     members = grid.members(config)
     devices = data_mesh(config.devices)
     platform = devices.devices.flat[0].platform
     driving = choose_driving(config, platform) if driving is None else driving
-    if members_at_once is not None and members_at_once < 1:
-        raise UserError(f"members_at_once must be a whole number >= 1, got {members_at_once}.")
+    if members_at_once is not None and (not isinstance(members_at_once, int) or members_at_once < 1):
+        raise UserError(f"members_at_once must be a whole number >= 1, got {members_at_once!r}.")
     if members_at_once not in (None, 1) and driving == "loop":
         raise UserError("Driving 'loop' trains one member at a time; leave out --members-at-once, or choose scan or vmap.")
     data_mesh(config.devices, config.batch_size if driving == "loop" else None)

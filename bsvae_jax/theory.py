@@ -4,7 +4,7 @@ Everything is in nats per example. The data are described by the eigenvalues of 
 order.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -34,8 +34,25 @@ class LinearOptimum(NamedTuple):
     """`distortion + beta * rate`, nats."""
 
 
+def _check_number(name: str, value: Any, allow_zero: bool = False) -> None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = np.nan
+    if not np.isfinite(number) or number < 0 or (number == 0 and not allow_zero):
+        raise UserError(f"{name} must be a finite number {'>=' if allow_zero else '>'} 0, got {value!r}.")
+
+
+def _check_latent_size(value: Any, largest: int, why: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= largest:
+        raise UserError(f"latent_size must lie in 1 ... {largest}{why}, got {value!r}.")
+
+
 def _sorted_eigenvalues(eigenvalues: Eigenvalues) -> np.ndarray:
-    values = np.asarray(eigenvalues, np.float64)
+    try:
+        values = np.asarray(eigenvalues, np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"eigenvalues must be a vector of numbers: {error}.") from error
     if values.ndim != 1 or values.size == 0:
         raise UserError(f"eigenvalues must be a non-empty vector, got shape {values.shape}.")
     if not np.all(np.isfinite(values)):
@@ -74,12 +91,9 @@ def linear_optimum(eigenvalues: Eigenvalues, latent_size: int, beta: float, floo
     """
     l = _sorted_eigenvalues(eigenvalues)
     dimensions = l.size
-    if not 1 <= latent_size <= dimensions:
-        raise UserError(f"latent_size must lie in 1 ... {dimensions} (the data's dimensions), got {latent_size}.")
-    if not (np.isfinite(beta) and beta > 0):
-        raise UserError(f"beta must be a finite number > 0, got {beta}.")
-    if not (np.isfinite(floor) and floor >= 0):
-        raise UserError(f"floor must be a finite number >= 0, got {floor}.")
+    _check_latent_size(latent_size, dimensions, " (the data's dimensions)")
+    _check_number("beta", beta)
+    _check_number("floor", floor, allow_zero=True)
     for k in range(latent_size + 1):
         if dimensions - k * beta <= 0:  # at most D / beta latents can be active
             break
@@ -109,9 +123,10 @@ def critical_beta(eigenvalues: Eigenvalues, floor: float = 0.0) -> float:
     2.0
 
     Raises:
-      UserError: eigenvalues negative or not finite, or all of them zero with `floor = 0`.
+      UserError: eigenvalues negative or not finite, a floor that is not a number >= 0, or all of them zero.
     """
     l = _sorted_eigenvalues(eigenvalues)
+    _check_number("floor", floor, allow_zero=True)
     variance = float(l.mean()) + floor
     if not variance > 0:
         raise UserError("The data have no variance: every beta leaves all latents inactive.")
@@ -132,8 +147,7 @@ def gaussian_rate_distortion(eigenvalues: Eigenvalues, distortion: float) -> flo
       UserError: eigenvalues negative or not finite, or a distortion that is not a positive number.
     """
     l = _sorted_eigenvalues(eigenvalues)
-    if not (np.isfinite(distortion) and distortion >= 0) or (distortion == 0 and l[0] > 0):
-        raise UserError(f"distortion must be a finite number > 0 (R(D) is infinite at 0), got {distortion}.")
+    _check_number("distortion", distortion, allow_zero=bool(l[0] == 0))  # R(D) is infinite at 0
     if distortion >= l.sum():
         return 0.0
     # sum_i min(s, l_i) is piecewise linear in the level s: k eigenvalues above s give k s + sum_{i>k} l_i.
@@ -168,8 +182,7 @@ def probabilistic_pca_log_likelihood(eigenvalues: Eigenvalues, latent_size: int)
     """
     l = _sorted_eigenvalues(eigenvalues)
     dimensions = l.size
-    if not 1 <= latent_size < dimensions:
-        raise UserError(f"latent_size must lie in 1 ... {dimensions - 1}, got {latent_size}.")
+    _check_latent_size(latent_size, dimensions - 1)
     variance = float(np.mean(l[latent_size:]))
     if variance == 0:
         raise UserError(f"The data have rank <= {latent_size}: the likelihood is unbounded. Use fewer latents.")
@@ -188,9 +201,12 @@ def covariance_eigenvalues(data: Shaped[np.ndarray, "examples *pixels"]) -> Eige
     [2.  0.5]
 
     Raises:
-      UserError: fewer than two examples.
+      UserError: fewer than two examples, examples of no dimension, or values that are no numbers or not finite.
     """
-    flat = np.asarray(data).reshape(len(data), -1)
+    data = np.asarray(data)
+    if data.ndim < 2 or data.size == 0 or data.dtype.kind not in "fiub":
+        raise UserError(f"data must be numbers of shape [examples, ...], got {data.dtype} of shape {data.shape}.")
+    flat = data.reshape(len(data), -1)
     if len(flat) < 2:
         raise UserError(f"A covariance needs at least 2 examples, got {len(flat)}.")
     mean = flat.mean(axis=0, dtype=np.float64)
@@ -198,4 +214,6 @@ def covariance_eigenvalues(data: Shaped[np.ndarray, "examples *pixels"]) -> Eige
     for start in range(0, len(flat), 4096):  # bounds the float64 copy
         centred = flat[start : start + 4096].astype(np.float64) - mean
         covariance += centred.T @ centred
+    if not np.isfinite(covariance.trace()):
+        raise UserError("data must be finite; some values are NaN or infinite.")
     return np.maximum(np.linalg.eigvalsh(covariance / len(flat))[::-1], 0.0)

@@ -19,8 +19,9 @@ from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.order import steps_through
 from bsvae_jax.diagnosis import diagnose
-from bsvae_jax.errors import DivergenceError, UserError
+from bsvae_jax.errors import DivergenceError, UserError, check_kind
 from bsvae_jax.failure import failing_step
+from bsvae_jax.files import as_path
 from bsvae_jax.interruption import Stop, stop_on_signals
 from bsvae_jax.parallel import (
     data_mesh,
@@ -362,10 +363,12 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
         checkpoint.
       Interrupted: SIGINT or SIGTERM; the step in flight was finished and saved, the same call continues after it.
     """
+    check_kind("config", config, Config, "load_config(path) reads one from a file")
+    folder = as_path(workdir, "workdir")
     mesh = data_mesh(config.devices, config.batch_size, config.gradient_accumulation)
     images = load(config.data)
     check_against_data(config, images)
-    with stop_on_signals() as stop, RunDirectory(Path(workdir), config, images, progress) as run:
+    with stop_on_signals() as stop, RunDirectory(folder, config, images, progress) as run:
         program = Program(config, images, mesh)
         run.say(
             f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "

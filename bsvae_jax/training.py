@@ -21,7 +21,7 @@ from bsvae_jax import objective
 from bsvae_jax.config import Config
 from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder, augment
 from bsvae_jax.data.images import to_unit_interval
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.model import VAE
 from bsvae_jax.randomness import example_keys, example_positions
 
@@ -141,8 +141,10 @@ def train_step(
     True
 
     Raises:
-      UserError: images of another shape than the model's, or a `beta` or `variance` that is out of range and not traced.
+      UserError: a `state`, images or a `key` of another kind or shape than the model's, or a `beta` or `variance` that is out
+        of range and not traced.
     """
+    check_kind("state", state, TrainState)
     axis_name = state.model.axis_name
     model = state.model if variance is None else state.model.clone(decoder_variance=objective.Constant(variance))
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from bsvae_jax.config import Augmentation
+from bsvae_jax.errors import UserError, check_kind
+from bsvae_jax.randomness import check_key
 
 Image = Float[Array, "height width channels"]
 
@@ -27,7 +29,17 @@ def augment(
     >>> changed = augment(ramps, jax.random.split(jax.random.key(0), 100), Augmentation(flip=True))
     >>> sorted(set(changed[:, 0, 0, 0].tolist()))  # some are mirrored
     [0.0, 1.0]
+
+    Raises:
+      UserError: images or keys of another shape or type, or something else than an `Augmentation`.
     """
+    check_kind("config", config, Augmentation)
+    if not isinstance(images, jax.Array) or images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+        given = f"{images.dtype} of shape {images.shape}" if hasattr(images, "shape") else repr(images)
+        raise UserError(f"images must be floats of JAX in [0, 1], shape [B, H, W, C], got {given}.")
+    check_key(keys, len(images))
+    if keys.ndim == 0:
+        raise UserError(f"keys must be one for each of the {len(images)} images; jax.random.split makes them.")
     if config == Augmentation():
         return images
     return jax.vmap(lambda image, key: _augment_one(image, key, config))(images, keys)

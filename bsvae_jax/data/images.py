@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bsvae_jax import theory
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import UserError, check_kind
 
 SPECTRUM_LIMIT = 4096
 """Largest number of pixels times channels whose covariance is decomposed: 4,096 take a minute, ten times as many a day."""
@@ -56,6 +56,9 @@ class ImageSet:
     >>> images = ImageSet("blank", train=blank, test=blank[:1], levels=17)
     >>> images.image_shape, images.step, len(images.train)
     ((8, 8, 1), 0.0625, 5)
+
+    Raises:
+      UserError: an array of another shape or type, an empty one, or fewer than two levels.
     """
 
     name: str
@@ -73,6 +76,20 @@ class ImageSet:
     """Names of the classes or of the attributes, where the source has them."""
     known_fingerprint: str | None = None
     """The value of `fingerprint()`, where it is known already."""
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):
+            images = getattr(self, name)
+            check_kind(name, images, np.ndarray, "data.check_images makes one of your own images")
+            if images.ndim != 4 or 0 in images.shape:
+                raise UserError(f"{name} must hold images [N, H, W, C], at least one, got shape {images.shape}.")
+            if images.dtype not in (np.uint8, np.float32):
+                raise UserError(f"{name} must be uint8 or float32 in [0, 1], got {images.dtype}; see data.check_images.")
+        if self.train.shape[1:] != self.test.shape[1:] or self.train.dtype != self.test.dtype:
+            one, other = (f"{images.dtype} of shape {images.shape[1:]}" for images in (self.train, self.test))
+            raise UserError(f"train and test must be images of one kind, got {one} and {other}.")
+        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or self.levels < 2:
+            raise UserError(f"levels must be a whole number >= 2, got {self.levels!r}.")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -163,7 +180,10 @@ def check_images(images: Any, what: str) -> np.ndarray:
       UserError: a rank other than [N, H, W] or [N, H, W, C], no images, a dtype other than uint8 or float, or floats that are
         NaN or outside [0, 1].
     """
-    images = np.asarray(images)
+    try:
+        images = np.asarray(images)
+    except ValueError as error:  # of lists of several lengths
+        raise UserError(f"{what} must be one array, [N, H, W] or [N, H, W, C]: {error}.") from error
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4:

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
+from bsvae_jax.errors import UserError
+from bsvae_jax.randomness import check_key
+
 
 class ShuffledOrder:
     """Indices of the examples of every step, on the device; depends on the key and the step alone.
@@ -18,10 +21,17 @@ class ShuffledOrder:
     (3, 2)
     >>> sorted(order(0, 3).ravel().tolist())  # 3 steps of 2 are 2 epochs of 3
     [0, 0, 1, 1, 2, 2]
+
+    Raises:
+      UserError: something else than a key, or a number below 1.
     """
 
     def __init__(self, key: Key[Array, ""], examples: int, batch_size: int):
         """`examples` in the training set, `batch_size` over all devices together."""
+        check_key(key)
+        for name, value in (("examples", examples), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number >= 1, got {value!r}.")
         self._key, self._examples, self._batch_size = key, examples, batch_size
         self._epochs: dict[int, Int[Array, " examples"]] = {}
 

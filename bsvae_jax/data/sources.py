@@ -5,6 +5,7 @@ says how they map to [0, 1].
 """
 
 import importlib.util
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ def load(source: config.DataSource, progress: bool = True) -> ImageSet:
             return _arrays(Path(path), holdout, seed)
         case config.Folder() | config.TFDS():
             return prepared(recipe(source), progress=progress)
+        case _:
+            kinds = ", ".join(kind.__name__ for kind in typing.get_args(config.DataSource))
+            raise UserError(f"source must be one of {kinds} of bsvae_jax.config, got {source!r}.")
 
 
 _PUBLISHED = {
