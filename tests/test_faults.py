@@ -1,6 +1,6 @@
 """Kills, damaged files, full disks: nothing is lost, nothing is wrong, nothing ends in a traceback.
 
-The long ones run by name, `python -m pytest -m faults -s` (twenty minutes or more on two cores), and print what they counted; a
+The long ones run by name, `python -m pytest -m faults -s` (a quarter of an hour on two idle cores), and print what they counted; a
 smaller one of each kind is among the ordinary tests.
 """
 
@@ -71,7 +71,7 @@ def kill_until(finished, kills, longest, seed, *arguments, number=signal.SIGKILL
     """Kill the command at random moments of its life, `kills` times or until `finished()`, then let it end.
 
     Returns:
-      The kills, and the exit statuses that were neither the kill nor 0 (there should be none).
+      The kills, and what the command said where it ended neither by the kill nor well (there should be none).
     """
     generator = random.Random(seed)
     tried, odd = 0, []
@@ -120,7 +120,7 @@ def check_identical(run, expected):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("number", "wanted"), [(signal.SIGKILL, 15), (signal.SIGTERM, 10)], ids=["SIGKILL", "SIGTERM"])
 def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(number, wanted, tmp_path):
-    file = config_file(tmp_path, epochs=800)
+    file = config_file(tmp_path, epochs=500)
     whole = seconds_of("train", file, "--workdir", tmp_path / "whole")
     kills = runs = 0
     while kills < wanted:  # a fresh run whenever one has ended
@@ -131,13 +131,13 @@ def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(number, wa
         assert not odd, odd[0]
         check_identical(run, tmp_path / "whole")
         kills, runs = kills + tried, runs + 1
-    print(f"\ntrain: {kills} x {number.name}, all survived, {runs} of {runs} runs identical; one takes {whole:.1f} s")
+    print(f"\ntrain, {number.name}: {kills} / {kills} kills survived, {runs} / {runs} runs identical; one takes {whole:.1f} s")
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
 def test_a_sweep_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
-    file = config_file(tmp_path, epochs=300)
+    file = config_file(tmp_path, epochs=150)
     whole = seconds_of("sweep", file, "--workdir", tmp_path / "whole")
     kills = runs = 0
     while kills < 11:
@@ -150,7 +150,8 @@ def test_a_sweep_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
         for member in (tmp_path / "whole" / "members").iterdir():
             check_identical(run / "members" / member.name, member)
         kills, runs = kills + tried, runs + 1
-    print(f"\nsweep: {kills} x SIGKILL, all survived, {4 * runs} of {4 * runs} members identical; one takes {whole:.1f} s")
+    members = 4 * runs
+    print(f"\nsweep, SIGKILL: {kills} / {kills} kills survived, {members} / {members} members identical; one: {whole:.1f} s")
 
 
 @pytest.mark.faults
@@ -174,7 +175,9 @@ def test_evaluation_and_sampling_killed_at_random_moments(tmp_path):
     names = sorted(path.name for path in (tmp_path / "expected").glob("*.png"))
     assert names == sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "expected" / n).read_bytes() for n in names)
-    print(f"\nevaluate: {kills} kills, sample: {tried} kills, all survived, results identical to the bit")
+    print(
+        f"\nevaluate, SIGKILL: {kills} / {kills} kills survived; sample, SIGKILL: {tried} / {tried}; results identical to the bit"
+    )
     assert kills + tried >= 5
 
 

@@ -540,7 +540,7 @@ def test_killed_at_random_moments_while_it_prepares(tmp_path, own_cache, capsys)
         assert out.split()[0] == expected
         runs += 1
     with capsys.disabled():
-        print(f"\nprepare: {kills} x SIGKILL, all survived, {runs} of {runs} sets identical; one takes {whole:.1f} s")
+        print(f"\nprepare, SIGKILL: {kills} / {kills} kills survived, {runs} / {runs} sets identical; one takes {whole:.1f} s")
 
 
 def test_two_processes_at_once_make_one_set(tmp_path):
