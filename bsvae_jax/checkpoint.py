@@ -57,6 +57,16 @@ def saved_steps(folder: Path) -> list[int]:
         return checkpoints.steps()
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For the process that asks alone: of several processes one saves, and the others need not take part."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+
+
 class Checkpoints:
     """The checkpoints under `folder`, one per step; keeps the latest two and the one of the least objective.
 
@@ -89,10 +99,13 @@ class Checkpoints:
             best_fn=lambda metrics: metrics["objective"],  # Orbax writes metrics only where this is set
             best_mode="min",
             preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
-            create=not self._read_only,
+            create=False,  # with several processes Orbax does not
             read_only=self._read_only,
             cleanup_tmp_directories=not self._read_only,
+            multiprocessing_options=_alone(),
         )
+        if not self._read_only:
+            self._folder.mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(epath.Path(self._folder), options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -122,6 +135,8 @@ class Checkpoints:
           SaveError: the disk did not take it, or the one before it (see `wait`).
         """
         self.wait()
+        if jax.process_count() > 1:  # every process has all of it: this one saves its own copies
+            state = jax.device_get(state)
         metadata = {"format": FORMAT, "sha256": digest(state), **self._description}
         metrics = {"objective": math.inf if objective is None else objective}  # Orbax wants one
         self._saving = step

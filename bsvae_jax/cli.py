@@ -130,6 +130,10 @@ def _train_command(default: Config) -> Callable[..., None]:
         data: DATA | None = None,
         network: NETWORK | None = None,
         decoder_variance: DECODER_VARIANCE | None = None,
+        distributed: bool = False,
+        coordinator: str | None = None,
+        processes: int | None = None,
+        process: int | None = None,
     ) -> None:
         """Train the experiment of a config file; run it again to continue where it stopped.
 
@@ -146,13 +150,21 @@ def _train_command(default: Config) -> Callable[..., None]:
           data: Kind of data source to use instead of the config's.
           network: Kind of network to use instead of the config's.
           decoder_variance: Kind of decoder variance to use instead of the config's.
+          distributed: This is one of several processes, of which SLURM, Open MPI, a Cloud TPU pod or GKE tells each its place.
+          coordinator: Where nothing tells: HOST:PORT of process 0, the same for all of them.
+          processes: With a coordinator, the number of processes.
+          process: With a coordinator, which of them this one is, from 0.
         """
-        from bsvae_jax import pictures, summary
+        from bsvae_jax import hosts, pictures, summary
         from bsvae_jax.loading import restore
         from bsvae_jax.trainer import fit
 
+        if distributed or coordinator is not None or processes is not None or process is not None:
+            hosts.join(coordinator, processes, process)
         folder = Path("runs") / config_file.stem if workdir is None else workdir
         result = fit(config, folder)
+        if not hosts.is_writer():
+            return
         print(summary.as_table(result.report))
         pictures.draw(restore(folder), result.images, folder)
         print(f"figures: {folder / 'figures'}")

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from bsvae_jax.errors import UserError
 
@@ -137,12 +138,26 @@ def stack(trees: list[Any], mesh: Mesh) -> Any:
     """
     trees = trees + [trees[-1]] * (member_slots(mesh, len(trees)) - len(trees))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    return jax.device_put(stacked, NamedSharding(mesh, P(MEMBER_AXIS)), may_alias=False)
+    return _place(stacked, NamedSharding(mesh, P(MEMBER_AXIS)))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A copy of every array on every device of the mesh; never aliases its input, so it may be donated."""
-    return jax.device_put(tree, NamedSharding(mesh, REPLICATED), may_alias=False)
+    return _place(tree, NamedSharding(mesh, REPLICATED))
+
+
+def _place(tree: Any, sharding: NamedSharding) -> Any:
+    """The arrays, which every process has, on the devices of all of them."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding, may_alias=False)
+
+    def place(leaf: Any) -> Array:
+        if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(leaf)))
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+    return jax.tree.map(place, tree)
 
 
 def padded_batches(mesh: Mesh, count: int, batch_size: int, first: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -168,7 +183,8 @@ def describe_devices(mesh: Mesh) -> str:
     """`"2 x NVIDIA H200 (gpu)"`, with a word of warning on a CPU where the machine has an accelerator."""
     device = mesh.devices.flat[0]
     missed = unused_accelerator() if device.platform == "cpu" else ""
-    return f"{mesh.devices.size} x {device.device_kind} ({device.platform}){missed}"
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.devices.size} x {device.device_kind} ({device.platform}){processes}{missed}"
 
 
 def unused_accelerator() -> str:
@@ -188,16 +204,16 @@ MEMORY_SHARE = 0.85
 
 def memory_bytes(mesh: Mesh) -> int:
     """All memory of each device of the mesh."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     if device.platform == "cpu":  # all CPU devices share the machine's memory
-        return int(psutil.virtual_memory().total / mesh.devices.size)
+        return int(psutil.virtual_memory().total / len(mesh.local_devices))
     return int(device.memory_stats()["bytes_limit"])
 
 
 def available_bytes(mesh: Mesh) -> int:
     """Memory that may be planned with on each device of the mesh: a share of what is free now."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     if device.platform == "cpu":  # all CPU devices share the machine's memory
-        return int(MEMORY_SHARE * psutil.virtual_memory().available / mesh.devices.size)
+        return int(MEMORY_SHARE * psutil.virtual_memory().available / len(mesh.local_devices))
     stats = device.memory_stats()
     return int(MEMORY_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
@@ -194,7 +195,7 @@ class Program:
         """The first `count` steps of a window of `batches`; the state's memory is reused."""
         train = self.splits["train"].resident
         data = (batches,) if train is None else (train, batches)
-        return self._run_steps(state, *data, jnp.int32(count), knobs)
+        return self._run_steps(state, *data, np.int32(count), knobs)
 
     def needed_bytes(self, members: int) -> int:
         """Memory per device for training a stack of `members`, as the compiler counts it; compiles the training program.

@@ -101,24 +101,27 @@ def _score_batch(
     posterior_mean, posterior_log_variance = output.posterior
     latent_rate = 0.5 * (jnp.expm1(posterior_log_variance) - posterior_log_variance + jnp.square(posterior_mean))
     variance = jnp.broadcast_to(terms.variance, x.shape) if terms.variance.shape != x.shape[1:] else terms.variance[None]
+
+    def gathered(share: Array) -> Array:
+        """Of all devices: each process reads all of it."""
+        return jax.lax.all_gather(share, DATA_AXIS, tiled=True)
+
     return _BatchScores(
-        squared_error=jnp.sum(residual_squared, axis=(1, 2, 3)),
-        rate=terms.rate,
+        squared_error=gathered(jnp.sum(residual_squared, axis=(1, 2, 3))),
+        rate=gathered(terms.rate),
         pixel_squared_error=jax.lax.psum(jnp.sum(residual_squared * weights[:, None, None, None], axis=0), DATA_AXIS),
-        posterior_mean=posterior_mean,
+        posterior_mean=gathered(posterior_mean),
         latent_rate=jax.lax.psum(jnp.sum(latent_rate * weights[:, None], axis=0), DATA_AXIS),
-        distortion=terms.distortion,
-        variance=jnp.broadcast_to(jnp.mean(variance, axis=(1, 2, 3)), terms.rate.shape),
+        distortion=gathered(terms.distortion),
+        variance=gathered(jnp.broadcast_to(jnp.mean(variance, axis=(1, 2, 3)), terms.rate.shape)),
     )
 
 
 @functools.cache
 def _lifted(model: VAE, levels: int, mesh: Mesh, driving: Driving) -> Any:
-    shares: Any = dict.fromkeys(_BatchScores._fields, SHARDED)
-    shares |= {"pixel_squared_error": REPLICATED, "latent_rate": REPLICATED}
     specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED)
     score = functools.partial(_score_batch, model=model, levels=levels)
-    return lift(score, mesh, specs, _BatchScores(**shares), driving=driving, shared=(1, 2, 3))
+    return lift(score, mesh, specs, REPLICATED, driving=driving, shared=(1, 2, 3))
 
 
 def score_split(

@@ -4,9 +4,11 @@
 """
 
 import math
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsvae_jax import objective
-from bsvae_jax.config import Config
+from bsvae_jax import hosts, objective
+from bsvae_jax.config import Config, to_dict
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.order import steps_through
 from bsvae_jax.diagnosis import diagnose
 from bsvae_jax.errors import DivergenceError, UserError, check_kind
 from bsvae_jax.failure import failing_step
 from bsvae_jax.files import as_path
+from bsvae_jax.follower import Follower
 from bsvae_jax.interruption import Stop, stop_on_signals
 from bsvae_jax.parallel import (
     data_mesh,
@@ -47,7 +50,7 @@ class Member(NamedTuple):
     """One run among those trained together."""
 
     config: Config
-    run: RunDirectory
+    run: RunDirectory | Follower
 
 
 class Trainer:
@@ -80,7 +83,7 @@ class Trainer:
           UserError: the disk is full, so that the last step could not be saved.
         """
         program = self.program
-        states = [member.run.resume(create_state(member.config, program.model, program.total), at) for member in self.members]
+        states = [self._begin(member, at) for member in self.members]
         step = int(states[0].step)
         orders = {
             state_config.seed: data_order(state, program.images, program.config.batch_size)
@@ -97,14 +100,15 @@ class Trainer:
         with program.batches([orders[config.seed] for config in self.configs], starts) as batches:
             for epoch, end in enumerate(ends, finished + 1):
                 state, step = self._epoch(state, batches, knobs, step, end, epoch)
+                stopping = self._stopping()
                 if step == end and (epoch % config.evaluate_every == 0 or epoch == config.epochs):
                     saved = self._evaluate_and_save(state, step, epoch)
-                elif self.stop.number is not None:
+                elif stopping:
                     saved = self._save_unevaluated(state, step)
-                if step == program.total or self.stop.number is not None:
+                if step == program.total or stopping:
                     settled = [member.run.settle() for member in self.members]
                     saved = saved and all(settled)
-                if step < program.total:
+                if step < program.total and stopping:
                     self.stop.check(
                         f"stopped after step {step} of {program.total}" + ("" if saved else ", which could not be saved")
                     )
@@ -114,6 +118,18 @@ class Trainer:
                 "Free some space and repeat the command; it continues from the last good checkpoint."
             )
         return state
+
+    def _begin(self, member: Member, at: int | None) -> TrainState:
+        """The state to continue from, the writer's in every process."""
+        new = create_state(member.config, self.program.model, self.program.total)
+        state = hosts.in_writer(lambda: member.run.resume(new, at), new)
+        return state if hosts.alone() else state.with_arrays(hosts.from_writer(state.arrays()))
+
+    def _stopping(self) -> bool:
+        """Whether a signal has asked any process to stop; all of them ask at the same places."""
+        if hosts.anywhere(self.stop.number is not None) and self.stop.number is None:
+            self.stop.number = signal.SIGTERM
+        return self.stop.number is not None
 
     def _epoch(
         self, state: TrainState, batches: Callable[[int], Any], knobs: Any, step: int, end: int, epoch: int
@@ -125,7 +141,7 @@ class Trainer:
         for row, begun in zip(rows, self.members, strict=True):  # the beginning of a row that a signal has cut
             if (values_before := begun.run.read_row(step)) is not None:
                 row.add(values_before)
-        while (going := step < end and self.stop.number is None) or in_flight:  # one look: a signal may come at any time
+        while (going := step < end and not self._stopping()) or in_flight:  # one look: a signal may come at any time
             # Keep the device busy with a bounded number of dispatched calls while the oldest result is fetched.
             while going and step < end and len(in_flight) < 2:
                 count = min(program.window, end - step)
@@ -158,6 +174,8 @@ class Trainer:
     def _fail_step(self, member: int, step: int, what: str) -> None:
         """Training step `step` was not finite: it is kept, to be run again."""
         config, run = self.members[member]
+        if isinstance(run, Follower):
+            return self._fail(member, step, what)
         run.say(f"{what} Repeating the steps since the last checkpoint, to keep the state before it.")
         file = run.save_failure(failing_step(config, self.program.images, self.program.total, step, run))
         again = (
@@ -269,7 +287,8 @@ class Trainer:
                 "test": summarize(test_scores, config.beta, calibration),
             }
             also(member, test_scores)
-            write_evaluation(run.folder, step, reports[member], findings=self._findings(test_scores, config))
+            if hosts.is_writer():
+                write_evaluation(run.folder, step, reports[member], findings=self._findings(test_scores, config))
         return reports
 
     def _findings(self, scores: SplitScores, config: Config) -> dict[str, str]:
@@ -338,6 +357,17 @@ class FitResult(NamedTuple):
     """`{split: {name: Quantity}}` of the training and the test set."""
 
 
+def _check_agreement(config: Config) -> None:
+    """Before anything is computed, every process has the same config and the same program."""
+    if hosts.alone():
+        return
+    if config.devices is not None:
+        raise UserError("With several processes all their devices take part; leave out --devices.")
+    versions = {name: version(name) for name in ("bsvae_jax", "jax", "jaxlib", "flax", "optax", "numpy")}
+    hosts.check_agreement("versions of the libraries", versions, "Install the same everywhere.")
+    hosts.check_agreement("config", to_dict(config), "Give every process the same command.")
+
+
 def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult:
     """Train as the config says, in `workdir`; continue there if a run of the same config was interrupted.
 
@@ -346,7 +376,7 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
 
     Args:
       config: the experiment.
-      workdir: a folder of this run alone.
+      workdir: a folder of this run alone; with several processes (`hosts.join`), that of process 0 only.
       progress: show a progress bar and messages.
 
     >>> import tempfile
@@ -358,17 +388,23 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
     ['config.json', 'evaluation.json']
 
     Raises:
-      UserError: before any training: the data, devices or workdir do not fit the config; or at its end: the disk is full.
+      UserError: before any training: the data, devices or workdir do not fit the config, or the processes do not agree; or at
+        its end: the disk is full.
       DivergenceError: a loss, gradient or held-out objective is not finite; names the step, the terms and the last good
         checkpoint.
       Interrupted: SIGINT or SIGTERM; the step in flight was finished and saved, the same call continues after it.
     """
     check_kind("config", config, Config, "load_config(path) reads one from a file")
     folder = as_path(workdir, "workdir")
+    _check_agreement(config)
     mesh = data_mesh(config.devices, config.batch_size, config.gradient_accumulation)
     images = load(config.data)
     check_against_data(config, images)
-    with stop_on_signals() as stop, RunDirectory(folder, config, images, progress) as run:
+    hosts.check_agreement("images", {"fingerprint": images.fingerprint()}, "Give every process the same data.")
+    progress = progress and hosts.is_writer()
+    follower: RunDirectory | Follower = Follower(folder)
+    opened = hosts.in_writer(lambda: RunDirectory(folder, config, images, progress), follower)
+    with stop_on_signals() as stop, opened as run:
         program = Program(config, images, mesh)
         run.say(
             f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
@@ -379,7 +415,8 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
         with ProgressBar(program.total * config.batch_size, done * config.batch_size, progress) as bar:
             trainer = Trainer(program, [Member(config, run)], bar, stop)
             state = trainer.train()
-        report = evaluation_at(run.folder, program.total)
-        if not {"train", "test"} <= set(report):
+        nothing: Report = {}
+        report = hosts.in_writer(lambda: evaluation_at(run.folder, program.total), nothing)
+        if hosts.anywhere(hosts.is_writer() and not {"train", "test"} <= set(report)):
             (report,) = trainer.finish(state)
         return FitResult(state, images, run.folder, report)

@@ -13,6 +13,7 @@ PACKAGE = Path(bsvae_jax.__file__).parent
 # From the ground up; a module may import only modules of lower layers. One layer a line.
 LAYERS = [
     ["errors", "figures", "interruption", "chips"],
+    ["hosts"],
     ["files", "space", "events"],
     ["objective", "theory", "randomness", "sweep_figures", "evaluation_figures", "torchfile", "fid", "downloads"],
     ["config", "convolutions"],
@@ -25,7 +26,7 @@ LAYERS = [
     ["data", "inception"],
     ["pipeline"],
     ["scoring", "gallery", "likelihood", "aggregate", "neighbours"],
-    ["summary", "details"],
+    ["summary", "details", "follower"],
     ["diagnosis"],
     ["rundir"],
     ["training"],
