@@ -120,6 +120,13 @@ def _choose_for_import(
     return _choose(config_file, data, network, decoder_variance)
 
 
+def _keep_compiled_programs() -> None:
+    from bsvae_jax.files import cache_folder
+    from bsvae_jax.parallel import keep_compiled_programs
+
+    keep_compiled_programs(cache_folder() / "compiled")
+
+
 def _train_command(default: Config) -> Callable[..., None]:
     """`bsvae train` with the fields of `default` as options; the kinds of its parts decide which options there are."""
 
@@ -161,6 +168,7 @@ def _train_command(default: Config) -> Callable[..., None]:
 
         if distributed or coordinator is not None or processes is not None or process is not None:
             hosts.join(coordinator, processes, process)
+        _keep_compiled_programs()
         folder = Path("runs") / config_file.stem if workdir is None else workdir
         result = fit(config, folder)
         if not hosts.is_writer():
@@ -269,6 +277,7 @@ def _sweep_command(default: Config, file_grid: Sweep) -> Callable[..., None]:
         grid = Sweep(beta, variances, seeds, learning_rate)
         base = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
         folder = Path("runs") / f"{config_file.stem}-sweep" if workdir is None else workdir
+        _keep_compiled_programs()
         result = fit_sweep(base, grid, folder, driving, members_at_once)
         _report(folder)
         if result.failed:
@@ -348,6 +357,53 @@ def _compile_command(default: Config) -> Callable[..., None]:
         print("Computed, not measured: the compiler's counts and published peaks.")
 
     return compile
+
+
+def _bench_command(default: Config) -> Callable[..., None]:
+    """`bsvae bench` with the fields of `default` as options."""
+
+    def bench(
+        config_file: tyro.conf.Positional[Path],
+        config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = default,
+        repeats: int = 5,
+        seconds: float = 3.0,
+        against: Literal["torch"] | None = None,
+        noise: bool = False,
+        data: DATA | None = None,
+        network: NETWORK | None = None,
+        decoder_variance: DECODER_VARIANCE | None = None,
+    ) -> None:
+        """Measure how fast a config trains on the devices at hand; nothing is saved.
+
+        Example: bsvae bench configs/mnist.py --against torch
+
+        Args:
+          config_file: A Python file with get_config(); configs/ holds ready ones.
+          config: The experiment.
+          repeats: Measurements, of which the median counts.
+          seconds: Length of each.
+          against: torch: train the same network by the same recipe in PyTorch as well, before and after which this is measured,
+            and print the ratio to the best of its settings.
+          noise: Train on noise of the size of the data, which are then not read.
+          data: Kind of data source to use instead of the config's.
+          network: Kind of network to use instead of the config's.
+          decoder_variance: Kind of decoder variance to use instead of the config's.
+        """
+        from bsvae_jax import benchmark
+        from bsvae_jax.data import load, shape_of
+
+        _keep_compiled_programs()
+        images = benchmark.random_images(shape_of(config.data)) if noise else load(config.data)
+        speed = benchmark.measure(config, images, repeats, seconds)
+        if against is None:
+            print(benchmark.describe(speed))
+            return
+        peers = benchmark.measure_torch(config, images, repeats, seconds)
+        speed = benchmark.combined(speed, benchmark.measure(config, images, repeats, seconds))
+        print(benchmark.describe(speed))
+        print(benchmark.describe_against(speed, peers))
+
+    return bench
 
 
 def report(workdir: tyro.conf.Positional[Run]) -> None:
@@ -543,6 +599,7 @@ _LESS_MEMORY = "A smaller batch_size or network needs less."
 _CHOOSE: dict[str, Callable[..., Config]] = {
     "train": _choose,
     "compile": _choose,
+    "bench": _choose,
     "sweep": _choose_for_sweep,
     "import-torch": _choose_for_import,
 }
@@ -581,6 +638,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "train": _train_command(default),
                 "sweep": _sweep_command(default, grid),
                 "compile": _compile_command(default),
+                "bench": _bench_command(default),
                 "report": report,
                 "prepare": prepare,
                 "evaluate": evaluate,

@@ -239,7 +239,7 @@ def compile_training(
     arguments = abstract_arguments(config, data, mesh, driving, members, window, resident)
     program = lift_training(program_config(config), data, mesh, driving, resident)
     with_what = f"{config.batch_size} images a step" + (f" and {members} members" if members > 1 else "")
-    step = _footprint(_compile(program.lower(*arguments), platform, full, with_what))
+    step = footprint(_compile(program.lower(*arguments), platform, full, with_what))
     return Compiled(
         topology,
         chip,
@@ -266,7 +266,7 @@ def compile_sampling(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
         jax.eval_shape(lambda: (create_state(config, model, total).variables(), jax.random.key(0))),
     )
-    return _footprint(_compile(lift_sampling(model, mesh).lower(variables, key), found[0].platform, full, "500 samples"))
+    return footprint(_compile(lift_sampling(model, mesh).lower(variables, key), found[0].platform, full, "500 samples"))
 
 
 def largest_batch(compiled: Compiled, double: Compiled, unit: int) -> int | None:
@@ -321,7 +321,8 @@ def _does_not_fit(message: str, with_what: str) -> str:
     )
 
 
-def _footprint(compiled: Any) -> Footprint:
+def footprint(compiled: Any) -> Footprint:
+    """What the compiler says of a compiled program."""
     cost, sizes = compiled.cost_analysis(), compiled.memory_analysis()
     return Footprint(
         float(cost.get("flops", 0.0)),

@@ -470,6 +470,13 @@ def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
     return kind(**result)
 
 
+def elsewhere(config: Config, other: Config) -> Config:
+    """`config` with those fields of `other` that say on what and in what pieces it is computed, and do not change what."""
+    return dataclasses.replace(
+        config, devices=other.devices, steps_per_dispatch=other.steps_per_dispatch, resident_memory=other.resident_memory
+    )
+
+
 def differences(one: Config, other: Config) -> list[str]:
     """`"beta: 1.0 -> 2.0"` for every field, by dotted name, in which two configs differ."""
 

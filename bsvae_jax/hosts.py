@@ -6,6 +6,8 @@ reaches the others over the network, so they need no shared disk.
 
 import hashlib
 import json
+import socket
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -51,6 +53,8 @@ def join(
             )
     elif processes is not None or process is not None:
         raise UserError("A number of processes is for a coordinator, HOST:PORT of process 0; give that as well.")
+    if coordinator is not None and process != 0:
+        _wait_for(coordinator, timeout)
     try:
         jax.distributed.initialize(
             coordinator, processes, process, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT
@@ -66,6 +70,23 @@ def join(
             f"Process {process} could not reach {where} within {timeout} s ({_first_line(error)}). Are all processes running, "
             "and is the port open between the machines?"
         ) from error
+
+
+def _wait_for(coordinator: str, timeout: int) -> None:
+    """Until the coordinator answers: JAX itself would end the process without a word to the user."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=max(0.1, end - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end - 1.0:
+                raise UserError(
+                    f"Process 0 was not reached at {coordinator} within {timeout} s ({error.strerror or error}). Is it running, "
+                    "and is the port open between the machines?"
+                ) from error
+        time.sleep(1.0)
 
 
 def _first_line(error: Exception) -> str:

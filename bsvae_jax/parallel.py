@@ -179,6 +179,15 @@ def padded_batches(mesh: Mesh, count: int, batch_size: int, first: int = 0) -> I
         yield np.minimum(positions, count - 1), (positions < count).astype(np.float32)
 
 
+def keep_compiled_programs(folder: Path) -> None:
+    """Keep compiled programs in a folder, for the next command; where `$JAX_COMPILATION_CACHE_DIR` does not name one already.
+
+    Not on a CPU: its programs are of the very processor they were compiled on, and a folder may be shared.
+    """
+    if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def describe_devices(mesh: Mesh) -> str:
     """`"2 x NVIDIA H200 (gpu)"`, with a word of warning on a CPU where the machine has an accelerator."""
     device = mesh.devices.flat[0]

@@ -197,13 +197,21 @@ class Program:
         data = (batches,) if train is None else (train, batches)
         return self._run_steps(state, *data, np.int32(count), knobs)
 
+    def _arguments(self, members: int) -> tuple[Any, ...]:
+        data, window = self.data, self.window
+        return abstract_arguments(self.config, data, self.mesh, self.driving, members, window, self.resident)
+
+    def compile(self) -> Any:
+        """The compiled training program of one model; it is not used by `take_steps`, but found in the compiler's cache."""
+        return self._run_steps.lower(*self._arguments(1)).compile()
+
     def needed_bytes(self, members: int) -> int:
         """Memory per device for training a stack of `members`, as the compiler counts it; compiles the training program.
 
         Arguments, results and temporary arrays, with the images of both splits where they are resident. A 'vmap' needs
         temporary arrays for every member, a 'scan' for one.
         """
-        arguments = abstract_arguments(self.config, self.data, self.mesh, self.driving, members, self.window, self.resident)
+        arguments = self._arguments(members)
         besides = self.images.test.nbytes
         if not self.resident:  # the pieces on their way
             piece = arguments[1]

@@ -37,6 +37,7 @@ LAYERS = [
     ["report"],
     ["sampling", "pictures", "exporting"],
     ["compiling"],
+    ["benchmark"],
     ["feature_statistics"],
     ["evaluation"],
     ["evaluation_pictures"],

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from benchmarks.torch_vae import torch_network
 from safetensors import safe_open
 
 import bsvae_jax as bv
@@ -146,45 +147,6 @@ def apply(run, *inputs, method):
 
 
 # --- The published network in PyTorch ---------------------------------------------------------------------------------
-
-
-def torch_network(torch, image_shape, widths, latent):
-    """Encoder and decoder in torch.nn, with the numbering of the published ones."""
-    nn = torch.nn
-
-    def block(before, after, stride):
-        class Block(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.conv1 = nn.Sequential(
-                    nn.Conv2d(before, after, 3, stride, padding=1), nn.BatchNorm2d(after), nn.LeakyReLU()
-                )
-                self.conv2 = nn.Sequential(nn.Conv2d(after, after, 3, padding=1), nn.BatchNorm2d(after))
-                shortcut = (nn.Conv2d(before, after, 1, stride), nn.BatchNorm2d(after))
-                self.identity = nn.Sequential(*shortcut) if (stride, before) != (1, after) else nn.Identity()
-
-            def forward(self, x):
-                return nn.functional.leaky_relu(self.conv2(self.conv1(x)) + self.identity(x))
-
-        return Block()
-
-    height, width, channels = image_shape
-    sizes, stages = [(height, width)], []
-    for before, after in pairwise((channels, *widths)):
-        stages.append(nn.Sequential(block(before, after, 2), block(after, after, 1)))
-        sizes.append(tuple((size - 1) // 2 + 1 for size in sizes[-1]))
-    features = (widths[-1], *sizes[-1])
-    flat, two = math.prod(features), 2 * latent
-    head = [nn.Flatten(), nn.Linear(flat, two), nn.BatchNorm1d(two), nn.LeakyReLU(), nn.Linear(two, two)]
-    start = [nn.Linear(latent, flat), nn.BatchNorm1d(flat), nn.LeakyReLU(), nn.Unflatten(1, features)]
-    ends = [nn.Sequential(*start, block(widths[-1], widths[-1], 1))]
-    for (before, after), (small, large) in zip(pairwise((*widths[::-1], widths[0])), pairwise(sizes[::-1]), strict=True):
-        odd = [big - (2 * little - 1) for little, big in zip(small, large, strict=True)]
-        layers = [nn.ConvTranspose2d(before, after, 3, 2, 1, odd), nn.BatchNorm2d(after), nn.LeakyReLU()]
-        if large == sizes[0]:
-            layers.append(nn.ConvTranspose2d(after, channels, 3, 1, 1))
-        ends.append(nn.Sequential(*layers))
-    return nn.ModuleDict({"encoder": nn.Sequential(*stages, nn.Sequential(*head)), "decoder": nn.Sequential(*ends)}).eval()
 
 
 @every_setup

@@ -1,0 +1,127 @@
+"""The paper's network and recipe in PyTorch, and how fast it trains: the peer that `bsvae bench --against torch` runs.
+
+    python tests/benchmarks/torch_vae.py '{"image_shape": [28, 28, 1], "widths": [32, 64, 128], "latent_size": 32, ...}'
+
+Written from the description in the paper. Its best settings are tried in turn, each reported on a line of JSON: contiguous and
+channels-last memory, and on CUDA autocast to bfloat16, fused AdamW and `torch.compile`; the data lie on the device.
+"""
+
+import json
+import math
+import sys
+import time
+from itertools import pairwise
+
+
+def torch_network(torch, image_shape, widths, latent):
+    """Encoder and decoder in torch.nn, with the numbering of the published ones."""
+    nn = torch.nn
+
+    def block(before, after, stride):
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv1 = nn.Sequential(
+                    nn.Conv2d(before, after, 3, stride, padding=1), nn.BatchNorm2d(after), nn.LeakyReLU()
+                )
+                self.conv2 = nn.Sequential(nn.Conv2d(after, after, 3, padding=1), nn.BatchNorm2d(after))
+                shortcut = (nn.Conv2d(before, after, 1, stride), nn.BatchNorm2d(after))
+                self.identity = nn.Sequential(*shortcut) if (stride, before) != (1, after) else nn.Identity()
+
+            def forward(self, x):
+                return nn.functional.leaky_relu(self.conv2(self.conv1(x)) + self.identity(x))
+
+        return Block()
+
+    height, width, channels = image_shape
+    sizes, stages = [(height, width)], []
+    for before, after in pairwise((channels, *widths)):
+        stages.append(nn.Sequential(block(before, after, 2), block(after, after, 1)))
+        sizes.append(tuple((size - 1) // 2 + 1 for size in sizes[-1]))
+    features = (widths[-1], *sizes[-1])
+    flat, two = math.prod(features), 2 * latent
+    head = [nn.Flatten(), nn.Linear(flat, two), nn.BatchNorm1d(two), nn.LeakyReLU(), nn.Linear(two, two)]
+    start = [nn.Linear(latent, flat), nn.BatchNorm1d(flat), nn.LeakyReLU(), nn.Unflatten(1, features)]
+    ends = [nn.Sequential(*start, block(widths[-1], widths[-1], 1))]
+    for (before, after), (small, large) in zip(pairwise((*widths[::-1], widths[0])), pairwise(sizes[::-1]), strict=True):
+        odd = [big - (2 * little - 1) for little, big in zip(small, large, strict=True)]
+        layers = [nn.ConvTranspose2d(before, after, 3, 2, 1, odd), nn.BatchNorm2d(after), nn.LeakyReLU()]
+        if large == sizes[0]:
+            layers.append(nn.ConvTranspose2d(after, channels, 3, 1, 1))
+        ends.append(nn.Sequential(*layers))
+    return nn.ModuleDict({"encoder": nn.Sequential(*stages, nn.Sequential(*head)), "decoder": nn.Sequential(*ends)}).eval()
+
+
+def objective(torch, network, x, latent_size, beta):
+    """BS-VAE: D/2 (log(2 pi v*(x)) + 1) + beta KL, averaged over the batch."""
+    mean, log_variance = network["encoder"](x).chunk(2, dim=1)
+    mean, log_variance = mean.float(), log_variance.float()
+    z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+    decoded = network["decoder"](z).float()
+    pixels = x[0].numel()
+    variance = (x - decoded).square().flatten(1).mean(dim=1) + 1.0 / (12 * 255**2)
+    distortion = 0.5 * pixels * (torch.log(2 * math.pi * variance) + 1)
+    rate = 0.5 * (log_variance.exp() + mean.square() - 1 - log_variance).sum(dim=1)
+    return (distortion + beta * rate).mean()
+
+
+def images_per_second(torch, setup, layout, compiled):
+    """Speed of each repeat, after a warm-up."""
+    height, width, channels = setup["image_shape"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch, bfloat16 = setup["batch_size"], setup["precision"] == "bfloat16"
+    network = torch_network(torch, (height, width, channels), setup["widths"], setup["latent_size"]).train().to(device)
+    if layout == "channels_last":
+        network = network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-5, fused=device == "cuda")
+    averaged = [parameter.detach().clone() for parameter in network.parameters()]
+    images = torch.randint(0, 256, (setup["images"], channels, height, width), dtype=torch.uint8, device=device)
+
+    def loss(x):
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            return objective(torch, network, x, setup["latent_size"], setup["beta"])
+
+    loss = torch.compile(loss) if compiled else loss
+
+    def step():
+        x = images[torch.randint(0, len(images), (batch,), device=device)].float() / 255
+        if layout == "channels_last":
+            x = x.to(memory_format=torch.channels_last)
+        optimizer.zero_grad(set_to_none=True)
+        loss(x).backward()
+        optimizer.step()
+        if setup["ema"]:
+            torch._foreach_lerp_(averaged, [parameter.detach() for parameter in network.parameters()], 0.001)
+
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        step()
+    wait()
+    speeds = []
+    for _ in range(setup["repeats"]):
+        begun, steps = time.perf_counter(), 0
+        while steps == 0 or time.perf_counter() - begun < setup["seconds"]:
+            for _ in range(1 if device == "cpu" else 50):
+                step()
+                steps += 1
+            wait()
+        speeds.append(batch * steps / (time.perf_counter() - begun))
+    return speeds
+
+
+def main(setup):
+    import torch
+
+    compilers = [False, True] if torch.cuda.is_available() else [False]
+    for compiled in compilers:
+        for layout in ("contiguous", "channels_last"):
+            speeds = images_per_second(torch, setup, layout, compiled)
+            print(json.dumps({"layout": layout, "compiled": compiled, "images_per_second": speeds, "torch": torch.__version__}))
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
