@@ -14,13 +14,14 @@ import tyro
 from bsvae_jax import config as configs
 from bsvae_jax.config import Config
 from bsvae_jax.errors import BsvaeError, DivergenceError, UserError
-from bsvae_jax.grid import Sweep, choose_variances, load_sweep
+from bsvae_jax.grid import Sweep, choose_priors, choose_variances, load_sweep
 from bsvae_jax.interruption import Interrupted
 from bsvae_jax.objective import Optimal
 
 DATA = Literal["digits", "mnist", "arrays", "folder", "tfds"]
 NETWORK = Literal["linear", "mlp", "residual"]
 DECODER_VARIANCE = Literal["constant", "optimal", "learned", "predicted"]
+PRIOR = Literal["standard_normal", "mixture", "vamp", "flow"]
 SHARED = Literal["example", "batch", "pixel"]
 DRIVING = Literal["loop", "scan", "vmap"]
 
@@ -32,10 +33,11 @@ def _choose(
     data: DATA | None = None,
     network: NETWORK | None = None,
     decoder_variance: DECODER_VARIANCE | None = None,
+    prior: PRIOR | None = None,
 ) -> Config:
     """The config file's config, with the kinds named on the command line in place of its own."""
     config = configs.load_config(config_file)
-    chosen = {"data": data, "network": network, "decoder_variance": decoder_variance}
+    chosen = {"data": data, "network": network, "decoder_variance": decoder_variance, "prior": prior}
     for field, name in chosen.items():
         if name is not None:
             kind = configs.CHOICES[field][name]
@@ -47,7 +49,7 @@ def _choose(
 def _choose_for_sweep(
     config_file: tyro.conf.Positional[Path], data: DATA | None = None, network: NETWORK | None = None
 ) -> Config:
-    """As `_choose`, where `--decoder-variance` is a list."""
+    """As `_choose`, where `--decoder-variance` and `--prior` are lists."""
     return _choose(config_file, data, network)
 
 
@@ -137,6 +139,7 @@ def _train_command(default: Config) -> Callable[..., None]:
         data: DATA | None = None,
         network: NETWORK | None = None,
         decoder_variance: DECODER_VARIANCE | None = None,
+        prior: PRIOR | None = None,
         distributed: bool = False,
         coordinator: str | None = None,
         processes: int | None = None,
@@ -157,6 +160,7 @@ def _train_command(default: Config) -> Callable[..., None]:
           data: Kind of data source to use instead of the config's.
           network: Kind of network to use instead of the config's.
           decoder_variance: Kind of decoder variance to use instead of the config's.
+          prior: Kind of prior to use instead of the config's.
           distributed: This is one of several processes, of which SLURM, Open MPI, a Cloud TPU pod or GKE tells each its place.
           coordinator: Where nothing tells: HOST:PORT of process 0, the same for all of them.
           processes: With a coordinator, the number of processes.
@@ -227,6 +231,7 @@ class _SweepBase(Config):
 
     beta: _Fixed = 1.0
     decoder_variance: _Fixed = dataclasses.field(default_factory=Optimal)
+    prior: _Fixed = dataclasses.field(default_factory=configs.StandardNormal)
 
 
 def _sweep_command(default: Config, file_grid: Sweep) -> Callable[..., None]:
@@ -240,6 +245,9 @@ def _sweep_command(default: Config, file_grid: Sweep) -> Callable[..., None]:
         decoder_variance: tuple[DECODER_VARIANCE, ...] | None = None,
         constant: Annotated[tuple[float, ...] | None, tyro.conf.arg(name="decoder-variance.variance")] = None,
         optimal: Annotated[tuple[SHARED, ...] | None, tyro.conf.arg(name="decoder-variance.over")] = None,
+        prior: tuple[PRIOR, ...] | None = None,
+        components: Annotated[tuple[int, ...] | None, tyro.conf.arg(name="prior.components")] = None,
+        pseudo_inputs: Annotated[tuple[int, ...] | None, tyro.conf.arg(name="prior.pseudo-inputs")] = None,
         learning_rate: tuple[float, ...] = file_grid.learning_rate,
         seeds: int = file_grid.seeds,
         workdir: Path | None = None,
@@ -262,6 +270,9 @@ def _sweep_command(default: Config, file_grid: Sweep) -> Callable[..., None]:
           decoder_variance: Kinds of decoder variance; those of the config file if not given.
           constant: Variances of the constant kind, a member for each.
           optimal: What shares one optimal variance, a member for each.
+          prior: Kinds of prior; those of the config file if not given.
+          components: Numbers of components of the mixture kind, a member for each.
+          pseudo_inputs: Numbers of pseudo-inputs of the vamp kind, a member for each.
           learning_rate: Peak learning rates; the config's own if not given.
           seeds: Number of seeds, counted up from --seed.
           workdir: Folder of this sweep; runs/NAME-OF-CONFIG-sweep if not given.
@@ -274,7 +285,8 @@ def _sweep_command(default: Config, file_grid: Sweep) -> Callable[..., None]:
         from bsvae_jax.sweep import fit_sweep
 
         variances = choose_variances(default, file_grid.decoder_variance, decoder_variance, constant, optimal)
-        grid = Sweep(beta, variances, seeds, learning_rate)
+        priors = choose_priors(default, file_grid.prior, prior, components, pseudo_inputs)
+        grid = Sweep(beta, variances, seeds, learning_rate, priors)
         base = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
         folder = Path("runs") / f"{config_file.stem}-sweep" if workdir is None else workdir
         _keep_compiled_programs()

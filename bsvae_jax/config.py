@@ -228,7 +228,46 @@ class StandardNormal:
     """p(z) = N(0, I); the rate is in closed form."""
 
 
-Prior = StandardNormal
+@dataclass(frozen=True)
+class Mixture:
+    """Gaussian mixture with learned weights, means and covariances."""
+
+    components: int = 10
+    """Number of Gaussians."""
+    covariance: Literal["diagonal", "full"] = "diagonal"
+    """Of each Gaussian; full has L (L + 1) / 2 numbers each."""
+
+    def __post_init__(self) -> None:
+        _check_count("prior.components", self.components)
+        _check_choice("prior.covariance", self.covariance, ("diagonal", "full"))
+
+
+@dataclass(frozen=True)
+class VampPrior:
+    """Even mixture of the encoder's posteriors at learned images (Tomczak & Welling 2018), which begin as training images."""
+
+    pseudo_inputs: int = 100
+    """Number of learned images; the paper has 500 on MNIST."""
+
+    def __post_init__(self) -> None:
+        _check_count("prior.pseudo_inputs", self.pseudo_inputs)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Affine coupling layers (real NVP, Dinh et al. 2017) over N(0, I); the identity before training."""
+
+    layers: int = 8
+    """Coupling layers; each changes half of the latents given the other half."""
+    width: int = 64
+    """Of the two hidden layers of each coupling's network."""
+
+    def __post_init__(self) -> None:
+        _check_count("prior.layers", self.layers)
+        _check_count("prior.width", self.width)
+
+
+Prior = StandardNormal | Mixture | VampPrior | Flow
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -362,7 +401,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "data": {"digits": Digits, "mnist": MNIST, "arrays": Arrays, "folder": Folder, "tfds": TFDS},
     "network": {"linear": Linear, "mlp": MLP, "residual": Residual},
     "decoder_variance": {"constant": Constant, "optimal": Optimal, "learned": Learned, "predicted": Predicted},
-    "prior": {"standard_normal": StandardNormal},
+    "prior": {"standard_normal": StandardNormal, "mixture": Mixture, "vamp": VampPrior, "flow": Flow},
 }
 """The names by which the command line and `config.json` call the kinds of each field."""
 

@@ -1,7 +1,7 @@
 """Ailments that numbers alone do not name: variance collapse, posterior collapse, a dead decoder; with what usually helps."""
 
 from bsvae_jax import theory
-from bsvae_jax.config import Config, Linear
+from bsvae_jax.config import Config, Linear, StandardNormal
 from bsvae_jax.data import ImageSet
 from bsvae_jax.objective import Constant, Optimal, quantization_variance
 from bsvae_jax.scoring import SplitScores
@@ -42,7 +42,7 @@ def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str,
 def _critical_beta(config: Config, images: ImageSet) -> str:
     """Where theory puts the collapse of a linear model on these data."""
     eigenvalues = images.covariance_eigenvalues
-    if eigenvalues is None:
+    if eigenvalues is None or not isinstance(config.prior, StandardNormal):
         return ""
     if isinstance(config.decoder_variance, Constant):
         critical = float(eigenvalues[0] / config.decoder_variance.variance)

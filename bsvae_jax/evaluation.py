@@ -224,7 +224,7 @@ def _evaluate_split(
             batch_size=EVALUATION_BATCH,
             progress=bar.update,
         )
-    normal = isinstance(run.config.prior, StandardNormal)
+    normal = isinstance(run.model.prior, StandardNormal)
     densities = aggregate.aggregate_posterior(
         found.z, found.posterior_mean, found.posterior_log_variance, found.log_prior, normal
     )

@@ -9,6 +9,7 @@ import numpy as np
 from jax.scipy.stats import norm
 
 from bsvae_jax import details, evaluation_figures, figures
+from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.evaluation import Evaluated, SplitEvaluation, bound_name
@@ -115,7 +116,9 @@ def _rate(parts: SplitEvaluation, title: str) -> Any:
     split, total = parts.rate, parts.scores.rate
     bars = {"rate": mean(total), "mutual information I(x; z)": mean(split.mutual_information)}
     bars["KL(q(z) || p(z))"] = mean(split.aggregate_kl)
-    latents = {"rate: KL(q(z|x) || p(z))": parts.scores.latent_rate}
+    standard_normal = parts.scores.aggregate_variance is None
+    own = "rate: KL(q(z|x) || p(z))" if standard_normal else "KL(q(z|x) || Gaussian of the moments of q(z))"
+    latents = {own: parts.scores.latent_rate}
     if split.total_correlation is not None and split.dimension_kl is not None:
         bars |= {
             "  total correlation": mean(split.total_correlation),
@@ -179,11 +182,13 @@ def _interpolations(run: Restored, images: ImageSet, title: str) -> Any:
     apply = jax.jit(run.model.apply, static_argnames="method")
     ends = np.asarray(apply(run.variables, x, method="encode").mean, np.float64)
     shares = np.linspace(0.0, 1.0, STEPS)
-    paths = [path(ends[i], ends[i + 1], shares) for i in range(0, 2 * pairs, 2) for path in (linear, spherical)]
+    # Arcs around the origin keep to where N(0, I) has its mass; of another prior nothing is known.
+    ways = {"linear": linear} | ({"spherical": spherical} if isinstance(run.model.prior, StandardNormal) else {})
+    paths = [path(ends[i], ends[i + 1], shares) for i in range(0, 2 * pairs, 2) for path in ways.values()]
     z = np.concatenate(paths).astype(np.float32)
     decoded = np.asarray(apply(run.variables, z, method="decode").mean).reshape(len(paths), STEPS, *run.image_shape)
     return evaluation_figures.interpolations(
-        decoded, ["linear", "spherical"] * pairs, f"Between the posterior means of held-out images: {title}"
+        decoded, [*ways] * pairs, f"Between the posterior means of held-out images: {title}"
     )
 
 

@@ -57,7 +57,7 @@ def failing_step(config: Config, images: ImageSet, total: int, step: int, run: R
       run: its open folder.
     """
     model = build_model(config, images.image_shape, images.step)
-    state = run.state_before(create_state(config, model, total), step)
+    state = run.state_before(create_state(config, model, total, images=images), step)
     order = data_order(state, images, config.batch_size)
     knobs = build_knobs(config)
     batch_of = jax.jit(prepare_batch, static_argnames=("levels", "augmentation"))

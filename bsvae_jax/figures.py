@@ -116,10 +116,12 @@ def reconstructions(originals: np.ndarray, means: np.ndarray, title: str, column
     return figure
 
 
-def latent_traversals(images: np.ndarray, values: Sequence[float], labels: Sequence[str], title: str) -> Figure:
+def latent_traversals(
+    images: np.ndarray, values: Sequence[float], labels: Sequence[str], title: str, unit: str = "prior standard deviations"
+) -> Figure:
     """Decoded images [latents, values, H, W, C]: one latent a row, moved through `values`, the others held.
 
-    `labels` name the rows.
+    `labels` name the rows, `unit` that of the values.
     """
     latents, steps, height, width, _ = images.shape
     figure = new_figure(1.2 + 0.55 * steps, 0.9 + 0.55 * latents * height / width)
@@ -128,7 +130,7 @@ def latent_traversals(images: np.ndarray, values: Sequence[float], labels: Seque
     axes.set_yticks([(height + 1) * (i + 0.5) for i in range(latents)], labels)
     axes.set_xticks([(width + 1) * (i + 0.5) for i in range(steps)], [f"{value:g}" for value in values])
     axes.tick_params(length=0)
-    axes.set_xlabel("value of the latent [prior standard deviations]")
+    axes.set_xlabel(f"value of the latent [{unit}]")
     axes.set_title(title)
     return figure
 

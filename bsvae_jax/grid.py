@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bsvae_jax.config import CHOICES, Config, explained, load_module
+from bsvae_jax.config import CHOICES, Config, Flow, Mixture, Prior, StandardNormal, VampPrior, explained, load_module
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Constant, DecoderVariance, Optimal
 
@@ -41,11 +41,13 @@ class Sweep:
     """Number of seeds, counted up from the config's."""
     learning_rate: tuple[float, ...] = ()
     """Peak learning rates; empty: the config's own."""
+    prior: tuple[Prior, ...] = ()
+    """Priors of the latents; empty: the config's own."""
 
     def __post_init__(self) -> None:
-        for name in ("beta", "decoder_variance", "learning_rate"):
+        for name in ("beta", "decoder_variance", "learning_rate", "prior"):
             values = getattr(self, name)
-            if not isinstance(values, tuple) or (not values and name != "learning_rate"):
+            if not isinstance(values, tuple) or (not values and name not in ("learning_rate", "prior")):
                 raise UserError(f"A sweep needs at least one {name}, got {values!r}.")
             repeated = [value for index, value in enumerate(values) if value in values[:index]]
             if repeated:
@@ -54,18 +56,20 @@ class Sweep:
             raise UserError(f"seeds must be a whole number >= 1, got {self.seeds!r}.")
 
     def members(self, config: Config) -> list[GridMember]:
-        """All members, by decoder variance, learning rate, beta and seed.
+        """All members, by decoder variance, prior, learning rate, beta and seed.
 
         Raises:
           UserError: a value that no `Config` takes, or two members that would have one name.
         """
         rates = self.learning_rate or (config.optimizer.learning_rate,)
-        product = itertools.product(self.decoder_variance, rates, self.beta, range(config.seed, config.seed + self.seeds))
+        seeds = range(config.seed, config.seed + self.seeds)
+        product = itertools.product(self.decoder_variance, self.prior or (config.prior,), rates, self.beta, seeds)
         members = []
-        for variance, rate, beta, seed in product:
+        for variance, prior, rate, beta, seed in product:
             optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
             beta = float(beta) if type(beta) is int else beta  # what is no number is for Config to refuse
-            own = dataclasses.replace(config, decoder_variance=variance, optimizer=optimizer, beta=beta, seed=seed)
+            changes: dict[str, Any] = {"decoder_variance": variance, "prior": prior, "beta": beta, "seed": seed}
+            own = dataclasses.replace(config, optimizer=optimizer, **changes)
             members.append(GridMember(member_name(own, config.optimizer.learning_rate), own))
         names = [member.name for member in members]
         repeated = sorted({name for name in names if names.count(name) > 1})
@@ -87,16 +91,31 @@ def variance_name(decoder_variance: DecoderVariance) -> str:
     return kind
 
 
+def prior_name(prior: Prior) -> str:
+    """`standard_normal`, `mixture-10`, `mixture-10-full`, `vamp-100`, `flow-8x64`: the part of a member's name."""
+    kind = next(name for name, kind in CHOICES["prior"].items() if isinstance(prior, kind))
+    match prior:
+        case StandardNormal():
+            return kind
+        case Mixture(components, covariance):
+            return f"{kind}-{components}" + ("" if covariance == "diagonal" else f"-{covariance}")
+        case VampPrior(pseudo_inputs):
+            return f"{kind}-{pseudo_inputs}"
+        case Flow(layers, width):
+            return f"{kind}-{layers}x{width}"
+
+
 def member_name(config: Config, usual_learning_rate: float) -> str:
-    """`optimal_beta0.1_seed2`; the learning rate is named where it is not the usual one."""
+    """`optimal_beta0.1_seed2`; named as well: a prior that is not standard normal, an unusual learning rate."""
     rate = config.optimizer.learning_rate
-    unusual = "" if rate == usual_learning_rate else f"_rate{rate:.10g}"
+    prior = "" if isinstance(config.prior, StandardNormal) else f"_{prior_name(config.prior)}"
+    unusual = prior + ("" if rate == usual_learning_rate else f"_rate{rate:.10g}")
     return f"{variance_name(config.decoder_variance)}{unusual}_beta{config.beta:.10g}_seed{config.seed}"
 
 
 def base_config(config: Config) -> Config:
     """The config with a fixed value for everything that a sweep varies: two sweeps of one base may share a workdir."""
-    return dataclasses.replace(config, beta=1.0, seed=0, decoder_variance=Optimal())
+    return dataclasses.replace(config, beta=1.0, seed=0, decoder_variance=Optimal(), prior=StandardNormal())
 
 
 def choose_variances(
@@ -118,28 +137,63 @@ def choose_variances(
     Raises:
       UserError: an empty list, or settings of a kind that is not among the models.
     """
-    for option, values in (("", names), (".variance", variance), (".over", over)):
-        if values is not None and not values:
-            raise UserError(f"--decoder-variance{option} needs at least one value.")
-    kinds: dict[type, list[DecoderVariance]] = {}
+    settings = ((Constant, "variance", variance), (Optimal, "over", over))
+    return _choose("decoder_variance", config, default, names, settings)
+
+
+def choose_priors(
+    config: Config,
+    default: tuple[Prior, ...],
+    names: Sequence[str] | None,
+    components: Sequence[int] | None,
+    pseudo_inputs: Sequence[int] | None,
+) -> tuple[Prior, ...]:
+    """The priors that the command line asks for.
+
+    Args:
+      config: whose own prior decides the settings of priors of its kind.
+      default: of the config file's sweep; empty: the config's own.
+      names: kinds by name; None: those of `default`.
+      components: one `Mixture` for each.
+      pseudo_inputs: one `VampPrior` for each.
+
+    Raises:
+      UserError: an empty list, or settings of a kind that is not among the priors.
+    """
+    settings = ((Mixture, "components", components), (VampPrior, "pseudo_inputs", pseudo_inputs))
+    return _choose("prior", config, default or (config.prior,), names, settings)
+
+
+def _choose(
+    field: str,
+    config: Config,
+    default: tuple[Any, ...],
+    names: Sequence[str] | None,
+    settings: Sequence[tuple[type, str, Sequence[Any] | None]],
+) -> tuple[Any, ...]:
+    """The models of a config's field by name; `settings`: of a kind, the setting of which there is one for each value."""
+    option = f"--{field.replace('_', '-')}"
+    for suffix, given in (("", names), *((f".{setting.replace('_', '-')}", values) for _, setting, values in settings)):
+        if given is not None and not given:
+            raise UserError(f"{option}{suffix} needs at least one value.")
+    kinds: dict[type, list[Any]] = {}
     if names is None:
         for model in default:
             kinds.setdefault(type(model), []).append(model)
     else:
         for name in names:
-            kind = CHOICES["decoder_variance"][name]
+            kind = CHOICES[field][name]
             if kind in kinds:
-                raise UserError(f"--decoder-variance names {name} twice.")
-            of_kind: list[Any] = [model for model in (*default, config.decoder_variance) if type(model) is kind]
+                raise UserError(f"{option} names {name} twice.")
+            of_kind = [model for model in (*default, getattr(config, field)) if type(model) is kind]
             kinds[kind] = of_kind[:1] or [kind()]
-    settings: tuple[tuple[type, str, Sequence[Any] | None], ...] = ((Constant, "variance", variance), (Optimal, "over", over))
-    for kind, field, values in settings:
+    for kind, setting, values in settings:
         if values is None:
             continue
         if kind not in kinds:
-            raise UserError(f"--decoder-variance.{field} is for {kind.__name__.lower()}, which the sweep does not train.")
-        usual: Any = kinds[kind][0]
-        kinds[kind] = [dataclasses.replace(usual, **{field: value}) for value in values]
+            called = next(name for name, choice in CHOICES[field].items() if choice is kind)
+            raise UserError(f"{option}.{setting.replace('_', '-')} is for {called}, which the sweep does not train.")
+        kinds[kind] = [dataclasses.replace(kinds[kind][0], **{setting: value}) for value in values]
     return tuple(model for models in kinds.values() for model in models)
 
 

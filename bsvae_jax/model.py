@@ -88,7 +88,7 @@ class VAE(nn.Module):
         self.encoder, self.decoder = networks.build(
             self.network, self.latent_size, output_shape, self.axis_name, self.dtype, self.rematerialize
         )
-        self.prior_model = priors.build(self.prior, self.latent_size)
+        self.prior_model = priors.build(self.prior, self.latent_size, self.encoder, self.image_shape)
         if isinstance(self.decoder_variance, Learned):
             initial = float(np.log(self.decoder_variance.initial_variance))
             self.log_variance = self.param("log_variance", nn.initializers.constant(initial), ())
@@ -144,12 +144,14 @@ class VAE(nn.Module):
           key: one key, from which each example takes its own by its position in the global batch; or a key per example, [B].
           train: BatchNorm uses and updates batch statistics.
         """
+        # Before the batch is encoded: in training that updates running statistics, which a VampPrior uses.
+        density = self.prior_model.density()
         posterior = self.encode(x, train)
         check_key(key, len(x))
         keys = example_keys(key, example_positions(len(x), self.axis_name)) if key.ndim == 0 else key
         noise = normal_per_example(keys, posterior.mean.shape[1:])
         z = posterior.mean + jnp.exp(0.5 * posterior.log_variance) * noise.astype(posterior.mean.dtype)
-        rate = self.prior_model.rate(*posterior, z)
+        rate = self.prior_model.rate(*posterior, z, density)
         return VAEOutput(posterior, z, self.decode(z, train), rate)
 
     def elbo_terms(self, x: Images, key: Key[Array, "*batch"], train: bool = False) -> ElboTerms:

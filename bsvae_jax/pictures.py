@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsvae_jax import figures
+from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.loading import Restored
@@ -24,12 +25,20 @@ def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
     apply = jax.jit(run.model.apply, static_argnames=("method", "count"))
     x = to_unit_interval(jnp.asarray(images.test[:512]), images.levels)
     output = apply(run.variables, x, key)
-    # Most informative latents first: rate per latent under N(0, I), averaged over the images.
+    # Most informative latents first, as `scoring.SplitScores.latent_rate` has it; moved on the scale of the prior where that is
+    # known, else on that of the data.
     mean, log_variance = output.posterior
+    origin, scale, unit = jnp.zeros(mean.shape[1]), jnp.ones(mean.shape[1]), "prior standard deviations"
     rates = 0.5 * jnp.mean(jnp.expm1(log_variance) - log_variance + jnp.square(mean), axis=0)
+    if not isinstance(run.model.prior, StandardNormal):
+        variance = jnp.var(mean, axis=0) + jnp.mean(jnp.exp(log_variance), axis=0)
+        origin, scale, unit = jnp.mean(mean, axis=0), jnp.sqrt(variance), "standard deviations of the data's posteriors"
+        rates = 0.5 * (jnp.log(variance) - jnp.mean(log_variance, axis=0))
     order = np.argsort(-np.asarray(rates))[:TRAVERSED]
     start = mean[0]
-    z = jnp.stack([start.at[latent].set(value) for latent in order.tolist() for value in TRAVERSAL])
+    z = jnp.stack(
+        [start.at[latent].set(origin[latent] + value * scale[latent]) for latent in order.tolist() for value in TRAVERSAL]
+    )
     moved = np.asarray(apply(run.variables, z, method="decode").mean)
     samples = apply(run.variables, key, count=SAMPLES, method="sample")
     title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
@@ -45,6 +54,7 @@ def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
             TRAVERSAL.tolist(),
             [f"z{latent} ({rates[latent]:.2f} nats)" for latent in order],
             f"Latents by their rate: {title}",
+            unit,
         ),
     }
     paths = []

@@ -2,7 +2,14 @@
 
 A prior is a Flax module, so that it may have parameters trained jointly with the model. The default rate is the unbiased
 one-sample Monte Carlo estimate; a prior that knows the KL divergence in closed form overrides it.
+
+Latents are [B, L], values nats. Everything is float32, whatever the precision of the networks.
 """
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +20,43 @@ from bsvae_jax import config
 from bsvae_jax.objective import LOG_2PI, kl_to_standard_normal
 
 Latents = Float[Array, "batch latent"]
+LogDensity = Callable[[Latents], Float[Array, " batch"]]
+
+HIGHEST = jax.lax.Precision.HIGHEST
+"""Full float32 products; by default TPUs and recent GPUs round their factors."""
+MOST_LOG_SCALE = 2.0
+"""A coupling layer stretches a latent by a factor between exp(-2) and exp(2): its inverse cannot lose the digits."""
 
 
 def gaussian_log_prob(z: Latents, mean: Latents, log_variance: Latents) -> Float[Array, " batch"]:
     """`log N(z; mean, exp(log_variance))`, nats per example, [B]."""
     standardised = jnp.square(z - mean) * jnp.exp(-log_variance)
     return -0.5 * jnp.sum(LOG_2PI + log_variance + standardised, axis=-1)
+
+
+class Components(NamedTuple):
+    """K Gaussians with diagonal covariances."""
+
+    mean: Float[Array, "components latent"]
+    log_variance: Float[Array, "components latent"]
+    log_weight: Float[Array, " components"]
+
+
+def mixture_log_prob(z: Latents, components: Components) -> Float[Array, " batch"]:
+    """`log sum_k w_k N(z; mean_k, exp(log_variance_k))`, nats, [B]."""
+    mean, log_variance = components.mean[None], components.log_variance[None]
+    # Differences, not an expanded square: narrow components would lose all digits.
+    squares = jnp.square(z[:, None] - mean) * jnp.exp(-log_variance)  # [B, K, L]
+    each = -0.5 * jnp.sum(LOG_2PI + log_variance + squares, axis=-1)
+    return jax.nn.logsumexp(each + components.log_weight[None], axis=1)
+
+
+def mixture_sample(key: Key[Array, ""], components: Components, count: int) -> Float[Array, "count latent"]:
+    """`count` samples of the mixture, [count, L]."""
+    which_key, noise_key = jax.random.split(key)
+    which = jax.random.categorical(which_key, components.log_weight, shape=(count,))
+    noise = jax.random.normal(noise_key, (count, components.mean.shape[1]))
+    return components.mean[which] + jnp.exp(0.5 * components.log_variance[which]) * noise
 
 
 class Prior(nn.Module):
@@ -34,12 +72,18 @@ class Prior(nn.Module):
         """`count` samples of p(z), [count, L]."""
         raise NotImplementedError
 
-    def rate(self, mean: Latents, log_variance: Latents, z: Latents) -> Float[Array, " batch"]:
+    def density(self) -> LogDensity:
+        """`log_prob` as it stands now: what it needs beside z is computed here, once."""
+        return self.log_prob
+
+    def rate(
+        self, mean: Latents, log_variance: Latents, z: Latents, density: LogDensity | None = None
+    ) -> Float[Array, " batch"]:
         """`KL(q(z|x) || p(z))` of q = N(mean, exp(log_variance)) given one sample z of it, nats, [B].
 
-        Here the unbiased one-sample estimate `log q(z|x) - log p(z)`.
+        Here the unbiased one-sample estimate `log q(z|x) - log p(z)`. `density`: of this prior, where the caller has it.
         """
-        return gaussian_log_prob(z, mean, log_variance) - self.log_prob(z)
+        return gaussian_log_prob(z, mean, log_variance) - (density or self.density())(z)
 
 
 class StandardNormal(Prior):
@@ -53,13 +97,203 @@ class StandardNormal(Prior):
         """`count` samples, [count, L]."""
         return jax.random.normal(key, (count, self.latent_size))
 
-    def rate(self, mean: Latents, log_variance: Latents, z: Latents) -> Float[Array, " batch"]:
+    def rate(
+        self, mean: Latents, log_variance: Latents, z: Latents, density: LogDensity | None = None
+    ) -> Float[Array, " batch"]:
         """The exact KL divergence, nats, [B]; `z` is not used."""
         return kl_to_standard_normal(mean, log_variance)
 
 
-def build(prior: config.Prior, latent_size: int) -> Prior:
-    """The Flax module of a prior config."""
+# --- Mixtures ---------------------------------------------------------------------------------------------------------
+
+
+class Mixture(Prior):
+    """Gaussian mixture with learned weights, means and diagonal covariances.
+
+    Before training the means are spread like N(0, I/2) and every variance is 1/2: together about N(0, I).
+    """
+
+    components: int
+
+    def setup(self) -> None:
+        """The parameters; called by Flax."""
+        shape = (self.components, self.latent_size)
+        self.logits = self.param("logits", nn.initializers.zeros, (self.components,))
+        self.mean = self.param("mean", nn.initializers.normal(math.sqrt(0.5)), shape)
+        self.log_variance = self.param("log_variance", nn.initializers.constant(math.log(0.5)), shape)
+
+    def parts(self) -> Components:
+        """The Gaussians."""
+        return Components(self.mean, self.log_variance, jax.nn.log_softmax(self.logits))
+
+    def log_prob(self, z: Latents) -> Float[Array, " batch"]:
+        """`log sum_k w_k N(z; mean_k, exp(log_variance_k))`, nats, [B]."""
+        return mixture_log_prob(z, self.parts())
+
+    def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
+        """`count` samples, [count, L]."""
+        return mixture_sample(key, self.parts(), count)
+
+
+class FullMixture(Prior):
+    """Gaussian mixture whose covariances are full: `(z - mean_k) F_k` is N(0, I) for an upper triangular factor `F_k`.
+
+    `F_k F_k^T` is the precision; its diagonal is kept as a logarithm. Begins as `Mixture` does.
+    """
+
+    components: int
+
+    def setup(self) -> None:
+        """The parameters; called by Flax."""
+        shape = (self.components, self.latent_size)
+        self.logits = self.param("logits", nn.initializers.zeros, (self.components,))
+        self.mean = self.param("mean", nn.initializers.normal(math.sqrt(0.5)), shape)
+        self.log_diagonal = self.param("log_diagonal", nn.initializers.constant(-0.5 * math.log(0.5)), shape)
+        self.upper = self.param("upper", nn.initializers.zeros, (*shape, self.latent_size))
+
+    def factors(self) -> Float[Array, "components latent latent"]:
+        """`F_k`; of `upper`, what lies above the diagonal counts."""
+        diagonal = jnp.eye(self.latent_size)[None] * jnp.exp(self.log_diagonal)[:, None]
+        return jnp.triu(self.upper, 1) + diagonal
+
+    def log_prob(self, z: Latents) -> Float[Array, " batch"]:
+        """`log sum_k w_k N(z; mean_k, (F_k F_k^T)^-1)`, nats, [B]."""
+        whitened = jnp.einsum("bkl,klm->bkm", z[:, None] - self.mean[None], self.factors(), precision=HIGHEST)
+        each = jnp.sum(self.log_diagonal[None] - 0.5 * (LOG_2PI + jnp.square(whitened)), axis=-1)
+        return jax.nn.logsumexp(each + jax.nn.log_softmax(self.logits)[None], axis=1)
+
+    def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
+        """`count` samples, [count, L]."""
+        which_key, noise_key = jax.random.split(key)
+        which = jax.random.categorical(which_key, self.logits, shape=(count,))
+        noise = jax.random.normal(noise_key, (count, self.latent_size))
+        solve = functools.partial(jax.scipy.linalg.solve_triangular, trans=1)
+        return self.mean[which] + jax.vmap(solve)(self.factors()[which], noise)
+
+
+class VampPrior(Prior):
+    """`p(z) = 1/K sum_k q(z|u_k)` of K learned images u_k (Tomczak & Welling 2018, eq. 9).
+
+    The encoder is the model's own, and learns from both of its roles. At the pseudo-inputs its BatchNorm uses the running
+    statistics from before the batch, in training too: so they do not disturb the statistics of the data, p(z) does not depend
+    on the other images of the batch, and training and evaluation speak of one density. Pseudo-inputs are not held to [0, 1].
+    """
+
+    encoder: nn.Module
+    image_shape: tuple[int, int, int]
+    count: int
+
+    def setup(self) -> None:
+        """The parameters; called by Flax."""
+        # A run puts training images in their place (`training.create_state`).
+        initial = lambda key, shape: 0.5 + 0.05 * jax.random.normal(key, shape)  # noqa: E731
+        self.pseudo_inputs = self.param("pseudo_inputs", initial, (self.count, *self.image_shape))
+
+    def parts(self) -> Components:
+        """The posteriors at the pseudo-inputs, with even weights."""
+        mean, log_variance = self.encoder(self.pseudo_inputs, False)
+        return Components(mean, log_variance, jnp.full(self.count, -math.log(self.count)))
+
+    def density(self) -> LogDensity:
+        """`log p(z)` for the encoder as it stands now: to be called before a batch is encoded in training."""
+        return functools.partial(mixture_log_prob, components=self.parts())
+
+    def log_prob(self, z: Latents) -> Float[Array, " batch"]:
+        """`log 1/K sum_k q(z|u_k)`, nats, [B]."""
+        return self.density()(z)
+
+    def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
+        """`count` samples, [count, L]."""
+        return mixture_sample(key, self.parts(), count)
+
+
+# --- Flow -------------------------------------------------------------------------------------------------------------
+
+
+class Coupling(nn.Module):
+    """Shift and log-scale of the latents that a coupling layer changes, from those that it keeps."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, kept: Latents, changed: Float[Array, "1 latent"]) -> tuple[Latents, Latents]:
+        """`kept` is 0 where `changed` is 1; both results are 0 where it is 0, [B, L] each."""
+        hidden = kept
+        for _ in range(2):
+            hidden = nn.silu(nn.Dense(self.width, precision=HIGHEST)(hidden))
+        # Zeros: a layer begins as the identity.
+        outputs = nn.Dense(2 * kept.shape[1], precision=HIGHEST, kernel_init=nn.initializers.zeros, name="outputs")(hidden)
+        shift, raw = jnp.split(outputs, 2, axis=-1)
+        return shift * changed, MOST_LOG_SCALE * jnp.tanh(raw / MOST_LOG_SCALE) * changed
+
+
+class Flow(Prior):
+    """N(0, I) seen through affine coupling layers (real NVP, Dinh et al. 2017) and a scale and origin of each latent.
+
+    A layer changes half of the latents, `u exp(s) + t` with s and t of the other half; halves take turns, every second latent
+    first, then the first and second halves.
+    """
+
+    layers: int
+    width: int
+
+    def setup(self) -> None:
+        """The parts; called by Flax."""
+        self.origin = self.param("origin", nn.initializers.zeros, (self.latent_size,))
+        self.log_scale = self.param("log_scale", nn.initializers.zeros, (self.latent_size,))
+        self.couplings = [Coupling(self.width) for _ in range(self.layers)]
+
+    def _changed(self, layer: int) -> Float[Array, "1 latent"]:
+        positions = jnp.arange(self.latent_size)
+        first = positions % 2 == 0 if layer % 4 < 2 else positions < (self.latent_size + 1) // 2
+        return (first == (layer % 2 == 0)).astype(jnp.float32)[None]
+
+    def to_noise(self, z: Latents) -> tuple[Latents, Float[Array, " batch"]]:
+        """The `u` that z is made of, [B, L], and `log |det du/dz|`, nats, [B]."""
+        u = (z - self.origin[None]) * jnp.exp(-self.log_scale)[None]
+        log_determinant = jnp.full(len(z), -jnp.sum(self.log_scale))
+        for layer, coupling in enumerate(self.couplings):
+            changed = self._changed(layer)
+            shift, log_scale = coupling(u * (1.0 - changed), changed)
+            u = u * jnp.exp(log_scale) + shift
+            log_determinant = log_determinant + jnp.sum(log_scale, axis=-1)
+        return u, log_determinant
+
+    def from_noise(self, u: Latents) -> Latents:
+        """The inverse of `to_noise`, [B, L]."""
+        for layer in reversed(range(self.layers)):
+            changed = self._changed(layer)
+            shift, log_scale = self.couplings[layer](u * (1.0 - changed), changed)
+            u = (u - shift) * jnp.exp(-log_scale)
+        return u * jnp.exp(self.log_scale)[None] + self.origin[None]
+
+    def log_prob(self, z: Latents) -> Float[Array, " batch"]:
+        """`log N(u; 0, I) + log |det du/dz|`, nats, [B]."""
+        u, log_determinant = self.to_noise(z)
+        return log_determinant - 0.5 * jnp.sum(LOG_2PI + jnp.square(u), axis=-1)
+
+    def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
+        """`count` samples, [count, L]."""
+        return self.from_noise(jax.random.normal(key, (count, self.latent_size)))
+
+
+def build(
+    prior: config.Prior,
+    latent_size: int,
+    encoder: nn.Module | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+) -> Prior:
+    """The Flax module of a prior config; `VampPrior` needs the encoder and the shape (H, W, C) of its images."""
     match prior:
         case config.StandardNormal():
             return StandardNormal(latent_size)
+        case config.Mixture(components, "diagonal"):
+            return Mixture(latent_size, components)
+        case config.Mixture(components):
+            return FullMixture(latent_size, components)
+        case config.VampPrior(pseudo_inputs):
+            assert encoder is not None, "its components are posteriors"
+            assert image_shape is not None, "of images"
+            return VampPrior(latent_size, encoder, image_shape, pseudo_inputs)
+        case config.Flow(layers, width):
+            return Flow(latent_size, layers, width)

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bsvae_jax import figures, sweep_figures, theory
-from bsvae_jax.config import Linear, to_dict
+from bsvae_jax.config import Linear, StandardNormal, to_dict
 from bsvae_jax.files import write_atomically
 from bsvae_jax.objective import Constant, Optimal, quantization_variance
 from bsvae_jax.results import (
@@ -26,8 +26,10 @@ from bsvae_jax.results import (
     display,
     display_rows,
     families,
+    has_several_priors,
     mean_and_deviation,
     members_csv,
+    prior_label,
     read_results,
     tabled_quantities,
     variance_label,
@@ -143,19 +145,22 @@ def readings(results: SweepResults, split: str) -> list[Curve]:
         if not isinstance(family.decoder_variance, Constant):
             points = [(_values(own, "rate", split), _values(own, "distortion", split)) for own in family.members]
             curves.append(_curve(family.label, points, _names(family.betas.tolist())))
-    constants = collapse_constants(found)
-    if constants:
+    for prior in dict.fromkeys(family.prior for family in found):
+        constants = collapse_constants([family for family in found if family.prior == prior])
+        if not constants:
+            continue
+        suffix = f", prior: {prior_label(prior)}" if has_several_priors(results) else ""
         rates = [_values(own, "rate", split) for _, own in constants]
         errors = [pixels * _values(own, "mse", split) for _, own in constants]
         optimal = [_values(own, "profile_distortion", split) for _, own in constants]
-        curves.append(_curve("β-VAE read with optimal σ² per image", list(zip(rates, optimal, strict=True))))
+        curves.append(_curve(f"β-VAE read with optimal σ² per image{suffix}", list(zip(rates, optimal, strict=True))))
         half = [0.5 * pixels * math.log(math.pi) + error for error in errors]
-        curves.append(_curve("β-VAE read with σ² = 1/2", list(zip(rates, half, strict=True))))
+        curves.append(_curve(f"β-VAE read with σ² = 1/2{suffix}", list(zip(rates, half, strict=True))))
         positive = [index for index, (b, _) in enumerate(constants) if b > 0]
         scaled = [(b, error) for (b, _), error in zip(constants, errors, strict=True)]
         by_beta = [(rates[i], 0.5 * pixels * math.log(math.pi * scaled[i][0]) + scaled[i][1] / scaled[i][0]) for i in positive]
         if by_beta:
-            curves.append(_curve("β-VAE read with σ² = β/2", by_beta))
+            curves.append(_curve(f"β-VAE read with σ² = β/2{suffix}", by_beta))
     return curves
 
 
@@ -255,17 +260,28 @@ def _latent_rates(results: SweepResults) -> Picture:
     caption = (
         "Rate of each latent on the test set, sorted within a model and averaged over seeds: how many latents β leaves active."
     )
+    if any(not isinstance(family.prior, StandardNormal) for family in families(results)):
+        caption += (
+            " The rate of a prior that is not standard normal does not fall into latents; there it is KL(q(z|x) ‖ N) with the "
+            "mean and variance that each latent has over the set, which bounds what it says of the image from above."
+        )
     return Picture(sweep_figures.latent_rates(rates, f"Rate per latent on {results.info.data_name}"), caption)
 
 
 # --- The grid of beta and sigma^2 -------------------------------------------------------------------------------------
 
 
+def _of_one_prior(results: SweepResults) -> list[Family]:
+    """The families with the first of the sweep's priors, the standard normal one where it is among them."""
+    found = families(results)
+    return [family for family in found if family.prior == found[0].prior]
+
+
 def constant_grid(results: SweepResults, quantity: str) -> tuple[list[float], list[float], np.ndarray]:
     """`(betas, variances, values [variances, betas])` of the constant model, test set, means over seeds, NaN if absent."""
     found = [
         (float(family.decoder_variance.variance), family)
-        for family in families(results)
+        for family in _of_one_prior(results)
         if isinstance(family.decoder_variance, Constant)
     ]
     variances = [variance for variance, _ in found]
@@ -299,7 +315,7 @@ def _beta_variance(results: SweepResults) -> dict[str, Picture]:
     values = {label: constant_grid(results, quantity)[2] for quantity, label in quantities.items()}
     others: dict[str, Mapping[str, np.ndarray]] = {}
     collapse = []
-    for family in families(results):
+    for family in _of_one_prior(results):
         positive = [(beta, own) for beta, own in _points(family) if beta > 0]
         if isinstance(family.decoder_variance, Constant):
             products = [np.full(len(own), beta * family.decoder_variance.variance) for beta, own in positive]
@@ -348,6 +364,7 @@ def compare_with_theory(results: SweepResults) -> LinearComparison | None:
         family
         for family in families(results)
         if isinstance(family.decoder_variance, Optimal)
+        and isinstance(family.prior, StandardNormal)
         and family.decoder_variance.over == "batch"
         and family.decoder_variance.floor in (None, floor)
     ]
@@ -479,7 +496,7 @@ def _lines(values: Mapping[str, object], prefix: str = "") -> list[str]:
     """`optimizer.learning_rate = 0.001`, a line per field, without what the sweep varies."""
     lines = []
     for name, value in values.items():
-        if not prefix and name in ("beta", "seed", "decoder_variance"):
+        if not prefix and name in ("beta", "seed", "decoder_variance", "prior"):
             continue
         dotted = f"{prefix}{name}"
         lines += _lines(value, f"{dotted}.") if isinstance(value, Mapping) else [f"{dotted} = {value}"]

@@ -1,6 +1,7 @@
 """The results of a sweep, read from its folder: members, their means and deviations over seeds, and the table."""
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -9,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bsvae_jax.config import Config
+from bsvae_jax.config import CHOICES, Config, Flow, Mixture, Prior, StandardNormal, VampPrior
 from bsvae_jax.errors import UserError
 from bsvae_jax.files import read_arrays
-from bsvae_jax.grid import variance_name
+from bsvae_jax.grid import prior_name, variance_name
 from bsvae_jax.objective import Constant, DecoderVariance, Learned, Optimal
 from bsvae_jax.rundir import read_evaluation, read_failure, read_info
 from bsvae_jax.summary import Report
@@ -72,6 +73,7 @@ class Setting(NamedTuple):
     """What the seeds of one row of the table share."""
 
     decoder_variance: DecoderVariance
+    prior: Prior
     learning_rate: float
     beta: float
 
@@ -90,7 +92,7 @@ class SweepResults(NamedTuple):
     """Number of diverged members of each setting."""
 
     def settings(self) -> dict[Setting, list[MemberResult]]:
-        """Finished members by setting, sorted by variance, learning rate and beta; a setting may have none."""
+        """Finished members by setting, sorted by variance, prior, learning rate and beta; a setting may have none."""
         found: dict[Setting, list[MemberResult]] = {setting: [] for setting in self.diverged}
         for member in self.members:
             found.setdefault(setting_of(member.config), []).append(member)
@@ -99,7 +101,7 @@ class SweepResults(NamedTuple):
 
 def setting_of(config: Config) -> Setting:
     """The setting of a member."""
-    return Setting(config.decoder_variance, config.optimizer.learning_rate, config.beta)
+    return Setting(config.decoder_variance, config.prior, config.optimizer.learning_rate, config.beta)
 
 
 _KINDS = ("optimal", "learned", "predicted", "constant")
@@ -109,7 +111,25 @@ def _order(setting: Setting) -> tuple:
     kind = variance_name(setting.decoder_variance).split("-")[0]
     constant = setting.decoder_variance.variance if isinstance(setting.decoder_variance, Constant) else 0.0
     name = variance_name(setting.decoder_variance)
-    return (_KINDS.index(kind), constant, name, setting.learning_rate, setting.beta)
+    return (_KINDS.index(kind), constant, name, *_prior_order(setting.prior), setting.learning_rate, setting.beta)
+
+
+def _prior_order(prior: Prior) -> tuple:
+    """Kinds as the config lists them, then by their settings."""
+    return (list(CHOICES["prior"].values()).index(type(prior)), dataclasses.astuple(prior))
+
+
+def prior_label(prior: Prior) -> str:
+    """What a prior is called in tables and figures."""
+    match prior:
+        case StandardNormal():
+            return "standard normal"
+        case Mixture(components, covariance):
+            return f"mixture of {components}" + (", full covariance" if covariance == "full" else "")
+        case VampPrior(pseudo_inputs):
+            return f"VampPrior of {pseudo_inputs}"
+        case Flow(layers, width):
+            return f"flow, {layers} layers of {width}"
 
 
 def variance_label(decoder_variance: DecoderVariance) -> str:
@@ -194,15 +214,28 @@ def has_several_learning_rates(results: SweepResults) -> bool:
     return len({setting.learning_rate for setting in results.settings()}) > 1
 
 
+def has_several_priors(results: SweepResults) -> bool:
+    """Whether the prior is worth a column."""
+    return len({setting.prior for setting in results.settings()}) > 1
+
+
 def as_csv(results: SweepResults) -> str:
     """The table for programs: a row per setting and split, mean and standard deviation of each quantity in full precision."""
     quantities = tabled_quantities(results)
     names = [f"{quantity}_{what}" for quantity in quantities for what in ("mean", "std")]
-    rows = [["split", "decoder_variance", "learning_rate", "beta", "seeds", "diverged", *names]]
+    rows = [["split", "decoder_variance", "prior", "learning_rate", "beta", "seeds", "diverged", *names]]
     for row in table_rows(results):
-        variance, rate, beta = row.setting
+        variance, prior, rate, beta = row.setting
         numbers = ["" if math.isnan(value) else repr(value) for quantity in quantities for value in row.cells[quantity]]
-        start = [row.split, variance_name(variance), repr(rate), repr(beta), str(row.seeds), str(row.diverged)]
+        start = [
+            row.split,
+            variance_name(variance),
+            prior_name(prior),
+            repr(rate),
+            repr(beta),
+            str(row.seeds),
+            str(row.diverged),
+        ]
         rows.append([*start, *numbers])
     return _csv(rows)
 
@@ -210,11 +243,12 @@ def as_csv(results: SweepResults) -> str:
 def members_csv(results: SweepResults) -> str:
     """Every finished member: a row per member and split."""
     quantities = sorted({name for member in results.members for name in member.report["test"]})
-    rows = [["name", "split", "decoder_variance", "learning_rate", "beta", "seed", *quantities]]
+    rows = [["name", "split", "decoder_variance", "prior", "learning_rate", "beta", "seed", *quantities]]
     for member in results.members:
         config = member.config
         start = [
             variance_name(config.decoder_variance),
+            prior_name(config.prior),
             repr(config.optimizer.learning_rate),
             repr(config.beta),
             str(config.seed),
@@ -234,9 +268,16 @@ def _csv(rows: Sequence[Sequence[str]]) -> str:
 def display_rows(results: SweepResults, split: str) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of one split's table for people: `mean ± standard deviation` to the digits that it leaves."""
     quantities = tabled_quantities(results)
-    several = has_several_learning_rates(results)
+    several, priors = has_several_learning_rates(results), has_several_priors(results)
     rate_heading = ["learning rate"] if several else []
-    headings = ["decoder variance", *rate_heading, "β", "seeds", *(HEADINGS[quantity] for quantity in quantities)]
+    headings = [
+        "decoder variance",
+        *(["prior"] if priors else []),
+        *rate_heading,
+        "β",
+        "seeds",
+        *(HEADINGS[quantity] for quantity in quantities),
+    ]
     rows = []
     for row in table_rows(results):
         if row.split != split:
@@ -245,7 +286,8 @@ def display_rows(results: SweepResults, split: str) -> tuple[list[str], list[lis
         seeds = f"{row.seeds}" + (f" ({row.diverged} diverged)" if row.diverged else "")
         rate = [f"{setting.learning_rate:g}"] if several else []
         cells = [display(*row.cells[quantity]) for quantity in quantities]
-        rows.append([variance_label(setting.decoder_variance), *rate, f"{setting.beta:g}", seeds, *cells])
+        prior = [prior_label(setting.prior)] if priors else []
+        rows.append([variance_label(setting.decoder_variance), *prior, *rate, f"{setting.beta:g}", seeds, *cells])
     return headings, rows
 
 
@@ -290,29 +332,34 @@ def as_text(results: SweepResults) -> str:
 
 
 class Family(NamedTuple):
-    """The settings of one decoder-variance model and learning rate, by ascending beta."""
+    """The settings of one decoder-variance model, prior and learning rate, by ascending beta."""
 
     name: str
     """For file names."""
     label: str
     decoder_variance: DecoderVariance
+    prior: Prior
     betas: np.ndarray
     members: list[list[MemberResult]]
     """Finished members (seeds) of each beta; at least one."""
 
 
 def families(results: SweepResults) -> list[Family]:
-    """The curves of every figure: one per decoder-variance model and learning rate."""
-    several = has_several_learning_rates(results)
-    grouped: dict[tuple[DecoderVariance, float], list[tuple[float, list[MemberResult]]]] = {}
+    """The curves of every figure: one per decoder-variance model, prior and learning rate."""
+    several, priors = has_several_learning_rates(results), has_several_priors(results)
+    grouped: dict[tuple[DecoderVariance, Prior, float], list[tuple[float, list[MemberResult]]]] = {}
     for setting, members in results.settings().items():
         if members:
-            grouped.setdefault((setting.decoder_variance, setting.learning_rate), []).append((setting.beta, members))
+            grouped.setdefault(setting[:3], []).append((setting.beta, members))
     found = []
-    for (variance, rate), points in grouped.items():
-        label = variance_label(variance) + (f", learning rate {rate:g}" if several else "")
-        name = variance_name(variance) + (f"_rate{rate:g}" if several else "")
-        found.append(Family(name, label, variance, np.array([beta for beta, _ in points]), [members for _, members in points]))
+    for (variance, prior, rate), points in grouped.items():
+        usual = isinstance(prior, StandardNormal)
+        label = variance_label(variance) + (f", prior: {prior_label(prior)}" if priors or not usual else "")
+        label += f", learning rate {rate:g}" if several else ""
+        name = variance_name(variance) + ("" if usual else f"_{prior_name(prior)}") + (f"_rate{rate:g}" if several else "")
+        found.append(
+            Family(name, label, variance, prior, np.array([beta for beta, _ in points]), [members for _, members in points])
+        )
     return found
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from bsvae_jax.config import StandardNormal
 from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import LOG_2PI, Constant, DecoderVariance, Learned, Optimal, elbo_terms, floor_of
@@ -46,12 +47,15 @@ class SplitScores(NamedTuple):
     posterior_mean: np.ndarray
     """[N, L]"""
     latent_rate: np.ndarray
-    """`KL(q(z_l|x) || N(0, 1))` of each latent, nats, averaged over the examples, [L]; sums to the rate under a standard
-    normal prior."""
+    """Of each latent, nats, averaged over the examples, [L]. Under a standard normal prior `KL(q(z_l|x) || N(0, 1))`, which
+    sums to the rate. The rate of another prior does not fall into latents: then `KL(q(z_l|x) || N(a, b))` with the mean and
+    the variance of z_l over all examples, at least I(x; z_l)."""
     model_distortion: np.ndarray
     """Distortion under the model's own decoder variance, nats, [N]; a shared optimal variance is shared over the N images."""
     model_variance: float
     """The model's decoder variance, averaged over everything it depends on."""
+    aggregate_variance: np.ndarray | None = None
+    """Variance of each latent under the aggregate posterior, [L]; None under a standard normal prior, whose scale is 1."""
 
     @property
     def pixels(self) -> int:
@@ -78,6 +82,8 @@ class _BatchScores(NamedTuple):
     pixel_squared_error: Float[Array, "height width channels"]
     posterior_mean: Float[Array, "batch latent"]
     latent_rate: Float[Array, " latent"]
+    latent_variance: Float[Array, " latent"]
+    latent_log_variance: Float[Array, " latent"]
     distortion: Float[Array, " batch"]
     variance: Float[Array, " batch"]
 
@@ -100,6 +106,10 @@ def _score_batch(
     residual_squared = jnp.square(x - mean)
     posterior_mean, posterior_log_variance = output.posterior
     latent_rate = 0.5 * (jnp.expm1(posterior_log_variance) - posterior_log_variance + jnp.square(posterior_mean))
+
+    def total(values: Array) -> Array:
+        return jax.lax.psum(jnp.sum(values * weights[:, None], axis=0), DATA_AXIS)
+
     variance = jnp.broadcast_to(terms.variance, x.shape) if terms.variance.shape != x.shape[1:] else terms.variance[None]
 
     def gathered(share: Array) -> Array:
@@ -111,7 +121,9 @@ def _score_batch(
         rate=gathered(terms.rate),
         pixel_squared_error=jax.lax.psum(jnp.sum(residual_squared * weights[:, None, None, None], axis=0), DATA_AXIS),
         posterior_mean=gathered(posterior_mean),
-        latent_rate=jax.lax.psum(jnp.sum(latent_rate * weights[:, None], axis=0), DATA_AXIS),
+        latent_rate=total(latent_rate),
+        latent_variance=total(jnp.exp(posterior_log_variance)),
+        latent_log_variance=total(posterior_log_variance),
         distortion=gathered(terms.distortion),
         variance=gathered(jnp.broadcast_to(jnp.mean(variance, axis=(1, 2, 3)), terms.rate.shape)),
     )
@@ -183,7 +195,7 @@ def score_members(
     batches = _score_batches(model, variables, images, keys, levels, mesh, batch_size, driving)
     for member, decoder_variance in enumerate(decoder_variances):
         own = [batch if driving == "loop" else _BatchScores(*(leaf[member] for leaf in batch)) for batch in batches]
-        yield _split_scores(own, len(images), decoder_variance)
+        yield _split_scores(own, len(images), decoder_variance, isinstance(model.prior, StandardNormal))
 
 
 def _score_batches(
@@ -207,7 +219,9 @@ def _score_batches(
     return [*batches, jax.device_get(previous)]
 
 
-def _split_scores(batches: Sequence[_BatchScores], count: int, decoder_variance: DecoderVariance) -> SplitScores:
+def _split_scores(
+    batches: Sequence[_BatchScores], count: int, decoder_variance: DecoderVariance, standard_normal: bool
+) -> SplitScores:
     """What the batches of one model say of the whole split, in float64."""
 
     def examples(name: str) -> np.ndarray:
@@ -225,6 +239,10 @@ def _split_scores(batches: Sequence[_BatchScores], count: int, decoder_variance:
         model_distortion=examples("distortion"),
         model_variance=float(examples("variance").mean()),
     )
+    if not standard_normal:
+        aggregate = scores.posterior_mean.var(axis=0) + mean("latent_variance")
+        information = 0.5 * (np.log(aggregate) - mean("latent_log_variance"))
+        scores = scores._replace(latent_rate=information, aggregate_variance=aggregate)
     distortion, variance = _own_distortion(scores, decoder_variance)
     return scores._replace(model_distortion=distortion, model_variance=variance)
 

@@ -17,7 +17,8 @@ from bsvae_jax.objective import bits_per_dimension
 from bsvae_jax.scoring import Calibration, SplitScores, distortion_at, optimal_variance_of_split
 
 ACTIVE_THRESHOLD = 0.01
-"""A latent is active if the variance of its posterior mean over the data exceeds this (Burda et al. 2016)."""
+"""A latent is active if the variance of its posterior mean over the data exceeds this (Burda et al. 2016). Their prior has
+variance 1; the scale of latents under a learned prior is free, so there the variance is taken as a share of its total."""
 
 
 class Quantity(NamedTuple):
@@ -42,7 +43,8 @@ def mean_quantity(values: np.ndarray, unit: str, meaning: str) -> Quantity:
 
 def active_latents(scores: SplitScores) -> int:
     """Number of latents whose posterior mean varies over the data by more than `ACTIVE_THRESHOLD`."""
-    return int(np.sum(scores.posterior_mean.var(axis=0) > ACTIVE_THRESHOLD))
+    scale = 1.0 if scores.aggregate_variance is None else scores.aggregate_variance
+    return int(np.sum(scores.posterior_mean.var(axis=0) > ACTIVE_THRESHOLD * scale))
 
 
 def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dict[str, Quantity]:
@@ -71,6 +73,7 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dic
     if np.ptp(scores.model_distortion) == 0:  # one variance per pixel: only the mean over the split is known
         own = {name: quantity._replace(standard_error=None) for name, quantity in own.items()}
     bits = bits_per_dimension(calibrated + rate, shape, step)
+    share = "" if scores.aggregate_variance is None else " of the latent's own"
     return {
         **own,
         "rate": mean_quantity(rate, "nats", "KL(q(z|x) || p(z))"),
@@ -86,7 +89,9 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dic
         "psnr": mean_quantity(-10 * np.log10(np.maximum(mse, 1e-12)), "dB", "peak signal-to-noise ratio, mean over images"),
         "variance": Quantity(scores.model_variance, None, "intensity^2", "the model's decoder variance, averaged"),
         "calibrated_variance": Quantity(calibration.variance, None, "intensity^2", "optimum of the training set"),
-        "active_units": Quantity(float(active_latents(scores)), None, "latents", "variance of the posterior mean > 0.01"),
+        "active_units": Quantity(
+            float(active_latents(scores)), None, "latents", f"variance of the posterior mean > 0.01{share}"
+        ),
     }
 
 

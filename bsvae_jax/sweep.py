@@ -125,7 +125,8 @@ def fit_sweep(
         raise UserError("Driving 'loop' trains one member at a time; leave out --members-at-once, or choose scan or vmap.")
     data_mesh(config.devices, config.batch_size if driving == "loop" else None)
     images = load(config.data)
-    check_against_data(config, images)
+    for member in members:
+        check_against_data(member.config, images)
     directory = _SweepDirectory(folder, config, images, members, progress)
     todo = [member for member in members if not directory.is_done(member)]
     programs: dict[Config, list[GridMember]] = {}

@@ -121,7 +121,7 @@ class Trainer:
 
     def _begin(self, member: Member, at: int | None) -> TrainState:
         """The state to continue from, the writer's in every process."""
-        new = create_state(member.config, self.program.model, self.program.total)
+        new = create_state(member.config, self.program.model, self.program.total, images=self.program.images)
         state = hosts.in_writer(lambda: member.run.resume(new, at), new)
         return state if hosts.alone() else state.with_arrays(hosts.from_writer(state.arrays()))
 

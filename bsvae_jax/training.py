@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
@@ -30,6 +31,9 @@ LOG_EVERY = 50
 
 ORDER_SALT = 2**31 - 1
 """Folded into the key of a run for the order of its data."""
+
+PRIOR = "prior_model"
+"""Where the parameters of a prior lie among those of a `VAE`."""
 
 
 class TrainState(struct.PyTreeNode):
@@ -316,17 +320,26 @@ def learning_rate_schedule(optimizer: configs.Optimizer, steps: int) -> optax.Sc
     return optax.join_schedules([rise, optax.constant_schedule(peak)], [warmup])
 
 
-def build_optimizer(optimizer: configs.Optimizer, steps: int) -> optax.GradientTransformation:
+def build_optimizer(optimizer: configs.Optimizer, steps: int, learned_prior: bool = False) -> optax.GradientTransformation:
     """AdamW with its schedule, after clipping where asked for, at a peak learning rate of 1 (`TrainState.learning_rate`).
+
+    The parameters of a prior do not decay: towards 0, a mixture's means would meet and a pseudo-input would turn black.
 
     The same object for the same arguments, so that states made from them share one compiled program.
     """
-    return _unit_optimizer(dataclasses.replace(optimizer, learning_rate=1.0), steps)
+    return _unit_optimizer(dataclasses.replace(optimizer, learning_rate=1.0), steps, learned_prior)
+
+
+def _decays(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether each parameter decays."""
+    return {name: jax.tree.map(lambda _, own=name: own != PRIOR, part) for name, part in params.items()}
 
 
 @functools.cache
-def _unit_optimizer(optimizer: configs.Optimizer, steps: int) -> optax.GradientTransformation:
-    adamw = optax.adamw(learning_rate_schedule(optimizer, steps), weight_decay=optimizer.weight_decay)
+def _unit_optimizer(optimizer: configs.Optimizer, steps: int, learned_prior: bool) -> optax.GradientTransformation:
+    # Without a prior to spare there is no mask: it would be one more level in the state of every checkpoint.
+    mask = _decays if learned_prior else None
+    adamw = optax.adamw(learning_rate_schedule(optimizer, steps), weight_decay=optimizer.weight_decay, mask=mask)
     if optimizer.gradient_clip is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(optimizer.gradient_clip), adamw)
@@ -369,12 +382,26 @@ def _initial_arrays(model: VAE, optimizer: optax.GradientTransformation, key: Ke
     return variables["params"], variables.get("batch_stats", {}), optimizer.init(variables["params"])
 
 
-def create_state(config: Config, model: VAE, steps: int, variables: Mapping[str, Any] | None = None) -> TrainState:
-    """The state before the first step: `variables`, or parameters drawn from the config's seed; float32."""
+def create_state(
+    config: Config,
+    model: VAE,
+    steps: int,
+    variables: Mapping[str, Any] | None = None,
+    images: ImageSet | None = None,
+) -> TrainState:
+    """The state before the first step: `variables`, or parameters drawn from the config's seed; float32.
+
+    The pseudo-inputs of a `VampPrior` are training images of `images`, chosen by the seed; without them noise around grey.
+    """
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    optimizer = build_optimizer(config.optimizer, steps)
+    optimizer = build_optimizer(config.optimizer, steps, not isinstance(config.prior, configs.StandardNormal))
     if variables is None:
         params, batch_stats, optimizer_state = _initial_arrays(model.clone(axis_name=None), optimizer, init_key)
+        if isinstance(config.prior, configs.VampPrior) and images is not None:
+            generator = np.random.default_rng(config.seed)
+            chosen = np.sort(generator.choice(len(images.train), config.prior.pseudo_inputs, replace=False))
+            pseudo_inputs = to_unit_interval(jnp.asarray(images.train[chosen]), images.levels)
+            params = {**params, PRIOR: {"pseudo_inputs": pseudo_inputs}}
     else:
         params, batch_stats = variables["params"], variables["batch_stats"]
         optimizer_state = jax.jit(optimizer.init)(params)
@@ -406,7 +433,7 @@ def check_against_data(config: Config, images: ImageSet) -> None:
     """What only config and data together can show to be wrong.
 
     Raises:
-      UserError: a batch larger than the training set, or more latents than pixels.
+      UserError: a batch larger than the training set, more latents than pixels, or more pseudo-inputs than training images.
     """
     if config.batch_size > len(images.train):
         raise UserError(f"batch_size {config.batch_size} exceeds the {len(images.train)} training images of {images.name}.")
@@ -422,3 +449,8 @@ def check_against_shape(config: Config, data: DataShape) -> None:
     pixels = math.prod(data.image_shape)
     if config.latent_size > pixels:
         raise UserError(f"latent_size {config.latent_size} exceeds the {pixels} pixels of an image.")
+    if isinstance(config.prior, configs.VampPrior) and config.prior.pseudo_inputs > len(images.train):
+        raise UserError(
+            f"prior.pseudo_inputs {config.prior.pseudo_inputs} exceeds the {len(images.train)} training images of "
+            f"{images.name}, of which the pseudo-inputs begin as copies; choose fewer."
+        )

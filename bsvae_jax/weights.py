@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bsvae_jax.config import Config, Residual
+from bsvae_jax.config import Config, Residual, StandardNormal
 from bsvae_jax.errors import UserError
 from bsvae_jax.networks import stage_sizes
 from bsvae_jax.objective import Predicted
@@ -158,13 +158,16 @@ def from_state_dict(
       `{"params": ..., "batch_stats": ...}`.
 
     Raises:
-      UserError: the config's network is not residual; the arrays are another network's, or they are not finite.
+      UserError: the config's network is not residual, or its prior not standard normal; the arrays are another network's, or
+        they are not finite.
     """
     if not isinstance(config.network, Residual):
         raise UserError(
             f"The published network is residual, this config has {config.network}; "
             "choose --network residual and its --network.widths."
         )
+    if not isinstance(config.prior, StandardNormal):
+        raise UserError(f"The published network has a standard normal prior, this config has {config.prior}; leave it out.")
     wanted = counterparts(variables, config.network.widths, image_shape)
     _check_same_network(arrays, wanted, config, image_shape, source)
     with np.errstate(over="ignore"):  # a double beyond float32 is infinite, and refused as such

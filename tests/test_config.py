@@ -25,13 +25,16 @@ from bsvae_jax.config import (
     Config,
     DataSource,
     Digits,
+    Flow,
     Folder,
     Linear,
+    Mixture,
     Network,
     Optimizer,
     Prior,
     Residual,
     StandardNormal,
+    VampPrior,
     differences,
     from_dict,
     load_config,
@@ -220,9 +223,15 @@ def test_a_list_of_widths_is_a_tuple_or_refused(kind, field):
             lambda: Config(decoder_variance=0.5),
             "decoder_variance must be one of Constant, Optimal, Learned, Predicted, got 0.5",
         ),
-        (lambda: Config(prior=None), "prior must be one of StandardNormal, got None"),
+        (lambda: Config(prior=None), "prior must be one of StandardNormal, Mixture, VampPrior, Flow, got None"),
         (lambda: Config(optimizer={"learning_rate": 1e-3}), "optimizer must be"),
         (lambda: Config(augmentation=None), "augmentation must be"),
+        (lambda: Mixture(components=0), "prior.components must be a whole number >= 1, got 0"),
+        (lambda: Mixture(covariance="ful"), "prior.covariance must be one of diagonal, full, got 'ful' \\(did you mean 'full'"),
+        (lambda: VampPrior(pseudo_inputs=0), "prior.pseudo_inputs must be a whole number >= 1, got 0"),
+        (lambda: VampPrior(pseudo_inputs=2.0), "prior.pseudo_inputs must be a whole number >= 1, got 2.0"),
+        (lambda: Flow(layers=0), "prior.layers must be a whole number >= 1, got 0"),
+        (lambda: Flow(width=-1), "prior.width must be a whole number >= 1, got -1"),
     ],
 )
 def test_choices(make, telling):
@@ -264,7 +273,7 @@ def test_frozen_and_hashable():
             DecoderVariance,
             {"constant": Constant, "optimal": Optimal, "learned": Learned, "predicted": Predicted},
         ),
-        ("prior", Prior, {"standard_normal": StandardNormal}),
+        ("prior", Prior, {"standard_normal": StandardNormal, "mixture": Mixture, "vamp": VampPrior, "flow": Flow}),
     ],
 )
 def test_choices_name_every_kind(field, union, expected):
@@ -289,6 +298,9 @@ EVERY_KIND = [
         data=TFDS(name="svhn", data_dir="d"), decoder_variance=Predicted(floor=0.01), optimizer=Optimizer(gradient_clip=1.0)
     ),
     Config(augmentation=Augmentation(10.0, (0.5, 1.0), (0.75, 1.5), True), decoder_variance=Optimal("pixel", 0.0), devices=4),
+    Config(prior=Mixture(3, "full")),
+    Config(prior=VampPrior(7)),
+    Config(prior=Flow(2, 8)),
     Config(
         optimizer=Optimizer(schedule="constant", warmup_steps=7, ema_decay=0.9), precision="bfloat16", steps_per_dispatch=10
     ),
