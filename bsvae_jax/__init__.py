@@ -9,10 +9,12 @@ The loss is made of pure functions of arrays (`gaussian_nll`, `optimal_gaussian_
 
 from bsvae_jax import data, theory
 from bsvae_jax.config import Config, load_config
+from bsvae_jax.densities import FittedPrior
 from bsvae_jax.errors import BsvaeError, DivergenceError, UserError
 from bsvae_jax.evaluation import Fid, evaluate
 from bsvae_jax.exporting import export_safetensors
 from bsvae_jax.failure import FailedStep, failed_step
+from bsvae_jax.fitting import fit_prior
 from bsvae_jax.grid import Sweep
 from bsvae_jax.importing import Imported, import_torch
 from bsvae_jax.interruption import Interrupted
@@ -53,6 +55,7 @@ __all__ = [
     "FailedStep",
     "Fid",
     "FitResult",
+    "FittedPrior",
     "Imported",
     "Interrupted",
     "Learned",
@@ -70,6 +73,7 @@ __all__ = [
     "export_safetensors",
     "failed_step",
     "fit",
+    "fit_prior",
     "fit_sweep",
     "gaussian_nll",
     "import_torch",

@@ -24,6 +24,7 @@ DECODER_VARIANCE = Literal["constant", "optimal", "learned", "predicted"]
 PRIOR = Literal["standard_normal", "mixture", "vamp", "flow"]
 SHARED = Literal["example", "batch", "pixel"]
 DRIVING = Literal["loop", "scan", "vmap"]
+FITTED = Literal["gaussian", "mixture", "flow"]
 
 Run = Annotated[Path, tyro.conf.arg(name="workdir", metavar="WORKDIR")]
 
@@ -449,6 +450,7 @@ def evaluate(
     fid: int | None = None,
     protocol: Literal["standard", "paper"] = "standard",
     inception_weights: Path | None = None,
+    prior: Literal["model", "fitted"] = "model",
     figures: bool = True,
 ) -> None:
     """Evaluate a trained run, or every finished member of a sweep: a table with units and standard errors, and figures.
@@ -466,6 +468,7 @@ def evaluate(
       fid: Compute FID and KID with so many samples of the prior against the images of each split; 10,000 is usual.
       protocol: The paper stretches the contrast of each of 25,600 samples before FID; its numbers are marked as such.
       inception_weights: Weights of the FID network, pytorch-fid's .pth or an .npz; downloaded at first use if not given.
+      prior: fitted gives the numbers under the density of bsvae fit-prior as well, beside those of the model's own.
       figures: Draw figures; --figures False leaves them out.
     """
     from bsvae_jax.data import load
@@ -490,7 +493,8 @@ def evaluate(
     for folder in _finished_members(workdir) if is_sweep else [workdir]:
         if is_sweep:
             print(f"\n{folder.name}")
-        _evaluate_run(folder, load_once, split, checkpoint, samples, bound_images, options, figures and not is_sweep)
+        shown = figures and not is_sweep
+        _evaluate_run(folder, load_once, split, checkpoint, samples, bound_images, options, prior, shown)
     if is_sweep:
         _report(workdir)
 
@@ -509,21 +513,30 @@ def _evaluate_run(
     samples: int | None,
     bound_images: int | None,
     fid: Any,
+    prior: str,
     figures: bool,
 ) -> None:
     from bsvae_jax import evaluation, evaluation_pictures, rundir, summary
+    from bsvae_jax.densities import read_fitted
     from bsvae_jax.loading import restore
 
     run = restore(folder, checkpoint)
+    with_fitted = restore(folder, checkpoint, "fitted") if prior == "fitted" else None
     images = load(run.config.data)
     rundir.check_same_data(folder, rundir.read_info(folder), images)
-    found = evaluation.evaluate(
-        run, images, split, samples=samples, bound_images=bound_images, fid_options=fid, workdir=folder, progress=True
+    evaluate = functools.partial(
+        evaluation.evaluate, samples=samples, bound_images=bound_images, fid_options=fid, workdir=folder, progress=True
     )
-    rundir.write_evaluation(folder, run.step, found.report, checkpoint)
-    print(summary.as_table(found.report))
+    found = evaluate(run, images, split)
+    report = found.report
+    if with_fitted is not None and (fitted := read_fitted(folder)) is not None:
+        report = evaluation.beside(report, evaluate(with_fitted, images, split).report, fitted.describe())
+    rundir.write_evaluation(folder, run.step, report, checkpoint)
+    print(summary.as_table(report))
     if figures:
         evaluation_pictures.draw(run, images, found, folder)
+        if with_fitted is not None:
+            evaluation_pictures.draw_fitted(run, with_fitted, images, found, folder)
         print(f"figures: {folder / 'figures'}")
 
 
@@ -533,6 +546,7 @@ def sample(
     out: Path | None = None,
     seed: int = 0,
     checkpoint: Literal["latest", "best"] = "latest",
+    prior: Literal["model", "fitted"] = "model",
     overwrite: bool = False,
 ) -> None:
     """Draw images from a trained run: z from the prior, then the decoder's mean, as 8-bit images.
@@ -546,6 +560,7 @@ def sample(
         WORKDIR/samples.npz if not given.
       seed: Decides the images; the first ones do not depend on count.
       checkpoint: The end of training, or the least held-out objective.
+      prior: The one that the model was trained with, or the one that bsvae fit-prior fitted afterwards.
       overwrite: Replace what is already at out.
     """
     from bsvae_jax import sampling
@@ -560,7 +575,7 @@ def sample(
     out = workdir / "samples.npz" if out is None else out
     if out.suffix in (".npz", ".png") and out.exists() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it.")
-    run = restore(workdir, checkpoint)
+    run = restore(workdir, checkpoint, prior)
     channels = run.image_shape[2]
     if out.suffix != ".npz" and channels not in (1, 3):
         raise UserError(f"PNG files hold 1 or 3 channels, the model has {channels}; give --out FILE.npz.")
@@ -569,7 +584,7 @@ def sample(
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".png":
             images = sampling.sample_prior(run, count, seed)
-            save(image_grid(images / 255.0, f"{count} samples of the prior"), out)
+            save(image_grid(images / 255.0, f"{count} samples of the {'fitted ' if prior == 'fitted' else ''}prior"), out)
         else:
             write = sampling.write_npz if out.suffix == ".npz" else sampling.write_folder
             with ProgressBar(count, 0, enabled=count > sampling.BATCH) as bar:
@@ -578,6 +593,43 @@ def sample(
         raise UserError(f"{out} cannot be written ({error.strerror}).") from error
     before = f", {there} of them there already" if there else ""
     print(f"{count} images {run.image_shape}{before}: {out}")
+
+
+def fit_prior(
+    workdir: tyro.conf.Positional[Run],
+    kind: FITTED = "mixture",
+    components: int = 10,
+    seed: int = 0,
+    checkpoint: Literal["latest", "best"] = "latest",
+    overwrite: bool = False,
+) -> None:
+    """Fit a density to the latents of a trained run, for bsvae sample and evaluate --prior fitted.
+
+    It is fitted to samples of the posteriors of nine tenths of the training images and kept in WORKDIR/prior.npz; the model
+    stays as it is. Samples of the prior that decode badly usually lie where no image has its posterior: this density does not
+    go there.
+
+    Example: bsvae fit-prior runs/digits --kind mixture --components 20
+
+    Args:
+      workdir: Folder that bsvae train wrote, or a member of a sweep.
+      kind: A Gaussian or a mixture of Gaussians with full covariances, or a flow of affine coupling layers.
+      components: Gaussians of a mixture.
+      seed: Decides the samples of the posteriors and where the fit starts.
+      checkpoint: The end of training, or the least held-out objective; the prior is of that one alone.
+      overwrite: Replace a prior of another kind or checkpoint.
+    """
+    from bsvae_jax import fitting
+    from bsvae_jax.densities import FILE
+
+    fitted = fitting.fit_prior(workdir, kind, components, seed, checkpoint, overwrite)
+    before = "" if fitted.held_out_before is None else f", {fitted.held_out_before:.2f} under the model's own prior"
+    print(
+        f"{fitted.describe()}, fitted to the latents of step {fitted.step}: {workdir / FILE}\n"
+        f"log density of the latents of held-out training images: {fitted.held_out:.2f} nats per image{before}; their rate "
+        "falls by the difference.\n"
+        f"bsvae sample {workdir} --prior fitted and bsvae evaluate {workdir} --prior fitted use it."
+    )
 
 
 def export(
@@ -655,6 +707,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "prepare": prepare,
                 "evaluate": evaluate,
                 "sample": sample,
+                "fit-prior": fit_prior,
                 "import-torch": _import_command(default),
                 "export": export,
             },

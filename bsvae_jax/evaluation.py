@@ -258,6 +258,32 @@ def _evaluate_split(
     return SplitEvaluation(scores, found, rate, bound, tuple(wanted))
 
 
+_OF_THE_PRIOR = (
+    *("rate", "profile_elbo", "calibrated_elbo", "calibrated_bits_per_dimension", "calibrated_elbo_per_pixel_variance"),
+    *("aggregate_kl", "effective_samples", "fid", "kid"),
+)
+_BOUNDS = ("importance_weighted_bound", "own_importance_weighted_bound", "fid_", "kid_")
+
+
+def beside(before: Report, after: Report, fitted: str) -> Report:
+    """What a fitted prior changes, under names that begin with `fitted_`, each below the number of the model's own prior.
+
+    Args:
+      before: of `evaluate` on a run as it was trained.
+      after: of the same with its fitted prior.
+      fitted: what it is, for the meaning of the numbers.
+    """
+    report: Report = {}
+    for split, quantities in before.items():
+        report[split] = {}
+        for name, quantity in quantities.items():
+            report[split][name] = quantity
+            other = after[split].get(name)
+            if other is not None and (name in _OF_THE_PRIOR or name.startswith(_BOUNDS)):
+                report[split][f"fitted_{name}"] = other._replace(meaning=f"with the fitted prior, {fitted}")
+    return report
+
+
 class _Unfinished:
     """The file from which an interrupted bound continues."""
 

@@ -177,6 +177,34 @@ def rate_decomposition(
     return figure
 
 
+def prior_and_posterior(
+    points: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray], reach: tuple[np.ndarray, np.ndarray], title: str
+) -> Figure:
+    """Latents of several kinds side by side in one plane, and what some of them decode to.
+
+    Args:
+      points: name to points [n, 2].
+      pictures: the same names to images [m, H, W, C], shown below.
+      reach: lower and upper ends of both axes, [2] each.
+      title: of the figure.
+    """
+    figure = new_figure(4.0 * len(points), 8.2)
+    figure.suptitle(title)
+    above, below = figure.subplots(2, len(points), squeeze=False)
+    for axes, (name, own), colour in zip(above, points.items(), COLOURS, strict=False):
+        axes.scatter(own[:, 0], own[:, 1], s=2, alpha=0.35, color=colour, linewidths=0)
+        axes.set_xlim(reach[0][0], reach[1][0])
+        axes.set_ylim(reach[0][1], reach[1][1])
+        axes.set_title(name)
+        axes.set_xlabel("first principal axis of q(z)")
+        axes.grid(alpha=0.3)
+    above[0].set_ylabel("second principal axis of q(z)")
+    for axes, images in zip(below, pictures.values(), strict=True):
+        show_image(axes, tile(images, int(np.sqrt(len(images)))))
+        axes.set_axis_off()
+    return figure
+
+
 def interpolations(rows: np.ndarray, labels: Sequence[str], title: str) -> Figure:
     """Decoded images [rows, steps, H, W, C] between two ends each; `labels` name the rows."""
     count, steps, height, width, _ = rows.shape

@@ -28,6 +28,10 @@ COMPARED = 300
 """Samples and held-out images compared with the training set."""
 DENSITY_BINS = 4
 """Bins of the residuals taken together in their density."""
+PLOTTED = 1500
+"""Latents plotted of each prior."""
+DECODED = 64
+"""Of them, those whose images are shown."""
 SHOWN = 20
 """Samples shown above their nearest training images."""
 ATTRIBUTES_SHOWN = 6
@@ -65,6 +69,43 @@ def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -
         paths.append(workdir / "figures" / f"{name}.png")
         figures.save(figure, paths[-1])
     return paths
+
+
+def draw_fitted(run: Restored, fitted: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -> Path:
+    """The aggregate posterior beside both priors, and what they decode to: `workdir/figures/fitted_prior.png`.
+
+    Args:
+      run: as it was trained.
+      fitted: the same run with its fitted prior.
+      images: of its data.
+      evaluated: of `run`.
+      workdir: of the run.
+    """
+    parts = evaluated.splits.get("test") or next(iter(evaluated.splits.values()))
+    chosen = np.random.default_rng(0).permutation(len(parts.details.z))[:PLOTTED]
+    aggregate = parts.details.z
+    mean = aggregate.mean(axis=0)
+    _, _, axes = np.linalg.svd(aggregate - mean, full_matrices=False)
+    latents = {"aggregate posterior q(z)": aggregate[chosen]}
+    for name, own in (("the model's prior p(z)", run), ("the fitted prior", fitted)):
+        drawn: Any = own.model.apply(own.variables, jax.random.key(run.config.seed), PLOTTED, method="sample_latents")
+        latents[name] = np.asarray(drawn, np.float64)
+    decode = jax.jit(run.model.apply, static_argnames="method")
+    pictures = {
+        name: np.asarray(decode(run.variables, jnp.asarray(z[:DECODED], jnp.float32), method="decode").mean)
+        for name, z in latents.items()
+    }
+    plane = np.zeros((2, aggregate.shape[1])) if aggregate.shape[1] < 2 else axes[:2]
+    if aggregate.shape[1] < 2:  # one latent: its values against their order
+        plane[0, 0] = 1.0
+    points = {name: (z - mean) @ plane.T for name, z in latents.items()}
+    together = np.concatenate(list(points.values()))
+    reach = np.quantile(together, 0.002, axis=0) - 0.5, np.quantile(together, 0.998, axis=0) + 0.5
+    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
+    figure = evaluation_figures.prior_and_posterior(points, pictures, reach, f"Latents and what they decode to: {title}")
+    path = workdir / "figures" / "fitted_prior.png"
+    figures.save(figure, path)
+    return path
 
 
 def _residuals(parts: SplitEvaluation, title: str) -> Any:

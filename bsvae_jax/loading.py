@@ -5,15 +5,16 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from bsvae_jax.checkpoint import Checkpoints
+from bsvae_jax.checkpoint import Checkpoints, digest
 from bsvae_jax.config import Config
+from bsvae_jax.densities import FILE, read_fitted
 from bsvae_jax.errors import UserError
 from bsvae_jax.files import as_path
 from bsvae_jax.model import VAE
 from bsvae_jax.objective import quantization_variance
 from bsvae_jax.rundir import read_calibration, read_info, warn
 from bsvae_jax.scoring import Calibration
-from bsvae_jax.training import build_model, create_state
+from bsvae_jax.training import PRIOR, build_model, create_state
 
 
 class Restored(NamedTuple):
@@ -48,13 +49,17 @@ class Restored(NamedTuple):
         return quantization_variance(1.0 / (self.levels - 1))
 
 
-def restore(workdir: str | Path, checkpoint: Literal["latest", "best"] = "latest") -> Restored:
+def restore(
+    workdir: str | Path, checkpoint: Literal["latest", "best"] = "latest", prior: Literal["model", "fitted"] = "model"
+) -> Restored:
     """Open a run.
 
     Args:
       workdir: the folder given to `fit` or `bsvae train`.
       checkpoint: 'latest' (the end of training), or 'best' (least held-out objective: chosen on the test split, so its test
         numbers are slightly optimistic). A damaged latest one is reported on stderr, and the one before is used.
+      prior: 'model' (as it was trained), or 'fitted': the density that `fit_prior` fitted to this checkpoint takes its place,
+        in `model.prior` and among the variables; `config` still says how the model was trained.
 
     >>> import tempfile
     >>> import bsvae_jax as bv
@@ -66,9 +71,12 @@ def restore(workdir: str | Path, checkpoint: Literal["latest", "best"] = "latest
     3
 
     Raises:
-      UserError: another `checkpoint`, not a run, no checkpoint yet, or none that loads.
+      UserError: another `checkpoint` or `prior`, not a run, no checkpoint yet, or none that loads; no fitted prior, or one of
+        other parameters.
     """
     folder = as_path(workdir, "workdir")
+    if prior not in ("model", "fitted"):
+        raise UserError(f"prior must be 'model' or 'fitted', got {prior!r}.")
     if checkpoint not in ("latest", "best"):
         raise UserError(f"checkpoint must be 'latest' or 'best', got {checkpoint!r}.")
     info = read_info(folder)
@@ -84,7 +92,27 @@ def restore(workdir: str | Path, checkpoint: Literal["latest", "best"] = "latest
     if calibration is not None and calibration.step != step:
         calibration = None
     variables = {"params": params, "batch_stats": arrays["batch_stats"]}
-    return Restored(model, variables, info.config, step, info.image_shape, info.levels, calibration)
+    run = Restored(model, variables, info.config, step, info.image_shape, info.levels, calibration)
+    return run if prior == "model" else _with_fitted_prior(folder, run, checkpoint)
+
+
+def _with_fitted_prior(folder: Path, run: Restored, checkpoint: str) -> Restored:
+    fitted = read_fitted(folder)
+    again = f"bsvae fit-prior {folder}" + (f" --checkpoint {checkpoint}" if checkpoint != "latest" else "")
+    if fitted is None:
+        raise UserError(f"{folder} has no fitted prior; {again} fits one.")
+    if fitted.latent_size != run.config.latent_size:
+        raise UserError(
+            f"{folder / FILE} is of {fitted.latent_size} latents, this model has {run.config.latent_size}: it was fitted to "
+            f"another run. {again} --overwrite True fits one to this."
+        )
+    if fitted.checkpoint != digest(run.variables):
+        raise UserError(
+            f"{folder / FILE} was fitted to other parameters (of step {fitted.step}) than those of the {checkpoint} checkpoint "
+            f"(step {run.step}). {again} --overwrite True fits one to these."
+        )
+    params = {**run.variables["params"], PRIOR: fitted.parameters}
+    return run._replace(model=run.model.clone(prior=fitted.prior), variables={**run.variables, "params": params})
 
 
 def _one_device() -> jax.sharding.Sharding:

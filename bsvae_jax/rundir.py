@@ -7,6 +7,7 @@ checkpoints/       Orbax, the latest two and the best
 calibration.npz    optimal variance of the training set (at the end)
 evaluation.json    every reported number of both splits (at the end, or by `bsvae evaluate`)
 failure.json       why training stopped, where it did; failure.npz has the state and the batch of that step
+prior.npz          a density fitted to the latents (by `bsvae fit-prior`)
 row.npz            steps of the next row of metrics.jsonl, where a signal stopped training between two rows
 figures/           written by the command line
 """
@@ -211,6 +212,16 @@ def write_evaluation(
     findings = found if findings is None else findings
     report = before | {split: before.get(split, {}) | quantities for split, quantities in report.items()}
     values = {"step": step, "checkpoint": checkpoint, "findings": dict(findings), "splits": as_json(report)}
+    write_atomically(folder / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())
+
+
+def forget_quantities(folder: Path, prefix: str) -> None:
+    """Leave out of `evaluation.json`, where there is one, the quantities whose names begin with `prefix`."""
+    known = read_evaluation(folder)
+    if known is None or not any(name.startswith(prefix) for quantities in known.report.values() for name in quantities):
+        return
+    kept = {s: {name: q for name, q in own.items() if not name.startswith(prefix)} for s, own in known.report.items()}
+    values = {"step": known.step, "checkpoint": known.checkpoint, "findings": known.findings, "splits": as_json(kept)}
     write_atomically(folder / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())
 
 
