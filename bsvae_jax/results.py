@@ -32,6 +32,7 @@ TABLED = (
     "mse",
     "psnr",
     "active_units",
+    "aggregate_kl",
     "fid",
     "kid",
 )
@@ -48,6 +49,7 @@ HEADINGS = {
     "mse": "mean squared error [intensity²]",
     "psnr": "PSNR [dB]",
     "active_units": "active latents",
+    "aggregate_kl": "KL(q(z) ‖ p(z)) [nats]",
     "fid": "FID",
     "kid": "KID",
 }
@@ -323,7 +325,7 @@ def as_markdown(results: SweepResults) -> str:
 def as_text(results: SweepResults) -> str:
     """The test set's table for a terminal, the most telling columns only."""
     headings, rows = display_rows(results, "test")
-    shown = ("rate", "profile_elbo", "calibrated_elbo", "psnr", "active_units", "fid")
+    shown = ("rate", "profile_elbo", "calibrated_elbo", "psnr", "active_units", "aggregate_kl", "fid")
     kept = [i for i, heading in enumerate(headings) if heading not in HEADINGS.values()]
     kept += [headings.index(HEADINGS[name]) for name in shown if HEADINGS[name] in headings]
     lines = [[line[i] for i in kept] for line in (headings, *rows)]

@@ -12,11 +12,11 @@ from flax.traverse_util import flatten_dict
 from scipy import stats
 
 from bsvae_jax import config as configs
-from bsvae_jax import data, evaluation, training
+from bsvae_jax import cli, data, evaluation, training
 from bsvae_jax.config import MLP, Arrays, Config, Flow, Linear, Mixture, Optimizer, Residual, StandardNormal, VampPrior
 from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
-from bsvae_jax.grid import Sweep
+from bsvae_jax.grid import Sweep, base_config, choose_priors
 from bsvae_jax.loading import restore
 from bsvae_jax.objective import Constant, Optimal, kl_to_standard_normal
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, data_mesh, lift, replicate
@@ -26,6 +26,7 @@ from bsvae_jax.results import as_csv, read_results
 from bsvae_jax.sweep import fit_sweep
 from bsvae_jax.trainer import Trainer, fit
 from bsvae_jax.training import build_model, check_against_data, create_state, train_step
+from bsvae_jax.weights import from_state_dict
 
 LEARNED = [Mixture(3), Mixture(3, "full"), VampPrior(5), Flow(3, 8)]
 MANY = 50_000
@@ -220,7 +221,7 @@ def test_pseudo_inputs_leave_batch_statistics_and_the_batchs_posteriors_alone(im
 @pytest.mark.parametrize("prior", LEARNED, ids=str)
 @pytest.mark.parametrize("network", [MLP((8,)), Residual((4,))], ids=str)
 def test_gradients_reach_every_parameter_of_a_prior(prior, network, images, key):
-    state = state_of(prior, network, optimizer=optax.sgd(1.0))
+    state = state_of(prior, network, optimizer=optax.sgd(1.0)).replace(learning_rate=jnp.float32(1e-3))
     state, _ = jax.jit(train_step)(state, images, key, 1.0)  # the flow begins with zeros, behind which nothing moves
     after, _ = jax.jit(train_step)(state, images, key, 1.0)
     before = flatten_dict(state.params["prior_model"], sep=".")
@@ -485,3 +486,88 @@ def test_a_set_of_images_is_what_pseudo_inputs_come_from():
     images = ImageSet("two", np.zeros((2, 4, 4, 1), np.float32), np.zeros((2, 4, 4, 1), np.float32), 256)
     with pytest.raises(UserError, match=r"prior.pseudo_inputs 3 exceeds the 2 training images of two"):
         check_against_data(Config(batch_size=2, latent_size=2, prior=VampPrior(3)), images)
+
+
+# --- Names ------------------------------------------------------------------------------------------------------------
+
+BASE = dataclasses.replace(SMALL, prior=Mixture(7, "full"))
+
+
+@pytest.mark.parametrize(
+    ("names", "components", "pseudo_inputs", "expected"),
+    [
+        (None, None, None, (Mixture(7, "full"),)),
+        (["standard_normal", "vamp", "flow"], None, None, (StandardNormal(), VampPrior(), Flow())),
+        (["mixture"], [2, 3], None, (Mixture(2, "full"), Mixture(3, "full"))),
+        (["vamp", "standard_normal"], None, [5, 9], (VampPrior(5), VampPrior(9), StandardNormal())),
+    ],
+)
+def test_priors_are_chosen_by_name_and_setting(names, components, pseudo_inputs, expected):
+    assert choose_priors(BASE, (), names, components, pseudo_inputs) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "components", "pseudo_inputs", "sentence"),
+    [
+        ([], None, None, "--prior needs at least one value"),
+        (["flow"], [], None, r"--prior.components needs at least one value"),
+        (["flow"], [3], None, r"--prior.components is for mixture, which the sweep does not train"),
+        (["mixture"], None, [3], r"--prior.pseudo-inputs is for vamp, which the sweep does not train"),
+        (["flow", "flow"], None, None, "--prior names flow twice"),
+        (["mixture"], [0], None, r"prior.components must be a whole number >= 1, got 0"),
+    ],
+)
+def test_choices_of_priors_are_refused(names, components, pseudo_inputs, sentence):
+    with pytest.raises(UserError, match=sentence):
+        choose_priors(BASE, (), names, components, pseudo_inputs)
+
+
+def test_members_name_their_prior():
+    grid = Sweep((1.0,), (Optimal(),), 1, prior=(StandardNormal(), *LEARNED, Flow(), Mixture(2)))
+    names = [member.name for member in grid.members(BASE)]
+    priors = ["", "_mixture-3", "_mixture-3-full", "_vamp-5", "_flow-3x8", "_flow-8x64", "_mixture-2"]
+    assert names == [f"optimal{prior}_beta1_seed0" for prior in priors]
+    assert [member.config.prior for member in Sweep((1.0,), (Optimal(),), 1).members(BASE)] == [BASE.prior]
+    assert base_config(BASE).prior == StandardNormal()
+    with pytest.raises(UserError, match="prior names .* twice"):
+        Sweep(prior=(Flow(), Flow()))
+
+
+FILE = """
+from bsvae_jax.config import MLP, Config
+from bsvae_jax.grid import Sweep, base_config, choose_priors
+from bsvae_jax.objective import Optimal
+def get_config():
+    return Config(network=MLP((16,)), latent_size=4, epochs=1, batch_size=500, devices=1)
+def get_sweep():
+    return Sweep(beta=(1.0,), decoder_variance=(Optimal(),), seeds=1)
+"""
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_commands_with_priors(tmp_path, capsys):
+    (tmp_path / "small.py").write_text(FILE)
+    chosen = ["--prior", "vamp", "--prior.pseudo-inputs", "4"]
+    cli.main(["train", str(tmp_path / "small.py"), *chosen, "--workdir", str(tmp_path / "run")])
+    assert restore(tmp_path / "run").config.prior == VampPrior(4)
+    lists = ["--prior", "standard_normal", "mixture", "--prior.components", "2", "5"]
+    cli.main(["sweep", str(tmp_path / "small.py"), *lists, "--workdir", str(tmp_path / "sweep")])
+    members = {path.name for path in (tmp_path / "sweep" / "members").iterdir()}
+    assert members == {f"optimal{name}_beta1_seed0" for name in ("", "_mixture-2", "_mixture-5")}
+    assert "mixture of 5" in capsys.readouterr().out
+    for command, options, sentence in (
+        ("train", ["--prior", "mixture", "--prior.components", "0"], "prior.components must be a whole number >= 1, got 0"),
+        ("train", ["--prior", "vamp", "--prior.pseudo-inputs", "2000"], "exceeds the 1500 training images of digits"),
+        ("sweep", ["--prior", "vamp", "--prior.pseudo-inputs", "9", "2000"], "exceeds the 1500 training images of digits"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, str(tmp_path / "small.py"), *options, "--workdir", str(tmp_path / "none")])
+        assert stop.value.code == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_published_weights_have_no_learned_prior():
+    config = Config(network=Residual((4,)), prior=Mixture(2))
+    with pytest.raises(UserError, match="The published network has a standard normal prior, this config has Mixture"):
+        from_state_dict({}, {}, config, (8, 8, 1))
