@@ -178,7 +178,7 @@ def _fit_mixture(latents: np.ndarray, components: int, key: Key[Array, ""]) -> d
         components,
         reg_covar=LEAST_VARIANCE,
         max_iter=MOST_ITERATIONS,
-        random_state=int(jax.random.bits(key) % 2**31),
+        random_state=int(jax.random.bits(key)) % 2**31,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # what it has reached by then is a density all the same

@@ -11,8 +11,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from scipy import stats
 
-from bsvae_jax import config as configs
 from bsvae_jax import cli, data, evaluation, training
+from bsvae_jax import config as configs
 from bsvae_jax.config import MLP, Arrays, Config, Flow, Linear, Mixture, Optimizer, Residual, StandardNormal, VampPrior
 from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
@@ -529,7 +529,7 @@ def test_members_name_their_prior():
     assert names == [f"optimal{prior}_beta1_seed0" for prior in priors]
     assert [member.config.prior for member in Sweep((1.0,), (Optimal(),), 1).members(BASE)] == [BASE.prior]
     assert base_config(BASE).prior == StandardNormal()
-    with pytest.raises(UserError, match="prior names .* twice"):
+    with pytest.raises(UserError, match=r"prior names .* twice"):
         Sweep(prior=(Flow(), Flow()))
 
 
