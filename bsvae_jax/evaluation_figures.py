@@ -192,7 +192,7 @@ def prior_and_posterior(
     figure.suptitle(title)
     above, below = figure.subplots(2, len(points), squeeze=False)
     for axes, (name, own), colour in zip(above, points.items(), COLOURS, strict=False):
-        axes.scatter(own[:, 0], own[:, 1], s=2, alpha=0.35, color=colour, linewidths=0)
+        axes.scatter(own[:, 0], own[:, 1], s=8 if len(own) < 500 else 4, alpha=0.5, color=colour, linewidths=0)
         axes.set_xlim(reach[0][0], reach[1][0])
         axes.set_ylim(reach[0][1], reach[1][1])
         axes.set_title(name)

@@ -144,7 +144,8 @@ def readings(results: SweepResults, split: str) -> list[Curve]:
     for family in found:
         if not isinstance(family.decoder_variance, Constant):
             points = [(_values(own, "rate", split), _values(own, "distortion", split)) for own in family.members]
-            curves.append(_curve(family.label, points, _names(family.betas.tolist())))
+            names = _names(family.betas.tolist()) if family.prior == found[0].prior else []  # other priors lie close by
+            curves.append(_curve(family.label, points, names))
     for prior in dict.fromkeys(family.prior for family in found):
         constants = collapse_constants([family for family in found if family.prior == prior])
         if not constants:

@@ -1,6 +1,7 @@
 """Learned priors: densities against SciPy, quadrature and float64 NumPy; then inside models, runs and sweeps."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -412,33 +413,40 @@ def two_clusters(count, seed):
     return np.clip(level + 0.02 * generator.normal(size=(count, 2, 2, 1)), 0, 1).astype(np.float32)
 
 
-@pytest.mark.parametrize("prior", [Mixture(2), VampPrior(10), Flow(4, 16)], ids=str)
-def test_a_learned_prior_beats_the_standard_normal_on_two_clusters(prior, tmp_path):
-    """A linear code of two clusters has two modes: N(0, 1) charges for the gap between them, a learned prior does not.
+@pytest.fixture(scope="module")
+def objective_on_clusters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clusters")
+    np.savez(folder / "clusters.npz", train=two_clusters(1000, 0), test=two_clusters(1000, 1))
 
-    With the decoder's variance fixed at that of the pixels, two modes save up to KL(q(z) || N) of the two-mode code; the
-    mixture must win by a tenth of a nat at the least, the standard error being 0.02.
-    """
-    np.savez(tmp_path / "clusters.npz", train=two_clusters(1000, 0), test=two_clusters(1000, 1))
-    values = {}
-    for own in (StandardNormal(), prior):
+    @functools.cache
+    def trained(prior):
         config = Config(
-            data=Arrays(str(tmp_path / "clusters.npz")),
-            network=Linear(),
-            latent_size=1,
-            prior=own,
-            decoder_variance=Constant(0.02**2),
+            data=Arrays(str(folder / "clusters.npz")),
+            network=MLP((16,)),
+            latent_size=2,
+            prior=prior,
+            decoder_variance=Constant(0.05**2),
             optimizer=Optimizer(learning_rate=1e-2, weight_decay=0.0),
-            epochs=150,
+            epochs=60,
             batch_size=100,
             devices=1,
-            evaluate_every=150,
+            evaluate_every=60,
         )
-        report = fit(config, tmp_path / type(own).__name__, progress=False).report["test"]
-        values[own] = report["objective"]
-    gain = values[StandardNormal()].value - values[prior].value
-    assert values[prior].standard_error < 0.2
-    assert gain > 0.3
+        return fit(config, folder / type(prior).__name__, progress=False).report["test"]["objective"]
+
+    return trained
+
+
+@pytest.mark.parametrize("prior", [Mixture(2), VampPrior(10), Flow(4, 16)], ids=str)
+def test_a_learned_prior_beats_the_standard_normal_on_two_clusters(prior, objective_on_clusters):
+    """A code of two clusters has two modes: N(0, I) charges for the gap between them, a learned prior does not.
+
+    A gain of half a nat is asked for: the flow, which has to tear a Gaussian in two, was seen to gain 1.6; the standard errors
+    are below 0.1.
+    """
+    plain, own = objective_on_clusters(StandardNormal()), objective_on_clusters(prior)
+    assert max(plain.standard_error, own.standard_error) < 0.15
+    assert plain.value - own.value > 0.5
 
 
 # --- Sweeps -----------------------------------------------------------------------------------------------------------
