@@ -74,8 +74,8 @@ def fit_prior(
         trained to its end, has diverged or whose data have changed, or another prior is there and not to be replaced.
     """
     densities.check_kind(kind, components)
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed must lie in 0 ... 2**32 - 1, got {seed}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UserError(f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}.")
     folder = as_path(workdir, "workdir")
     run = restore(folder, checkpoint)
     images = load(run.config.data)
@@ -134,7 +134,7 @@ def _encode(variables: Any, stored: Any, *, model: VAE, levels: int) -> Any:
 def _posteriors(run: Restored, images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of q(z|x) of every training image, [N, L] each."""
     mesh = data_mesh()
-    stored = DeviceImages(images.train, mesh, fits(images, mesh, run.config.resident_memory))
+    stored = DeviceImages(images.train, mesh, fits(images.shape.nbytes, mesh, run.config.resident_memory))
     model = run.model.clone(axis_name=None)
     encode = lift(
         functools.partial(_encode, model=model, levels=images.levels), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED)

@@ -437,6 +437,11 @@ def check_against_data(config: Config, images: ImageSet) -> None:
     """
     if config.batch_size > len(images.train):
         raise UserError(f"batch_size {config.batch_size} exceeds the {len(images.train)} training images of {images.name}.")
+    if isinstance(config.prior, configs.VampPrior) and config.prior.pseudo_inputs > len(images.train):
+        raise UserError(
+            f"prior.pseudo_inputs {config.prior.pseudo_inputs} exceeds the {len(images.train)} training images of "
+            f"{images.name}, of which the pseudo-inputs begin as copies; choose fewer."
+        )
     check_against_shape(config, images.shape)
 
 
@@ -449,8 +454,3 @@ def check_against_shape(config: Config, data: DataShape) -> None:
     pixels = math.prod(data.image_shape)
     if config.latent_size > pixels:
         raise UserError(f"latent_size {config.latent_size} exceeds the {pixels} pixels of an image.")
-    if isinstance(config.prior, configs.VampPrior) and config.prior.pseudo_inputs > len(images.train):
-        raise UserError(
-            f"prior.pseudo_inputs {config.prior.pseudo_inputs} exceeds the {len(images.train)} training images of "
-            f"{images.name}, of which the pseudo-inputs begin as copies; choose fewer."
-        )

@@ -443,8 +443,8 @@ def objective_on_clusters(tmp_path_factory):
 def test_a_learned_prior_beats_the_standard_normal_on_two_clusters(prior, objective_on_clusters):
     """A code of two clusters has two modes: N(0, I) charges for the gap between them, a learned prior does not.
 
-    A quarter of a nat is asked for, with standard errors below 0.1; seen: 0.43 (mixture), 1.6 (flow). The Gaussians of a mixture
-    are still on their way after these 600 steps.
+    A quarter of a nat is asked for, with standard errors below 0.1; seen: 0.43 (mixture), 1.6 (flow). The Gaussians of a
+    mixture are still on their way after these 600 steps.
     """
     plain, own = objective_on_clusters(StandardNormal()), objective_on_clusters(prior)
     assert max(plain.standard_error, own.standard_error) < 0.15
