@@ -81,11 +81,24 @@ class FittedPrior:
     """Decided the samples of the posteriors and the start of the fit."""
 
     def log_prob(self, z: Latents | Array) -> Float[np.ndarray, " count"]:
-        """Log density of latents [N, L], nats, [N] in float64."""
-        return log_density(lambda part: _log_prob(self.prior, self.latent_size, self.parameters, part), np.asarray(z))
+        """Log density of latents [N, L], nats, [N] in float64.
+
+        Raises:
+          UserError: an array of another shape.
+        """
+        z = np.asarray(z)
+        if z.ndim != 2 or z.shape[1] != self.latent_size:
+            raise UserError(f"z must have shape [N, {self.latent_size}], got {z.shape}.")
+        return log_density(lambda part: _log_prob(self.prior, self.latent_size, self.parameters, part), z)
 
     def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
-        """`count` samples, [count, L]."""
+        """`count` samples, [count, L].
+
+        Raises:
+          UserError: a count below 1.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise UserError(f"count must be a whole number >= 1, got {count!r}.")
         module = priors.build(self.prior, self.latent_size)
         drawn: Any = module.apply({"params": self.parameters}, key, count, method="sample")
         return drawn
@@ -118,7 +131,9 @@ def check_kind(kind: str, components: int) -> None:
         raise UserError(f"components must be a whole number >= 1, got {components!r}.")
 
 
-def fit_density(kind: str, latents: Latents, held_out: Latents, key: Key[Array, ""], components: int = 10) -> FittedPrior:
+def fit_density(
+    kind: str, latents: Latents, held_out: Float[np.ndarray, "held_out latent"], key: Key[Array, ""], components: int = 10
+) -> FittedPrior:
     """A density of latents by maximum likelihood.
 
     Args:

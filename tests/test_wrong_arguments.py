@@ -15,7 +15,7 @@ import pytest
 
 import bsvae_jax as bv
 from bsvae_jax import data, theory
-from bsvae_jax.config import MLP, TFDS, Arrays, Augmentation, Folder, Linear, Optimizer, Residual
+from bsvae_jax.config import MLP, TFDS, Arrays, Augmentation, Folder, Linear, Optimizer, Residual, StandardNormal
 from bsvae_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -28,6 +28,8 @@ CONFIG = bv.Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, d
 MODEL = bv.VAE((8, 8, 1), 2, MLP((8,)))
 KEY = jax.random.key(0)
 IMAGES = np.zeros((5, 8, 8, 1), np.uint8)
+
+FITTED = bv.FittedPrior("gaussian", StandardNormal(), {}, 2, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +275,8 @@ ROWS = [
     ("Fid", lambda: bv.Fid(weights="inception.pth"), "weights must be of type Weights, .*; inception.load_weights"),
     ("export_safetensors", lambda: bv.export_safetensors("run", "weights.npz"), "NAME.safetensors, got weights.npz"),
     ("export_safetensors", lambda: bv.export_safetensors("run", None), "out must be of type str or PathLike"),
+    ("FittedPrior", lambda: FITTED.log_prob(np.zeros((3, 5))), r"z must have shape \[N, 2\], got \(3, 5\)"),
+    ("FittedPrior", lambda: FITTED.sample(KEY, 0), "count must be a whole number >= 1, got 0"),
     ("fit_prior", lambda: bv.fit_prior(3), "workdir must be of type str or PathLike"),
     ("fit_prior", lambda: bv.fit_prior("nowhere"), "nowhere is not a run"),
     ("fit_prior", lambda: bv.fit_prior("run", "gauss"), r"kind must be one of .*got 'gauss' \(did you mean 'gaussian'"),
