@@ -4,6 +4,20 @@
 
 Four priors, the members of each as one compiled program. `bsvae evaluate runs/mnist_priors-sweep` adds KL(q(z) || p(z)), what a
 prior leaves of the mismatch, to the table; `bsvae fit-prior` of a member fits a prior afterwards.
+
+Hardware and time: 22 minutes on half of one busy CPU core (4.6 minutes of its time). Expect on the test set (seed 0, standard error
+over images 2 nats):
+
+                       calibrated ELBO    rate    PSNR
+    standard normal         489.0         46.5    19.05
+    mixture of 50           488.3         41.9    19.00
+    VampPrior of 100        483.3         40.3    18.92
+    flow, 8 layers          487.9         37.1    18.93
+    standard normal, then `bsvae fit-prior --components 50` of that member:
+                            497.8         37.7    19.05
+
+After 20 epochs a learned prior has lowered the rate, and the distortion has risen by as much or more. (On the digits, trained to
+their end, the same priors gain 2 to 7 nats: `bsvae sweep configs/digits.py --prior standard_normal mixture vamp flow`.)
 """
 
 from bsvae_jax.config import MLP, TFDS, Config, Flow, Mixture, Optimizer, StandardNormal, VampPrior
