@@ -5,8 +5,8 @@
 Four priors, the members of each as one compiled program. `bsvae evaluate runs/mnist_priors-sweep` adds KL(q(z) || p(z)), what a
 prior leaves of the mismatch, to the table; `bsvae fit-prior` of a member fits a prior afterwards.
 
-Hardware and time: 22 minutes on half of one busy CPU core (4.6 minutes of its time). Expect on the test set (seed 0, standard error
-over images 2 nats):
+Hardware and time: 22 minutes on a busy CPU core, 5 minutes of its own time. Expect on the test set (seed 0, standard error over
+images 2 nats):
 
                        calibrated ELBO    rate    PSNR
     standard normal         489.0         46.5    19.05
