@@ -19,7 +19,7 @@ from bsvae_jax.interruption import Interrupted
 from bsvae_jax.objective import Optimal
 
 DATA = Literal["digits", "mnist", "arrays", "folder", "tfds"]
-NETWORK = Literal["linear", "mlp", "residual"]
+NETWORK = Literal["linear", "mlp", "residual", "spatial"]
 DECODER_VARIANCE = Literal["constant", "optimal", "learned", "predicted"]
 PRIOR = Literal["standard_normal", "mixture", "vamp", "flow"]
 SHARED = Literal["example", "batch", "pixel"]

@@ -220,7 +220,36 @@ class Residual:
         _check_widths("network.widths", self.widths)
 
 
-Network = Linear | MLP | Residual
+@dataclass(frozen=True)
+class Spatial:
+    """A convolutional autoencoder whose latents are a map, as latent diffusion uses; `latent_size` counts all its numbers."""
+
+    widths: tuple[int, ...] = (64, 128, 256)
+    """Channels per stage; between two stages the image is halved (rounded up), so the map is 4 times smaller with three."""
+    blocks: int = 2
+    """Residual blocks per stage, of the encoder and of the decoder."""
+    attention: bool = True
+    """Self-attention over all positions of the coarsest map."""
+    groups: int = 32
+    """Groups of GroupNorm; must divide every width."""
+
+    def __post_init__(self) -> None:
+        _check_widths("network.widths", self.widths)
+        _check_count("network.blocks", self.blocks)
+        if not isinstance(self.attention, bool):
+            raise UserError(f"network.attention must be True or False, got {self.attention!r}.")
+        _check_count("network.groups", self.groups)
+        if any(width % self.groups for width in self.widths):
+            widths = ", ".join(map(str, self.widths))
+            common = math.gcd(*self.widths)
+            raise UserError(
+                f"network.groups must divide every width ({widths}), got {self.groups}; {common} and its divisors do."
+            )
+
+
+Network = Linear | MLP | Residual | Spatial
+CONVOLUTIONAL = (Residual, Spatial)
+"""Networks that are driven one step a call on a CPU, where XLA runs convolutions slowly inside loops."""
 
 
 @dataclass(frozen=True)
@@ -371,6 +400,11 @@ class Config:
                 names = ", ".join(option.__name__ for option in _options(kind))
                 raise UserError(f"{name} must be one of {names}, got {getattr(self, name)!r}.")
         _check_count("latent_size", self.latent_size)
+        if isinstance(self.network, Spatial) and not isinstance(self.prior, StandardNormal):
+            raise UserError(
+                f"prior {type(self.prior).__name__} is over vectors and knows nothing of the map that network Spatial gives; "
+                "choose StandardNormal, and fit a model of the latents afterwards."
+            )
         _check_number("beta", self.beta, low=0.0)
         _check_count("epochs", self.epochs)
         _check_count("batch_size", self.batch_size)
@@ -399,7 +433,7 @@ def _options(kind: Any) -> tuple[type, ...]:
 
 CHOICES: dict[str, dict[str, type]] = {
     "data": {"digits": Digits, "mnist": MNIST, "arrays": Arrays, "folder": Folder, "tfds": TFDS},
-    "network": {"linear": Linear, "mlp": MLP, "residual": Residual},
+    "network": {"linear": Linear, "mlp": MLP, "residual": Residual, "spatial": Spatial},
     "decoder_variance": {"constant": Constant, "optimal": Optimal, "learned": Learned, "predicted": Predicted},
     "prior": {"standard_normal": StandardNormal, "mixture": Mixture, "vamp": VampPrior, "flow": Flow},
 }

@@ -1,4 +1,4 @@
-"""Encoders and decoders: linear, MLP, and the paper's convolutional residual network.
+"""Encoders and decoders: linear, MLP, and the paper's convolutional residual network; `spatial` has the one with a map.
 
 An encoder maps images `[B, H, W, C]` to the posterior's mean and log-variance, each `[B, L]`; a decoder maps `z [B, L]` to
 an image of any channel count, with no output nonlinearity. Images are NHWC. Matrix products and activations run in
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from bsvae_jax.config import MLP, Linear, Network, Residual
+from bsvae_jax.config import MLP, Linear, Network, Residual, Spatial
 from bsvae_jax.convolutions import convolve, convolve_phases, exact, join_phases, transposed_phases
+from bsvae_jax.spatial import SpatialDecoder, SpatialEncoder
 
 Images = Float[Array, "batch height width channels"]
 FeatureMaps = Float[Array, "batch map_height map_width features"]
@@ -298,4 +299,9 @@ def build(
             return (
                 ResidualEncoder(latent_size, widths, axis_name, dtype, rematerialize),
                 ResidualDecoder(output_shape, widths, axis_name, dtype, rematerialize),
+            )
+        case Spatial():
+            return (
+                SpatialEncoder(network, dtype, latent_size=latent_size),
+                SpatialDecoder(network, dtype, output_shape=output_shape),
             )

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from bsvae_jax import config as configs
 from bsvae_jax.checkpoint import DamagedCheckpointError, saved_steps
-from bsvae_jax.config import Config, Residual
+from bsvae_jax.config import CONVOLUTIONAL, Config
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.order import steps_through
 from bsvae_jax.errors import DivergenceError, UserError, check_kind
@@ -74,7 +74,7 @@ def choose_driving(config: Config, platform: str) -> Driving:
     depend on how many there are. Accelerators are filled by batched products.
     """
     if platform == "cpu":
-        return "loop" if isinstance(config.network, Residual) else "scan"
+        return "loop" if isinstance(config.network, CONVOLUTIONAL) else "scan"
     return "vmap"
 
 

@@ -25,6 +25,7 @@ from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.model import VAE
 from bsvae_jax.randomness import example_keys, example_positions
+from bsvae_jax.spatial import latent_map
 
 LOG_EVERY = 50
 """Steps over which one training row of the metrics is averaged, at most."""
@@ -426,14 +427,15 @@ def steps_per_dispatch(config: Config, platform: str) -> int:
     """Steps in one compiled call: one for convolutions on CPU, which XLA runs slowly inside loops; else `LOG_EVERY`."""
     if config.steps_per_dispatch is not None:
         return config.steps_per_dispatch
-    return 1 if platform == "cpu" and isinstance(config.network, configs.Residual) else LOG_EVERY
+    return 1 if platform == "cpu" and isinstance(config.network, configs.CONVOLUTIONAL) else LOG_EVERY
 
 
 def check_against_data(config: Config, images: ImageSet) -> None:
     """What only config and data together can show to be wrong.
 
     Raises:
-      UserError: a batch larger than the training set, more latents than pixels, or more pseudo-inputs than training images.
+      UserError: a batch larger than the training set, more latents than pixels, a number of them that is no latent map, or
+        more pseudo-inputs than training images.
     """
     if config.batch_size > len(images.train):
         raise UserError(f"batch_size {config.batch_size} exceeds the {len(images.train)} training images of {images.name}.")
@@ -454,3 +456,5 @@ def check_against_shape(config: Config, data: DataShape) -> None:
     pixels = math.prod(data.image_shape)
     if config.latent_size > pixels:
         raise UserError(f"latent_size {config.latent_size} exceeds the {pixels} pixels of an image.")
+    if isinstance(config.network, configs.Spatial):
+        latent_map(config.network, config.latent_size, *data.image_shape[:2])

@@ -33,6 +33,7 @@ from bsvae_jax.config import (
     Optimizer,
     Prior,
     Residual,
+    Spatial,
     StandardNormal,
     VampPrior,
     differences,
@@ -218,7 +219,7 @@ def test_a_list_of_widths_is_a_tuple_or_refused(kind, field):
         (lambda: Config(precision=32), "precision must be one of float32, bfloat16, got 32"),
         (lambda: Config(data="mnist"), "data must be one of Digits, MNIST, Arrays, Folder, TFDS, got 'mnist'"),
         (lambda: Config(data=MNIST), "data must be one of Digits, MNIST, Arrays, Folder, TFDS"),
-        (lambda: Config(network=Optimal()), "network must be one of Linear, MLP, Residual, got Optimal"),
+        (lambda: Config(network=Optimal()), "network must be one of Linear, MLP, Residual, Spatial, got Optimal"),
         (
             lambda: Config(decoder_variance=0.5),
             "decoder_variance must be one of Constant, Optimal, Learned, Predicted, got 0.5",
@@ -267,7 +268,7 @@ def test_frozen_and_hashable():
     ("field", "union", "expected"),
     [
         ("data", DataSource, {"digits": Digits, "mnist": MNIST, "arrays": Arrays, "folder": Folder, "tfds": TFDS}),
-        ("network", Network, {"linear": Linear, "mlp": MLP, "residual": Residual}),
+        ("network", Network, {"linear": Linear, "mlp": MLP, "residual": Residual, "spatial": Spatial}),
         (
             "decoder_variance",
             DecoderVariance,
