@@ -24,7 +24,7 @@ DECODER_VARIANCE = Literal["constant", "optimal", "learned", "predicted"]
 PRIOR = Literal["standard_normal", "mixture", "vamp", "flow"]
 SHARED = Literal["example", "batch", "pixel"]
 DRIVING = Literal["loop", "scan", "vmap"]
-FITTED = Literal["gaussian", "mixture", "flow"]
+FITTED = Literal["gaussian", "mixture", "flow", "flow_matching"]
 
 Run = Annotated[Path, tyro.conf.arg(name="workdir", metavar="WORKDIR")]
 
@@ -602,6 +602,9 @@ def fit_prior(
     seed: int = 0,
     checkpoint: Literal["latest", "best"] = "latest",
     overwrite: bool = False,
+    steps: int = 10_000,
+    width: int = 128,
+    depth: int = 4,
 ) -> None:
     """Fit a density to the latents of a trained run, for bsvae sample and evaluate --prior fitted.
 
@@ -613,16 +616,20 @@ def fit_prior(
 
     Args:
       workdir: Folder that bsvae train wrote, or a member of a sweep.
-      kind: A Gaussian or a mixture of Gaussians with full covariances, or a flow of affine coupling layers.
+      kind: A Gaussian or a mixture of Gaussians with full covariances, a flow of affine coupling layers, or flow matching: a
+        transformer over the latent map, trained by gradient descent. An interrupted training continues when it is given again.
       components: Gaussians of a mixture.
       seed: Decides the samples of the posteriors and where the fit starts.
       checkpoint: The end of training, or the least held-out objective; the prior is of that one alone.
       overwrite: Replace a prior of another kind or checkpoint.
+      steps: Of training, for flow matching.
+      width: Of the transformer of flow matching.
+      depth: Blocks of it.
     """
     from bsvae_jax import fitting
     from bsvae_jax.densities import FILE
 
-    fitted = fitting.fit_prior(workdir, kind, components, seed, checkpoint, overwrite)
+    fitted = fitting.fit_prior(workdir, kind, components, seed, checkpoint, overwrite, steps, width, depth, progress=True)
     before = "" if fitted.held_out_before is None else f", {fitted.held_out_before:.2f} under the model's own prior"
     print(
         f"{fitted.describe()}, fitted to the latents of step {fitted.step}: {workdir / FILE}\n"

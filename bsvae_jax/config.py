@@ -296,7 +296,34 @@ class Flow:
         _check_count("prior.width", self.width)
 
 
-Prior = StandardNormal | Mixture | VampPrior | Flow
+@dataclass(frozen=True)
+class FlowMatching:
+    """A velocity field that carries N(0, I) to the latents (Lipman et al. 2023); fitted after training, by `bsvae fit-prior`.
+
+    A transformer with a token per position of the latent map; latents that are no map are one position.
+    """
+
+    rows: int = 1
+    """Of the latent map."""
+    columns: int = 1
+    """Of the latent map."""
+    width: int = 128
+    """Of the transformer."""
+    depth: int = 4
+    """Blocks of the transformer."""
+    heads: int = 4
+    """Of its attention; must divide the width."""
+    steps: int = 50
+    """Steps of Heun's method from noise to latents, and back for a density."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns", "width", "depth", "heads", "steps"):
+            _check_count(f"prior.{name}", getattr(self, name))
+        if self.width % (2 * self.heads):
+            raise UserError(f"prior.width must be a multiple of twice prior.heads ({2 * self.heads}), got {self.width}.")
+
+
+Prior = StandardNormal | Mixture | VampPrior | Flow | FlowMatching
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -400,6 +427,11 @@ class Config:
                 names = ", ".join(option.__name__ for option in _options(kind))
                 raise UserError(f"{name} must be one of {names}, got {getattr(self, name)!r}.")
         _check_count("latent_size", self.latent_size)
+        if isinstance(self.prior, FlowMatching):
+            raise UserError(
+                "prior FlowMatching has no density that could be trained with the model; train with another, then "
+                "bsvae fit-prior WORKDIR --kind flow_matching."
+            )
         if isinstance(self.network, Spatial) and not isinstance(self.prior, StandardNormal):
             raise UserError(
                 f"prior {type(self.prior).__name__} is over vectors and knows nothing of the map that network Spatial gives; "
@@ -435,7 +467,13 @@ CHOICES: dict[str, dict[str, type]] = {
     "data": {"digits": Digits, "mnist": MNIST, "arrays": Arrays, "folder": Folder, "tfds": TFDS},
     "network": {"linear": Linear, "mlp": MLP, "residual": Residual, "spatial": Spatial},
     "decoder_variance": {"constant": Constant, "optimal": Optimal, "learned": Learned, "predicted": Predicted},
-    "prior": {"standard_normal": StandardNormal, "mixture": Mixture, "vamp": VampPrior, "flow": Flow},
+    "prior": {
+        "standard_normal": StandardNormal,
+        "mixture": Mixture,
+        "vamp": VampPrior,
+        "flow": Flow,
+        "flow_matching": FlowMatching,
+    },
 }
 """The names by which the command line and `config.json` call the kinds of each field."""
 

@@ -28,8 +28,10 @@ from bsvae_jax import priors
 from bsvae_jax.errors import UserError, nearest
 from bsvae_jax.files import read_arrays, write_atomically
 
-Kind = Literal["gaussian", "mixture", "flow"]
+Kind = Literal["gaussian", "mixture", "flow", "flow_matching"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
+FITTED_HERE = ("gaussian", "mixture", "flow")
+"""Those of `fit_density`; flow matching is trained in `flow_training`, in a folder where it can be continued."""
 FILE = "prior.npz"
 FORMAT = 1
 """Version of what the file holds."""
@@ -62,7 +64,7 @@ class FittedPrior:
     """
 
     kind: str
-    """'gaussian', 'mixture' or 'flow'."""
+    """'gaussian', 'mixture', 'flow' or 'flow_matching'."""
     prior: configs.Prior
     """What takes the place of the model's own."""
     parameters: dict[str, Any]
@@ -148,6 +150,8 @@ def fit_density(
       UserError: an unknown kind, or fewer latents than components.
     """
     check_kind(kind, components)
+    if kind not in FITTED_HERE:
+        raise UserError(f"{kind} is trained on the latents of a run: fit_prior does it.")
     latents, held_out = np.asarray(latents, np.float64), np.asarray(held_out, np.float64)
     prior: configs.Prior
     match kind:

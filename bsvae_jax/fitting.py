@@ -13,21 +13,26 @@ import numpy as np
 
 from bsvae_jax import densities
 from bsvae_jax.checkpoint import digest, saved_steps
+from bsvae_jax.config import FlowMatching, Spatial
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.data.order import steps_through
 from bsvae_jax.densities import FILE, FittedPrior, fit_density, log_density, read_fitted, write_fitted
 from bsvae_jax.errors import UserError
 from bsvae_jax.files import as_path
+from bsvae_jax.flow_training import finish, fit_flow_matching
 from bsvae_jax.loading import Restored, restore
 from bsvae_jax.model import VAE
 from bsvae_jax.parallel import REPLICATED, SHARDED, data_mesh, lift, padded_batches, replicate
 from bsvae_jax.pipeline import DeviceImages, fits
 from bsvae_jax.rundir import check_same_data, forget_quantities, read_info, take_folder
 from bsvae_jax.scoring import EVALUATION_BATCH
+from bsvae_jax.spatial import latent_map
 
 LEAST_SAMPLES = 50_000
 """Samples of the aggregate posterior: one per training image, or so many per image that there are at least as many."""
+DENSITIES = 200
+"""Held-out latents of which flow matching takes the density: each is a solution of a differential equation."""
 HELD_OUT = 0.1
 """Share of the training images whose latents are kept from the fit."""
 FIT_SALT = 0x65760005
@@ -41,6 +46,10 @@ def fit_prior(
     seed: int = 0,
     checkpoint: Literal["latest", "best"] = "latest",
     overwrite: bool = False,
+    steps: int = 10_000,
+    width: int = 128,
+    depth: int = 4,
+    progress: bool = False,
 ) -> FittedPrior:
     """Fit a density to the aggregate posterior of a trained run, and keep it in `workdir/prior.npz`.
 
@@ -50,11 +59,16 @@ def fit_prior(
 
     Args:
       workdir: of `fit`, or a member of a sweep.
-      kind: 'gaussian' (full covariance), 'mixture' (of Gaussians with full covariances) or 'flow' (affine coupling layers).
+      kind: 'gaussian' (full covariance), 'mixture' (of Gaussians with full covariances), 'flow' (affine coupling layers) or
+        'flow_matching' (a velocity field over the latent map, trained by gradient descent: minutes to hours).
       components: Gaussians of a mixture.
       seed: decides the samples and where the fit starts.
       checkpoint: as for `restore`; the prior is of that checkpoint alone.
       overwrite: replace a prior of another kind or checkpoint.
+      steps: of training, for flow matching.
+      width: of the transformer of flow matching.
+      depth: blocks of it.
+      progress: show a progress bar, where there is one.
 
     Returns:
       The density. What the run has already is returned as it is.
@@ -72,6 +86,7 @@ def fit_prior(
     Raises:
       UserError: before any computation: an unknown kind, zero components or more than images, not a run, one that is not
         trained to its end, has diverged or whose data have changed, or another prior is there and not to be replaced.
+      Interrupted: flow matching was stopped by a signal; the same call continues.
     """
     densities.check_kind(kind, components)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -87,12 +102,18 @@ def fit_prior(
             f"components {components} exceeds the {len(images.train) - held_out} training images to fit them to "
             f"({held_out} of {len(images.train)} are held out); choose fewer."
         )
+    velocity = None
+    if kind == "flow_matching":
+        rows, columns = map_positions(run)
+        velocity = FlowMatching(rows, columns, width, depth)
     with contextlib.closing(take_folder(folder, "working")):
         identity: dict[str, Any] = {"checkpoint": digest(run.variables), "step": run.step, "seed": seed}
         there = None if overwrite else read_fitted(folder)
         if there is not None:
             same = {name: getattr(there, name) for name in identity} == identity and there.kind == kind
-            if same and (kind != "mixture" or getattr(there.prior, "components", None) == components):
+            if kind == "mixture":
+                same = same and getattr(there.prior, "components", None) == components
+            if same and (velocity is None or there.prior == velocity):
                 return there
             raise UserError(
                 f"{folder / FILE} holds another prior ({there.describe()}, seed {there.seed}, of step {there.step}); "
@@ -106,12 +127,27 @@ def fit_prior(
             _draw(mean[chosen], deviation[chosen], samples, generator) for chosen in (order[held_out:], order[:held_out])
         )
         start = jax.random.fold_in(jax.random.key(seed), FIT_SALT)
-        fitted = fit_density(kind, kept, other, start, components)
+        if velocity is None:
+            fitted = fit_density(kind, kept, other, start, components)
+        else:
+            found = fit_flow_matching(velocity, kept, other, start, steps, folder, identity, progress)
+            other = other[:DENSITIES]
+            fitted = FittedPrior(kind, velocity, found.parameters, kept.shape[1], 0.0)
+            fitted = dataclasses.replace(fitted, held_out=float(fitted.log_prob(other).mean()))
         before = functools.partial(jax.jit(run.model.apply, static_argnames="method"), run.variables, method="log_prior")
         fitted = dataclasses.replace(fitted, held_out_before=float(log_density(before, other).mean()), **identity)
         forget_quantities(folder, "fitted_")  # of the prior that was here
         write_fitted(folder, fitted)
+        finish(folder)
     return fitted
+
+
+def map_positions(run: Restored) -> tuple[int, int]:
+    """Rows and columns of the latent map; latents that are no map are one position."""
+    network = run.config.network
+    if not isinstance(network, Spatial):
+        return 1, 1
+    return latent_map(network, run.config.latent_size, *run.image_shape[:2])[:2]
 
 
 def _check_trained(folder: Path, run: Restored, images: ImageSet) -> None:

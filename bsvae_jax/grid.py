@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bsvae_jax.config import CHOICES, Config, Flow, Mixture, Prior, StandardNormal, VampPrior, explained, load_module
+from bsvae_jax.config import (
+    CHOICES,
+    Config,
+    Flow,
+    FlowMatching,
+    Mixture,
+    Prior,
+    StandardNormal,
+    VampPrior,
+    explained,
+    load_module,
+)
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Constant, DecoderVariance, Optimal
 
@@ -103,6 +114,8 @@ def prior_name(prior: Prior) -> str:
             return f"{kind}-{pseudo_inputs}"
         case Flow(layers, width):
             return f"{kind}-{layers}x{width}"
+        case FlowMatching():  # no member has it: it is fitted afterwards
+            return kind
 
 
 def member_name(config: Config, usual_learning_rate: float) -> str:

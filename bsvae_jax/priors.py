@@ -13,11 +13,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
 from bsvae_jax import config
+from bsvae_jax.flow_matching import Velocity, integrate, log_density
 from bsvae_jax.objective import LOG_2PI, kl_to_standard_normal
+from bsvae_jax.velocity import VelocityNetwork
 
 Latents = Float[Array, "batch latent"]
 LogDensity = Callable[[Latents], Float[Array, " batch"]]
@@ -26,6 +29,10 @@ HIGHEST = jax.lax.Precision.HIGHEST
 """Full float32 products; by default TPUs and recent GPUs round their factors."""
 MOST_LOG_SCALE = 2.0
 """A coupling layer stretches a latent by a factor between exp(-2) and exp(2): its inverse cannot lose the digits."""
+
+EXACT_LATENTS = 64
+"""Up to so many, the density of flow matching takes every derivative; beyond, it is estimated with `PROBES` probes."""
+PROBES = 1
 
 
 def gaussian_log_prob(z: Latents, mean: Latents, log_variance: Latents) -> Float[Array, " batch"]:
@@ -277,6 +284,57 @@ class Flow(Prior):
         return self.from_noise(jax.random.normal(key, (count, self.latent_size)))
 
 
+# --- Flow matching ----------------------------------------------------------------------------------------------------
+
+
+class FlowMatching(Prior):
+    """N(0, I) carried along a learned velocity, then scaled and shifted per channel of the latent map."""
+
+    settings: config.FlowMatching
+
+    def setup(self) -> None:
+        """The parameters; called by Flax."""
+        channels = (self.latent_size // (self.settings.rows * self.settings.columns),)
+        self.origin = self.param("origin", nn.initializers.zeros, channels)
+        self.log_scale = self.param("log_scale", nn.initializers.zeros, channels)
+        # As plain arrays, so that the velocity is a pure function, which is what derivatives and loops are taken of.
+        network, latents = VelocityNetwork(self.settings, parent=None), jnp.zeros((1, self.latent_size))
+        self.velocity = self.param("velocity", lambda key: network.init(key, latents, jnp.zeros(1))["params"])
+
+    def _field(self) -> Velocity:
+        network, params = VelocityNetwork(self.settings, parent=None), self.velocity
+
+        def velocity(x: Latents, time: Float[Array, " batch"]) -> Latents:
+            field: Latents = network.apply({"params": params}, x, time)  # type: ignore[assignment]
+            return field
+
+        return velocity
+
+    def _per_latent(self, values: Float[Array | np.ndarray, " channels"]) -> Float[Array, "1 latent"]:
+        return jnp.tile(jnp.asarray(values), self.settings.rows * self.settings.columns)[None]
+
+    def log_prob(self, z: Latents) -> Float[Array, " batch"]:
+        """`log p(z)`, nats, [B]: exact up to the steps for `EXACT_LATENTS` and fewer, else an unbiased estimate.
+
+        An example's probes are decided by its first latent: the same on any number of devices, and apart from one another's.
+        """
+        scale = self._per_latent(self.log_scale)
+        standard = (z - self._per_latent(self.origin)) * jnp.exp(-scale)
+        probes = None
+        if self.latent_size > EXACT_LATENTS:
+            bits = jax.lax.bitcast_convert_type(z[:, 0].astype(jnp.float32), jnp.uint32)
+            keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(0), number))(bits)
+            signs = lambda key: jax.random.rademacher(key, (PROBES, self.latent_size), jnp.float32)  # noqa: E731
+            probes = jnp.swapaxes(jax.vmap(signs)(keys), 0, 1)
+        return log_density(self._field(), standard, self.settings.steps, probes=probes) - jnp.sum(scale)
+
+    def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
+        """`count` samples, [count, L]."""
+        noise = jax.random.normal(key, (count, self.latent_size))
+        standard = integrate(self._field(), noise, self.settings.steps)
+        return standard * jnp.exp(self._per_latent(self.log_scale)) + self._per_latent(self.origin)
+
+
 def build(
     prior: config.Prior,
     latent_size: int,
@@ -297,3 +355,5 @@ def build(
             return VampPrior(latent_size, encoder, image_shape, pseudo_inputs)
         case config.Flow(layers, width):
             return Flow(latent_size, layers, width)
+        case config.FlowMatching():
+            return FlowMatching(latent_size, prior)

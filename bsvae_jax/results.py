@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bsvae_jax.config import CHOICES, Config, Flow, Mixture, Prior, StandardNormal, VampPrior
+from bsvae_jax.config import CHOICES, Config, Flow, FlowMatching, Mixture, Prior, StandardNormal, VampPrior
 from bsvae_jax.errors import UserError
 from bsvae_jax.files import read_arrays
 from bsvae_jax.grid import prior_name, variance_name
@@ -132,6 +132,8 @@ def prior_label(prior: Prior) -> str:
             return f"VampPrior of {pseudo_inputs}"
         case Flow(layers, width):
             return f"flow, {layers} layers of {width}"
+        case FlowMatching():
+            return "flow matching"
 
 
 def variance_label(decoder_variance: DecoderVariance) -> str:
