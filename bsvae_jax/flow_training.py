@@ -97,6 +97,12 @@ def _window(
     return jax.lax.fori_loop(0, count, step, (state, jnp.float32(0.0)))
 
 
+def check_steps(steps: int) -> None:
+    """Raise a UserError for a number of steps that nothing can be trained for."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise UserError(f"steps must be a whole number >= 1, got {steps!r}.")
+
+
 def map_moments(
     latents: Float[np.ndarray, "count latent"], prior: FlowMatching
 ) -> tuple[Float[np.ndarray, " channels"], Float[np.ndarray, " channels"]]:
@@ -139,8 +145,7 @@ def fit_flow_matching(
       DivergenceError: the loss is not finite.
       Interrupted: a signal asked to stop; the same call continues.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise UserError(f"steps must be a whole number >= 1, got {steps!r}.")
+    check_steps(steps)
     size = latents.shape[1]
     if size % (prior.rows * prior.columns):
         raise UserError(f"{size} latents do not divide into the {prior.rows} x {prior.columns} positions of the prior's map.")

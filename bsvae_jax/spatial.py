@@ -135,11 +135,11 @@ class _Stages(nn.Module):
 
     network: Spatial
     dtype: Any = jnp.float32
-    rematerialise: bool = False
+    rematerialize: bool = False
 
     def block(self, features: int, name: str) -> nn.Module:
-        """A residual block; rematerialised, its activations are computed again for the gradient instead of kept."""
-        kind = nn.remat(ResidualBlock) if self.rematerialise else ResidualBlock
+        """A residual block; rematerialized, its activations are computed again for the gradient instead of kept."""
+        kind = nn.remat(ResidualBlock) if self.rematerialize else ResidualBlock
         return kind(features, self.network.groups, self.dtype, name=name)
 
     def middle(self, x: FeatureMaps) -> FeatureMaps:

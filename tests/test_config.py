@@ -26,6 +26,7 @@ from bsvae_jax.config import (
     DataSource,
     Digits,
     Flow,
+    FlowMatching,
     Folder,
     Linear,
     Mixture,
@@ -274,7 +275,17 @@ def test_frozen_and_hashable():
             DecoderVariance,
             {"constant": Constant, "optimal": Optimal, "learned": Learned, "predicted": Predicted},
         ),
-        ("prior", Prior, {"standard_normal": StandardNormal, "mixture": Mixture, "vamp": VampPrior, "flow": Flow}),
+        (
+            "prior",
+            Prior,
+            {
+                "standard_normal": StandardNormal,
+                "mixture": Mixture,
+                "vamp": VampPrior,
+                "flow": Flow,
+                "flow_matching": FlowMatching,
+            },
+        ),
     ],
 )
 def test_choices_name_every_kind(field, union, expected):

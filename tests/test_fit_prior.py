@@ -16,7 +16,7 @@ import bsvae_jax as bv
 from bsvae_jax import cli, data, evaluation
 from bsvae_jax import config as configs
 from bsvae_jax.config import MLP, Config, Flow, Linear, Mixture, Optimizer
-from bsvae_jax.densities import KINDS, fit_density, read_fitted, write_fitted
+from bsvae_jax.densities import FITTED_HERE, fit_density, read_fitted, write_fitted
 from bsvae_jax.errors import UserError
 from bsvae_jax.fitting import fit_prior
 from bsvae_jax.loading import restore
@@ -102,7 +102,7 @@ def test_a_gaussian_is_the_mean_and_covariance():
     np.testing.assert_allclose(fitted.log_prob(z[:500]), expected, atol=2e-3)  # float32, a mean of -20
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FITTED_HERE)
 def test_the_scale_of_latents_does_not_matter(kind):
     """Latents a thousand times smaller: the same density, 3 log 1000 nats higher; a flow's training rounds differently."""
     (train, _), (other, _) = modes(0), modes(100)
@@ -113,7 +113,7 @@ def test_the_scale_of_latents_does_not_matter(kind):
 def test_latents_that_do_not_vary():
     z = np.random.default_rng(0).normal(size=(1000, 3)) * np.array([1.0, 1e-3, 1.0])
     z[:, 2] = z[:, 0]
-    for kind in KINDS:
+    for kind in FITTED_HERE:
         fitted = fit_density(kind, z, z, jax.random.key(0), 2)
         assert np.isfinite(fitted.held_out)
         assert np.isfinite(fitted.sample(jax.random.key(0), 10)).all()
@@ -122,7 +122,7 @@ def test_latents_that_do_not_vary():
 @pytest.mark.parametrize(
     ("kind", "components", "sentence"),
     [
-        ("gauss", 1, r"kind must be one of gaussian, mixture, flow, got 'gauss' \(did you mean 'gaussian'\?\)"),
+        ("gauss", 1, r"kind must be one of gaussian, mixture, flow, flow_matching, got 'gauss' \(did you mean 'gaussian'\?\)"),
         ("mixture", 0, "components must be a whole number >= 1, got 0"),
         ("mixture", True, "components must be a whole number >= 1, got True"),
         ("mixture", 11, "components 11 exceeds the 10 latents to fit them to"),
@@ -134,7 +134,7 @@ def test_what_cannot_be_fitted(kind, components, sentence):
         fit_density(kind, z, z, jax.random.key(0), components)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FITTED_HERE)
 def test_the_file_keeps_all_of_it(kind, tmp_path):
     z = np.random.default_rng(0).normal(size=(600, 3))
     fitted = dataclasses.replace(fit_density(kind, z, z, jax.random.key(0), 2), checkpoint="ab" * 32, step=7, seed=3)
@@ -175,7 +175,7 @@ def run(trained, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FITTED_HERE)
 def test_a_fitted_prior_lowers_the_mismatch(kind, run):
     """KL(q(z) || p(z)) of the training and of the test set, before and after, by more than its standard errors."""
     images = data.load(CONFIG.data)

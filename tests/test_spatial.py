@@ -223,13 +223,13 @@ def test_training_and_evaluation_are_the_same_function():
         chex.assert_trees_all_equal(module.apply(variables, inputs, True), module.apply(variables, inputs, False))
 
 
-def test_rematerialised_blocks_have_the_same_parameters_values_and_gradients():
+def test_rematerialized_blocks_have_the_same_parameters_values_and_gradients():
     kinds = (
         (SpatialEncoder, {"latent_size": LATENT}, normal(1, BATCH, *SHAPE)),
         (SpatialDecoder, {"output_shape": SHAPE}, normal(2, BATCH, LATENT)),
     )
     for kind, options, inputs in kinds:
-        plain, again = (kind(SMALL, rematerialise=flag, **options) for flag in (False, True))
+        plain, again = (kind(SMALL, rematerialize=flag, **options) for flag in (False, True))
         variables = random_variables(plain, inputs)
         chex.assert_trees_all_equal_shapes(variables, jax.eval_shape(again.init, jax.random.key(0), inputs))
 
