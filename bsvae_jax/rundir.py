@@ -8,6 +8,7 @@ calibration.npz    optimal variance of the training set (at the end)
 evaluation.json    every reported number of both splits (at the end, or by `bsvae evaluate`)
 failure.json       why training stopped, where it did; failure.npz has the state and the batch of that step
 prior.npz          a density fitted to the latents (by `bsvae fit-prior`)
+prior_training/    checkpoints of one that is being trained (flow matching), until it is
 row.npz            steps of the next row of metrics.jsonl, where a signal stopped training between two rows
 figures/           written by the command line
 """
