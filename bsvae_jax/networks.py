@@ -302,6 +302,6 @@ def build(
             )
         case Spatial():
             return (
-                SpatialEncoder(network, dtype, latent_size=latent_size),
-                SpatialDecoder(network, dtype, output_shape=output_shape),
+                SpatialEncoder(network, dtype, rematerialize, latent_size=latent_size),
+                SpatialDecoder(network, dtype, rematerialize, output_shape=output_shape),
             )

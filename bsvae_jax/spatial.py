@@ -11,12 +11,12 @@ float32. Every residual branch ends in a layer that starts at zero: a fresh bloc
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from bsvae_jax.config import Spatial
+from bsvae_jax.convolutions import exact
 from bsvae_jax.errors import UserError
 
 Images = Float[Array, "batch height width channels"]
@@ -66,15 +66,10 @@ def _as_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _precision(dtype: Any) -> jax.lax.Precision | None:
-    """Full float32 products where float32 is asked for: by default TPUs and recent GPUs round their factors."""
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
-
-
 def _convolution(features: int, dtype: Any, name: str, kernel: int = 3, stride: int = 1, start: Any = KERNELS) -> nn.Conv:
     """Padded symmetrically by `kernel // 2`."""
     side = (kernel // 2, kernel // 2)
-    precision = _precision(dtype)
+    precision = exact(dtype)
     return nn.Conv(
         features, (kernel, kernel), stride, (side, side), dtype=dtype, precision=precision, kernel_init=start, name=name
     )
@@ -117,7 +112,7 @@ class Attention(nn.Module):
     def __call__(self, x: FeatureMaps) -> FeatureMaps:
         """Feature maps [B, h, w, C] to the same shape."""
         batch, _, _, features = x.shape
-        precision = _precision(self.dtype)
+        precision = exact(self.dtype)
 
         def affine(name: str, start: Any = KERNELS) -> nn.Dense:
             return nn.Dense(features, dtype=self.dtype, precision=precision, kernel_init=start, name=name)

@@ -380,3 +380,15 @@ def test_configs_that_are_refused(options, telling, unchecked):
 def test_a_prior_over_vectors_is_refused(prior):
     with pytest.raises(UserError, match=f"prior {type(prior).__name__} is over vectors and knows nothing of the map"):
         Config(network=Spatial(), prior=prior)
+
+
+def test_the_config_rematerializes_it():
+    """`Config.rematerialize` reaches the blocks, and the parameters stay those of the plain network."""
+    texts = []
+    for again in (False, True):
+        model = build_model(dataclasses.replace(DIGITS, rematerialize=again), (8, 8, 1))
+        x, key = jnp.zeros((2, 8, 8, 1)), jax.random.key(0)
+        variables = jax.eval_shape(model.init, key, x, key)
+        loss = lambda variables, model=model, x=x, key=key: jnp.sum(model.apply(variables, x, key).decoded.mean)  # noqa: E731
+        texts.append(str(jax.make_jaxpr(jax.grad(loss))(variables)))
+    assert ["checkpoint" in text or "remat" in text for text in texts] == [False, True]
