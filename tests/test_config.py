@@ -225,7 +225,7 @@ def test_a_list_of_widths_is_a_tuple_or_refused(kind, field):
             lambda: Config(decoder_variance=0.5),
             "decoder_variance must be one of Constant, Optimal, Learned, Predicted, got 0.5",
         ),
-        (lambda: Config(prior=None), "prior must be one of StandardNormal, Mixture, VampPrior, Flow, got None"),
+        (lambda: Config(prior=None), "prior must be one of StandardNormal, Mixture, VampPrior, Flow, FlowMatching, got None"),
         (lambda: Config(optimizer={"learning_rate": 1e-3}), "optimizer must be"),
         (lambda: Config(augmentation=None), "augmentation must be"),
         (lambda: Mixture(components=0), "prior.components must be a whole number >= 1, got 0"),
