@@ -190,8 +190,8 @@ def test_moments_are_of_a_channel_over_positions():
 def test_the_two_stages(tmp_path, capsys):
     """An autoencoder with a latent map, flow matching on it, then samples and an evaluation that take it like any prior."""
     config = Config(
-        network=Spatial(widths=(8, 8), blocks=1, groups=2),
-        latent_size=32,
+        network=Spatial(widths=(8, 8, 8), blocks=1, groups=2),
+        latent_size=8,
         optimizer=Optimizer(learning_rate=1e-2),
         beta=0.1,
         epochs=2,
@@ -202,7 +202,7 @@ def test_the_two_stages(tmp_path, capsys):
     folder = tmp_path / "run"
     fit(config, folder, progress=False)
     fitted = fit_prior(folder, "flow_matching", steps=100, width=32, depth=1)
-    assert fitted.prior == FlowMatching(rows=4, columns=4, width=32, depth=1)
+    assert fitted.prior == FlowMatching(rows=2, columns=2, width=32, depth=1)
     assert not (folder / flow_training.FOLDER).exists()
     assert fitted.held_out > fitted.held_out_before
     assert read_fitted(folder).prior == fitted.prior
