@@ -434,8 +434,7 @@ def check_against_data(config: Config, images: ImageSet) -> None:
     """What only config and data together can show to be wrong.
 
     Raises:
-      UserError: a batch larger than the training set, more latents than pixels, a number of them that is no latent map, or
-        more pseudo-inputs than training images.
+      UserError: a batch larger than the training set, more latents than pixels, or more pseudo-inputs than training images.
     """
     if config.batch_size > len(images.train):
         raise UserError(f"batch_size {config.batch_size} exceeds the {len(images.train)} training images of {images.name}.")
@@ -451,7 +450,7 @@ def check_against_shape(config: Config, data: DataShape) -> None:
     """What only config and the sizes of the data together can show to be wrong.
 
     Raises:
-      UserError: more latents than pixels.
+      UserError: more latents than pixels, or a number of them that is no latent map.
     """
     pixels = math.prod(data.image_shape)
     if config.latent_size > pixels:
