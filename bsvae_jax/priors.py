@@ -30,7 +30,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 MOST_LOG_SCALE = 2.0
 """A coupling layer stretches a latent by a factor between exp(-2) and exp(2): its inverse cannot lose the digits."""
 
-EXACT_LATENTS = 64
+EXACT_LATENTS = 32
 """Up to so many, the density of flow matching takes every derivative; beyond, it is estimated with `PROBES` probes."""
 PROBES = 1
 
