@@ -314,6 +314,7 @@ def _compile_command(default: Config) -> Callable[..., None]:
         data: DATA | None = None,
         network: NETWORK | None = None,
         decoder_variance: DECODER_VARIANCE | None = None,
+        prior: PRIOR | None = None,
     ) -> None:
         """Compile the training and sampling programs of a config for a machine, which need not be there.
 
@@ -329,13 +330,14 @@ def _compile_command(default: Config) -> Callable[..., None]:
           topology: A TPU and the arrangement of its chips, v2:2x2x1 to v6e:16x16; or cpu, gpu or tpu, those of this machine.
             With several and --scaling, a table.
           members: Compile a stack of so many members of a sweep, divided over the devices.
-          scaling: weak: batch_size images on every device; strong: batch_size images on all of them together.
+          scaling: weak: batch_size images, or --members, on every device; strong: on all of them together.
           image_shape: Height, width and channels, in place of the data's own, which are then not read.
           images: Number of training images, with --image-shape.
           full: Let the compiler of TPUs take its time, minutes, as it does before training; times are about the same.
           data: Kind of data source to use instead of the config's.
           network: Kind of network to use instead of the config's.
           decoder_variance: Kind of decoder variance to use instead of the config's.
+          prior: Kind of prior to use instead of the config's.
         """
         from bsvae_jax import compiling
         from bsvae_jax.data import shape_of
@@ -363,8 +365,12 @@ def _compile_command(default: Config) -> Callable[..., None]:
         rows = []
         for name in topology:
             count = len(compiling.machine(name, config.devices)[0])
-            own = config if scaling == "strong" else dataclasses.replace(config, batch_size=config.batch_size * count)
-            rows.append(compiling.compile_training(own, shape, name, None, members * (count if members > 1 else 1), full))
+            grown = 1 if scaling == "strong" else count
+            if members == 1:
+                own = dataclasses.replace(config, batch_size=config.batch_size * grown)
+                rows.append(compiling.compile_training(own, shape, name, None, 1, full))
+            else:
+                rows.append(compiling.compile_training(config, shape, name, None, members * grown, full))
             print(compiling.scaling_table(rows).splitlines()[-1], file=sys.stderr)
         print(compiling.scaling_table(rows))
         print("Computed, not measured: the compiler's counts and published peaks.")
@@ -385,6 +391,7 @@ def _bench_command(default: Config) -> Callable[..., None]:
         data: DATA | None = None,
         network: NETWORK | None = None,
         decoder_variance: DECODER_VARIANCE | None = None,
+        prior: PRIOR | None = None,
     ) -> None:
         """Measure how fast a config trains on the devices at hand; nothing is saved.
 
@@ -401,6 +408,7 @@ def _bench_command(default: Config) -> Callable[..., None]:
           data: Kind of data source to use instead of the config's.
           network: Kind of network to use instead of the config's.
           decoder_variance: Kind of decoder variance to use instead of the config's.
+          prior: Kind of prior to use instead of the config's.
         """
         from bsvae_jax import benchmark
         from bsvae_jax.data import load, shape_of

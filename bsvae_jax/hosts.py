@@ -82,9 +82,10 @@ def _wait_for(coordinator: str, timeout: int) -> None:
             return
         except OSError as error:
             if time.monotonic() > end - 1.0:
+                why = error.strerror or error
                 raise UserError(
-                    f"Process 0 was not reached at {coordinator} within {timeout} s ({error.strerror or error}). Is it running, "
-                    "and is the port open between the machines?"
+                    f"Process 0 was not reached at {coordinator} within {timeout} s ({why}). Is it running, and is the port open "
+                    "between the machines?"
                 ) from error
         time.sleep(1.0)
 
