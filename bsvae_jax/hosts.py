@@ -84,8 +84,8 @@ def _wait_for(coordinator: str, timeout: int) -> None:
             if time.monotonic() > end - 1.0:
                 why = error.strerror or error
                 raise UserError(
-                    f"Process 0 was not reached at {coordinator} within {timeout} s ({why}). Is it running, and is the port open "
-                    "between the machines?"
+                    f"Process 0 was not reached at {coordinator} within {timeout} s ({why}). Is it running, and is the port "
+                    "open between the machines?"
                 ) from error
         time.sleep(1.0)
 
