@@ -86,8 +86,8 @@ class DeviceImages:
     def __init__(self, images: np.ndarray, mesh: Mesh, resident: bool = True):
         """`images` [N, H, W, C] as stored; `resident`: copy all of them to every device of the mesh now."""
         self._images, self._mesh = HostImages(images), mesh
-        self.resident: Array | None = replicate(images, mesh) if resident else None
-        """[N, H, W, C] on every device; None if they are streamed."""
+        self.resident: Array | None = replicate(images.reshape(len(images), -1), mesh) if resident else None
+        """Flattened, [N, H * W * C], on every device; None if they are streamed."""
 
     def __len__(self) -> int:
         """N."""
@@ -96,13 +96,16 @@ class DeviceImages:
     def batch(self, indices: np.ndarray) -> Array:
         """The images at `indices` [B], as stored, [B, H, W, C], divided over the data axis of the mesh."""
         if self.resident is not None:
-            return _gather_resident(self._mesh)(self.resident, indices)
+            return _gather_resident(self._mesh, self._images.images.shape[1:])(self.resident, indices)
         return self._images.place(np.asarray(indices), NamedSharding(self._mesh, SHARDED))
 
 
 @functools.cache
-def _gather_resident(mesh: Mesh) -> Any:
-    return jax.jit(lambda images, indices: images[indices], out_shardings=NamedSharding(mesh, SHARDED))
+def _gather_resident(mesh: Mesh, image_shape: tuple[int, ...]) -> Any:
+    def gather_rows(images: Array, indices: Array) -> Array:
+        return images[indices].reshape(-1, *image_shape)
+
+    return jax.jit(gather_rows, out_shardings=NamedSharding(mesh, SHARDED))
 
 
 def streamed_steps(images: np.ndarray, batch_size: int, members: int, most: int) -> int:

@@ -117,7 +117,7 @@ def abstract_arguments(
     state, knobs = jax.tree.map(lambda leaf: abstract((*slots, *leaf.shape), leaf.dtype, *member), one)
     count = abstract((), jnp.int32)
     if resident:
-        images = abstract((data.train, *data.image_shape), data.dtype)
+        images = abstract((data.train, math.prod(data.image_shape)), data.dtype)
         order = abstract((*slots, window, config.batch_size), jnp.int32, *member, None, DATA_AXIS)
         return state, images, order, count, knobs
     shape = (*slots, window, config.batch_size, *data.image_shape)

@@ -255,14 +255,19 @@ def run_steps(
 
     Args:
       state: donated by the trainer.
-      images: all training images as stored, [N, H, W, C], on every device.
+      images: all training images as stored, flattened, [N, H * W * C], on every device: rows are gathered from it as it lies,
+        while the images of a four-dimensional array may be laid out anew at every call, padded to the registers of a TPU.
       order: this device's share of the indices of each step's batch, [steps, B].
       count: how many of the steps to take.
       knobs: beta and, for `Constant`, the decoder variance.
       levels: grey levels of stored uint8 images.
       augmentation: random changes of the images.
     """
-    return _run_steps(state, lambda i: images[order[i]], len(order), count, knobs, levels, augmentation)
+
+    def stored(i: Any) -> Array:
+        return images[order[i]].reshape(-1, *state.model.image_shape)
+
+    return _run_steps(state, stored, len(order), count, knobs, levels, augmentation)
 
 
 def run_streamed_steps(

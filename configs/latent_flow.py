@@ -15,8 +15,8 @@ Hardware and time: an accelerator for the 20 epochs and the 10,000 steps; neithe
 
 and of `fit-prior --kind flow_matching --steps 450 --width 64 --depth 2` (4 minutes there): log density of the latents of 200
 held-out training images -65.7 nats under the fitted prior, -80.4 under N(0, I), so the rate falls by 15 nats.
-Samples of N(0, I)
-are strokes that do not join; many of the fitted prior's are already digits, and as many are not yet.
+Samples of N(0, I) are strokes that do not join; many of the fitted prior's are already digits, and as
+many are not yet.
 """
 
 from bsvae_jax.config import TFDS, Config, Optimizer, Spatial

@@ -343,6 +343,8 @@ def test_to_dict_written_by_hand():
         "batch_size": 128,
         "evaluate_every": 1,
         "precision": "float32",
+        "gradient_accumulation": 1,
+        "rematerialize": False,
         "steps_per_dispatch": None,
         "devices": None,
         "resident_memory": 0.5,
