@@ -240,6 +240,8 @@ def compile_training(
     program = lift_training(program_config(config), data, mesh, driving, resident)
     with_what = f"{config.batch_size} images a step" + (f" and {members} members" if members > 1 else "")
     step = footprint(_compile(program.lower(*arguments), platform, full, with_what))
+    parts = config.gradient_accumulation  # the compiler counts one pass through a loop
+    step = step._replace(flops=parts * step.flops, bytes_accessed=parts * step.bytes_accessed)
     return Compiled(
         topology,
         chip,
