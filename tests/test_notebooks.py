@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = ("gradients", "quickstart", "scaling", "theory")
+NAMES = ("beta_and_sigma", "gradients", "quickstart", "scaling", "theory")
 COLAB = "https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb"
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -67,7 +67,7 @@ def test_it_imports_the_library_and_sets_up_like_the_others(path):
 
 @every_notebook
 def test_what_it_imports_is_there(path):
-    """Running three of the four is slow; a name that has moved is seen at once."""
+    """Running four of the five is slow; a name that has moved is seen at once."""
     imported = re.findall(r"^from (bsvae_jax[\w.]*) import (.+)$", "\n".join(map(_source, _cells(path, "code"))), re.MULTILINE)
     assert imported
     for module, names in imported:
