@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsvae_jax.chips import CHIPS
+from bsvae_jax.chips import CHIPS, check_precision
 from bsvae_jax.compiling import Footprint, footprint
 from bsvae_jax.config import Config, Residual
 from bsvae_jax.convolutions import exact
@@ -122,6 +122,7 @@ def measure(config: Config, images: ImageSet, repeats: int = 5, seconds: float =
     mesh = data_mesh(config.devices, config.batch_size, config.gradient_accumulation)
     check_against_data(config, images)
     device = mesh.local_devices[0]
+    check_precision(config.precision, device.device_kind)
     ceiling = matrix_product_ceiling(config.precision, device.platform)
     program = Program(config, images, mesh)
     begun = time.perf_counter()

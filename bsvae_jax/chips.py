@@ -6,6 +6,8 @@ Sources: the manufacturers' data sheets; for TPUs Google Cloud's system architec
 
 from typing import Literal, NamedTuple
 
+from bsvae_jax.errors import UserError
+
 Precision = Literal["float32", "bfloat16"]
 
 BFLOAT16_PRODUCTS = 6
@@ -77,6 +79,13 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
 }
 """Arrangements of chips in which each kind of TPU is rented; 1x1 is one chip of the smallest."""
+
+
+def check_precision(precision: Precision, device_kind: str) -> None:
+    """Raise a UserError where a chip that is known has no bfloat16: it would compute in float32 and convert back and forth."""
+    chip = CHIPS.get(device_kind)
+    if precision == "bfloat16" and chip is not None and chip.bfloat16 is None:
+        raise UserError(f"{device_kind} has no bfloat16; train in float32 there (--precision float32).")
 
 
 def known_topologies() -> str:

@@ -21,7 +21,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from bsvae_jax import config as configs
+from bsvae_jax import hosts
 from bsvae_jax.checkpoint import DamagedCheckpointError, saved_steps
+from bsvae_jax.chips import check_precision
 from bsvae_jax.config import CONVOLUTIONAL, Config
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.order import steps_through
@@ -116,7 +118,12 @@ def fit_sweep(
     if driving is not None and driving not in get_args(Driving):
         raise UserError(f"driving must be one of {', '.join(get_args(Driving))}, got {driving!r}.")
     members = grid.members(config)
+    if not hosts.alone():
+        raise UserError(
+            "A sweep is trained by one process on all its devices; give each machine a part of the members instead."
+        )
     devices = data_mesh(config.devices)
+    check_precision(config.precision, devices.devices.flat[0].device_kind)
     platform = devices.devices.flat[0].platform
     driving = choose_driving(config, platform) if driving is None else driving
     if members_at_once is not None and (not isinstance(members_at_once, int) or members_at_once < 1):

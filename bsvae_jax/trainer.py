@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsvae_jax import hosts, objective
+from bsvae_jax.chips import check_precision
 from bsvae_jax.config import Config, to_dict
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.order import steps_through
@@ -398,6 +399,7 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
     folder = as_path(workdir, "workdir")
     _check_agreement(config)
     mesh = data_mesh(config.devices, config.batch_size, config.gradient_accumulation)
+    check_precision(config.precision, mesh.devices.flat[0].device_kind)
     images = load(config.data)
     check_against_data(config, images)
     hosts.check_agreement("images", {"fingerprint": images.fingerprint()}, "Give every process the same data.")

@@ -12,8 +12,8 @@ PACKAGE = Path(bsvae_jax.__file__).parent
 
 # From the ground up; a module may import only modules of lower layers. One layer a line.
 LAYERS = [
-    ["errors", "figures", "interruption", "chips"],
-    ["hosts"],
+    ["errors", "figures", "interruption"],
+    ["chips", "hosts"],
     ["files", "space", "events"],
     ["objective", "theory", "randomness", "sweep_figures", "evaluation_figures", "torchfile", "fid", "downloads"],
     ["objective", "theory", "randomness", "sweep_figures", "evaluation_figures", "torchfile", "fid", "downloads"],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bsvae_jax import compiling
-from bsvae_jax.chips import CHIPS, TOPOLOGIES
+from bsvae_jax.chips import CHIPS, TOPOLOGIES, check_precision
 from bsvae_jax.config import MLP, Config, Digits, Optimizer, Residual
 from bsvae_jax.data import DataShape, shape_of
 from bsvae_jax.errors import UserError
@@ -132,6 +132,14 @@ Used 33.27G of 15.75G hbm. Exceeded hbm capacity by 17.52G.
 def test_a_machine_that_does_not_exist_is_refused(topology, devices, message):
     with pytest.raises(UserError, match=message):
         compiling.machine(topology, devices)
+
+
+def test_bfloat16_is_refused_where_there_is_none():
+    check_precision("bfloat16", "NVIDIA L4")
+    check_precision("float32", "Tesla T4")
+    check_precision("bfloat16", "a chip that is not known")
+    with pytest.raises(UserError, match="Tesla T4 has no bfloat16; train in float32"):
+        check_precision("bfloat16", "Tesla T4")
 
 
 def test_a_batch_that_does_not_divide_is_refused():
