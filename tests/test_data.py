@@ -437,7 +437,8 @@ def test_tfds_slices_and_sets_without_labels(tmp_path):
 
 @pytest.mark.parametrize("name", ["no_such_set_at_all", "", "not a name!"])
 def test_tfds_unknown_name(tmp_path, name):
-    with pytest.raises(UserError, match=f"TFDS has no set '{name}'") as error:
+    message = f"TFDS has no set '{name}'" if name else "data.name must be a name, got ''"
+    with pytest.raises(UserError, match=message) as error:
         data.load(config.TFDS(name=name, data_dir=str(tmp_path)))
     assert one_sentence(error), f"{len(str(error.value))} characters"
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bsvae_jax import gallery, scoring, trainer, training
+from bsvae_jax import gallery, program, scoring, trainer, training
 from bsvae_jax import sweep as sweeps
 from bsvae_jax.checkpoint import saved_steps
 from bsvae_jax.config import MLP, Arrays, Augmentation, Config, Digits, Linear, Optimizer, Residual
@@ -264,7 +264,7 @@ def test_what_differs_by_its_value_compiles_nothing(measured, monkeypatch, train
 
         monkeypatch.setattr(module, name, traced)
 
-    counted(trainer, "run_steps")
+    counted(program, "run_steps")
     counted(scoring, "_score_batch")
     counted(gallery, "_draw")
     for cached in (scoring, gallery):

@@ -280,7 +280,7 @@ ROWS = [
     ("fit_prior", lambda: bv.fit_prior(3), "workdir must be of type str or PathLike"),
     ("fit_prior", lambda: bv.fit_prior("nowhere"), "nowhere is not a run"),
     ("fit_prior", lambda: bv.fit_prior("run", "gauss"), r"kind must be one of .*got 'gauss' \(did you mean 'gaussian'"),
-    ("fit_prior", lambda: bv.fit_prior("run", None), "kind must be one of gaussian, mixture, flow, got None"),
+    ("fit_prior", lambda: bv.fit_prior("run", None), "kind must be one of gaussian, mixture, flow, flow_matching, got None"),
     ("fit_prior", lambda: bv.fit_prior("run", components=0), "components must be a whole number >= 1, got 0"),
     ("fit_prior", lambda: bv.fit_prior("run", components=2.5), "components must be a whole number >= 1, got 2.5"),
     ("fit_prior", lambda: bv.fit_prior("run", seed=-1), r"seed must be a whole number from 0 to 2\*\*32 - 1, got -1"),
