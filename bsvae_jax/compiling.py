@@ -339,7 +339,17 @@ def footprint(compiled: Any) -> Footprint:
 _COLLECTIVE = re.compile(r" = ([^%]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)")
 _ARRAY = re.compile(r"(pred|[a-z]+(\d+)(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _ALONE = re.compile(r"replica_groups=(\{\{\d+\}[,}]|\[\d+,1\])")
-"""Groups of one device each, which exchange nothing."""
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+"""The same of newer compilers, which name the axes of the mesh."""
+
+
+def _exchanges(attributes: str) -> bool:
+    """Whether the groups of a collective have more than one device each."""
+    named = _NAMED.search(attributes)
+    if named is None:
+        return not _ALONE.search(attributes)
+    sizes = dict(axis.replace("'", "").strip().split("=") for axis in named[1].split(","))
+    return any(int(sizes[axis.strip().strip("'")]) > 1 for axis in named[2].split(",") if axis.strip())
 
 
 def collectives(program: str) -> tuple[Collective, ...]:
@@ -350,7 +360,7 @@ def collectives(program: str) -> tuple[Collective, ...]:
             math.prod(int(n) for n in shape.split(",") if n) * (1 if name == "pred" else max(1, int(bits) // 8))
             for name, bits, shape in _ARRAY.findall(result)
         ]
-        if not _ALONE.search(rest):
+        if _exchanges(rest):
             found.setdefault(kind, []).append(sum(sizes))
     return tuple(Collective(kind, len(sizes), sum(sizes)) for kind, sizes in sorted(found.items()))
 

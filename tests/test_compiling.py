@@ -48,13 +48,15 @@ PROGRAM = """
   %g = u8[4,7]{1,0} all-gather(%y), dimensions={0}
   %alone = f32[5]{0} all-reduce(%z), channel_id=3, replica_groups={{0},{1}}, to_apply=%add
   %also = f32[5]{0} all-reduce(%z), channel_id=3, replica_groups=[8,1]<=[8], to_apply=%add
+  %named = f32[5]{0} all-reduce(%z), channel_id=3, replica_groups=mesh['member'=8,'data'=1] {'data'}, to_apply=%add
+  %spread = f32[2,3]{0} all-reduce(%z), channel_id=4, replica_groups=mesh['member'=2,'data'=4] {'data'}, to_apply=%add
   %f = f32[5]{0} fusion(%all-reduce.1), calls=%c, metadata={op_name="psum all-reduce("}
 """
 
 
 def test_collectives_are_counted_and_sized():
     gathered, reduced = compiling.collectives(PROGRAM)
-    assert reduced == ("all-reduce", 2, 4 * 32 + 4 * 3 * 3 * 32 * 64 + 2 * 10)
+    assert reduced == ("all-reduce", 3, 4 * 32 + 4 * 3 * 3 * 32 * 64 + 2 * 10 + 4 * 6)
     assert gathered == ("all-gather", 1, 28)
 
 
