@@ -28,9 +28,6 @@ from bsvae_jax.rundir import read_evaluation
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
-# Of several arrays that do not load, Orbax retrieves the first error only.
-ORBAX_LEAVES_FUTURES = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 CONFIG = """
 from bsvae_jax.config import MLP, Config, Optimizer
 from bsvae_jax.grid import Sweep
@@ -304,14 +301,12 @@ def damage(folder, expected, work, count, seed, capsys):
     return outcomes
 
 
-@ORBAX_LEAVES_FUTURES
 def test_damaged_files_of_a_run(whole, tmp_path, capsys):
     outcomes = damage(whole, numbers(whole), tmp_path, 40, 0, capsys)
     assert outcomes["sentence"] > 0
     assert outcomes["older checkpoint"] > 0
 
 
-@ORBAX_LEAVES_FUTURES
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
 def test_hundreds_of_damaged_files(whole, tmp_path, capsys):
@@ -320,7 +315,6 @@ def test_hundreds_of_damaged_files(whole, tmp_path, capsys):
         print(f"\n500 mutations: {outcomes}, 0 tracebacks, 0 wrong parameters")
 
 
-@ORBAX_LEAVES_FUTURES
 def test_a_flipped_bit_in_a_checkpoint_is_seen(whole, tmp_path, capsys):
     """In every file of numbers of the newest checkpoint: the one before is used, and said to be."""
     copy = tmp_path / "copy"
