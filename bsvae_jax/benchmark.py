@@ -17,9 +17,9 @@ import numpy as np
 from bsvae_jax.chips import CHIPS, check_precision
 from bsvae_jax.compiling import Footprint, footprint
 from bsvae_jax.config import Config, Residual
-from bsvae_jax.convolutions import exact
 from bsvae_jax.data import DataShape, ImageSet
 from bsvae_jax.errors import UserError
+from bsvae_jax.layers import exact
 from bsvae_jax.objective import Optimal
 from bsvae_jax.parallel import data_mesh, describe_devices
 from bsvae_jax.program import Program

@@ -10,12 +10,12 @@ even columns; both odd. Convolutions that XLA has are left to it on every backen
 written by hand moved more bytes and were slower.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from bsvae_jax.layers import exact
 
 Maps = Float[Array, "batch height width channels"]
 Phases = Float[Array, "four_batch height width channels"]
@@ -24,11 +24,6 @@ Result = Float[Array, "batch result_height result_width features"]
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 _NONE, _AFTER, _AROUND = (0, 0), (0, 1), (1, 1)
-
-
-def exact(dtype: Any) -> jax.lax.Precision | None:
-    """Full float32 products where float32 is asked for: by default TPUs and recent GPUs round their factors."""
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 def convolve(x: Maps, kernel: Kernel, padding: Padding) -> Result:

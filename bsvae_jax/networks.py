@@ -17,7 +17,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from bsvae_jax.config import MLP, Linear, Network, Residual, Spatial
-from bsvae_jax.convolutions import convolve, convolve_phases, exact, join_phases, transposed_phases
+from bsvae_jax.convolutions import convolve, convolve_phases, join_phases, transposed_phases
+from bsvae_jax.layers import as_float32, convolution, dense, stage_size
 from bsvae_jax.spatial import SpatialDecoder, SpatialEncoder
 
 Images = Float[Array, "batch height width channels"]
@@ -26,17 +27,8 @@ Latents = Float[Array, "batch latent"]
 PosteriorParameters = tuple[Latents, Latents]
 
 
-def _as_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def dense(features: int, dtype: Any, use_bias: bool = True, name: str | None = None) -> nn.Dense:
-    """Affine map to `features`, linear without the bias."""
-    return nn.Dense(features, use_bias, dtype=dtype, precision=exact(dtype), name=name)
-
-
 def _split_posterior(parameters: Float[Array, "batch twice_latent"]) -> PosteriorParameters:
-    mean, log_variance = jnp.split(_as_float32(parameters), 2, axis=-1)
+    mean, log_variance = jnp.split(as_float32(parameters), 2, axis=-1)
     return mean, log_variance
 
 
@@ -73,7 +65,7 @@ class LinearEncoder(nn.Module):
         """Images [B, H, W, C] to mean and log-variance, [B, L]."""
         flat = x.reshape(len(x), -1)
         origin, log_scale = self.frame()
-        projected = _as_float32(dense(self.latent_size, self.dtype, use_bias=False, name="mean")(flat))
+        projected = as_float32(dense(self.latent_size, self.dtype, use_bias=False, name="mean")(flat))
         # In units of sqrt(D), because weights are of size 1 / sqrt(D), log-variances of size 1, and Adam moves both by as much.
         own = math.sqrt(flat.shape[1]) * self.param("log_variance", nn.initializers.zeros, (self.latent_size,))[None]
         mean = jnp.exp(log_scale) * (projected + origin)
@@ -93,7 +85,7 @@ class LinearDecoder(nn.Module):
         height, width, channels = self.output_shape
         origin, log_scale = self.frame()
         x = dense(height * width * channels, self.dtype, name="mean")(z * jnp.exp(-log_scale) - origin)
-        return _as_float32(x).reshape(len(z), *self.output_shape)
+        return as_float32(x).reshape(len(z), *self.output_shape)
 
 
 class MLPEncoder(nn.Module):
@@ -127,37 +119,15 @@ class MLPDecoder(nn.Module):
         for size in reversed(self.hidden):
             hidden = nn.silu(dense(size, self.dtype)(hidden))
         x = dense(height * width * channels, self.dtype, name="mean")(hidden)
-        return _as_float32(x).reshape(len(z), *self.output_shape)
+        return as_float32(x).reshape(len(z), *self.output_shape)
 
 
 # --- The paper's residual network -------------------------------------------------------------------------------------
 
 
-def stage_sizes(size: int, stages: int) -> tuple[int, ...]:
-    """One side of the image before and after every stride-2 stage, `ceil(size / 2)` each: (28, 14, 7, 4) for 28 and 3."""
-    sizes = [size]
-    for _ in range(stages):
-        sizes.append((sizes[-1] + 1) // 2)
-    return tuple(sizes)
-
-
 def batch_norm(train: bool, axis_name: str | None, dtype: Any, name: str | None = None) -> nn.BatchNorm:
     """BatchNorm with PyTorch's constants; its statistics are averaged over `axis_name`, the devices' axis."""
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, name=name)
-
-
-def convolution(features: int, kernel: int, stride: int, dtype: Any, name: str | None = None) -> nn.Conv:
-    """`kernel` x `kernel` convolution padded symmetrically by `kernel // 2`, as PyTorch pads (Flax's SAME does not)."""
-    padding = kernel // 2
-    return nn.Conv(
-        features,
-        (kernel, kernel),
-        stride,
-        ((padding, padding), (padding, padding)),
-        dtype=dtype,
-        precision=exact(dtype),
-        name=name,
-    )
 
 
 class TransposedConvolution(nn.Module):
@@ -259,22 +229,22 @@ class ResidualDecoder(nn.Module):
     def __call__(self, z: Latents, train: bool = False) -> Images:
         """Latents [B, L] to images [B, *output_shape]."""
         height, width, channels = self.output_shape
-        heights, widths = (stage_sizes(size, len(self.widths))[::-1] for size in (height, width))
-        features = self.widths[::-1]
-        x = dense(heights[0] * widths[0] * features[0], self.dtype, name="hidden")(z)
+        features, stages = self.widths[::-1], len(self.widths)
+        sizes = [(stage_size(height, stage), stage_size(width, stage)) for stage in reversed(range(stages + 1))]
+        x = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden")(z)
         x = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(x))
-        x = x.reshape(len(z), heights[0], widths[0], features[0])
+        x = x.reshape(len(z), *sizes[0], features[0])
         x = _block(self.rematerialize)(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)
         # The largest maps stay in phases; one of an odd size has cut ones, and is joined.
         phases = (height % 2, width % 2) == (0, 0)
         for stage, feature in enumerate((*features[1:], features[-1])):
-            size, last = (heights[stage + 1], widths[stage + 1]), stage == len(features) - 1
+            last = stage == stages - 1
             conv = TransposedConvolution(feature, 2, phases and last, self.dtype, name=f"stage{stage}_conv")
             norm = batch_norm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")
             run = nn.remat(_upsample, static_argnums=(3,)) if self.rematerialize else _upsample
-            x = run(conv, norm, x, size)
+            x = run(conv, norm, x, sizes[stage + 1])
         x = TransposedConvolution(channels, 1, phases, self.dtype, name="image")(x, (height, width))
-        return _as_float32(x)
+        return as_float32(x)
 
 
 def build(

@@ -19,14 +19,13 @@ from jaxtyping import Array, Float, Key
 
 from bsvae_jax import config
 from bsvae_jax.flow_matching import Velocity, integrate, log_density
+from bsvae_jax.layers import HIGHEST, ZEROS, dense
 from bsvae_jax.objective import LOG_2PI, kl_to_standard_normal
 from bsvae_jax.velocity import VelocityNetwork
 
 Latents = Float[Array, "batch latent"]
 LogDensity = Callable[[Latents], Float[Array, " batch"]]
 
-HIGHEST = jax.lax.Precision.HIGHEST
-"""Full float32 products; by default TPUs and recent GPUs round their factors."""
 MOST_LOG_SCALE = 2.0
 """A coupling layer stretches a latent by a factor between exp(-2) and exp(2): its inverse cannot lose the digits."""
 
@@ -227,9 +226,9 @@ class Coupling(nn.Module):
         """`kept` is 0 where `changed` is 1; both results are 0 where it is 0, [B, L] each."""
         hidden = kept
         for _ in range(2):
-            hidden = nn.silu(nn.Dense(self.width, precision=HIGHEST)(hidden))
+            hidden = nn.silu(dense(self.width)(hidden))
         # Zeros: a layer begins as the identity.
-        outputs = nn.Dense(2 * kept.shape[1], precision=HIGHEST, kernel_init=nn.initializers.zeros, name="outputs")(hidden)
+        outputs = dense(2 * kept.shape[1], name="outputs", start=ZEROS)(hidden)
         shift, raw = jnp.split(outputs, 2, axis=-1)
         return shift * changed, MOST_LOG_SCALE * jnp.tanh(raw / MOST_LOG_SCALE) * changed
 

@@ -16,26 +16,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from bsvae_jax.config import Spatial
-from bsvae_jax.convolutions import exact
 from bsvae_jax.errors import UserError
+from bsvae_jax.layers import ZEROS, as_float32, convolution, dense, exact, stage_size
 
 Images = Float[Array, "batch height width channels"]
 FeatureMaps = Float[Array, "batch map_height map_width features"]
 Changed = Float[Array, "batch new_height new_width new_features"]
 """Feature maps of another size than those that came."""
 Latents = Float[Array, "batch latent"]
-
-ZEROS = nn.initializers.zeros
-KERNELS = nn.initializers.lecun_normal()
-
-
-def stage_size(side: int, stage: int) -> int:
-    """One side of the map in a stage, `ceil(side / 2^stage)`: 28, 14, 7, 4 for 28.
-
-    >>> [stage_size(28, stage) for stage in range(4)]
-    [28, 14, 7, 4]
-    """
-    return -(-side // 2**stage)
 
 
 def latent_map(network: Spatial, latent_size: int, height: int, width: int) -> tuple[int, int, int]:
@@ -62,19 +50,6 @@ def latent_map(network: Spatial, latent_size: int, height: int, width: int) -> t
     return rows, columns, channels
 
 
-def _as_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _convolution(features: int, dtype: Any, name: str, kernel: int = 3, stride: int = 1, start: Any = KERNELS) -> nn.Conv:
-    """Padded symmetrically by `kernel // 2`."""
-    side = (kernel // 2, kernel // 2)
-    precision = exact(dtype)
-    return nn.Conv(
-        features, (kernel, kernel), stride, (side, side), dtype=dtype, precision=precision, kernel_init=start, name=name
-    )
-
-
 def _group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
     """Statistics over positions and the channels of a group of one example (Wu & He 2018); the two-pass variance."""
     return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
@@ -91,11 +66,11 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: FeatureMaps) -> Changed:
         """Feature maps [B, h, w, C] to [B, h, w, features]."""
         y = nn.silu(_group_norm(self.groups, self.dtype, "norm1")(x))
-        y = _convolution(self.features, self.dtype, "conv1")(y)
+        y = convolution(self.features, 3, 1, self.dtype, "conv1")(y)
         y = nn.silu(_group_norm(self.groups, self.dtype, "norm2")(y))
-        y = _convolution(self.features, self.dtype, "conv2", start=ZEROS)(y)
+        y = convolution(self.features, 3, 1, self.dtype, "conv2", ZEROS)(y)
         if x.shape[-1] != self.features:
-            x = _convolution(self.features, self.dtype, "shortcut", kernel=1)(x)
+            x = convolution(self.features, 1, 1, self.dtype, "shortcut")(x)
         return x + y
 
 
@@ -113,16 +88,12 @@ class Attention(nn.Module):
         """Feature maps [B, h, w, C] to the same shape."""
         batch, _, _, features = x.shape
         precision = exact(self.dtype)
-
-        def affine(name: str, start: Any = KERNELS) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, precision=precision, kernel_init=start, name=name)
-
         y = _group_norm(self.groups, self.dtype, "norm")(x).reshape(batch, -1, features)
-        query, key, value = (affine(name)(y) for name in ("query", "key", "value"))
-        scores = _as_float32(jnp.einsum("bqc,bkc->bqk", query, key, precision=precision)) / features**0.5
+        query, key, value = (dense(features, self.dtype, name=name)(y) for name in ("query", "key", "value"))
+        scores = as_float32(jnp.einsum("bqc,bkc->bqk", query, key, precision=precision)) / features**0.5
         weights = nn.softmax(scores, axis=-1).astype(value.dtype)
         mixed = jnp.einsum("bqk,bkc->bqc", weights, value, precision=precision)
-        return x + affine("out", ZEROS)(mixed).reshape(x.shape)
+        return x + dense(features, self.dtype, name="out", start=ZEROS)(mixed).reshape(x.shape)
 
 
 class _Stages(nn.Module):
@@ -147,7 +118,7 @@ class _Stages(nn.Module):
     def last(self, x: FeatureMaps, features: int, name: str) -> Changed:
         """`conv3x3(silu(norm(x)))` in float32."""
         x = nn.silu(_group_norm(self.network.groups, self.dtype, "norm")(x))
-        return _as_float32(_convolution(features, self.dtype, name)(x))
+        return as_float32(convolution(features, 3, 1, self.dtype, name)(x))
 
 
 class SpatialEncoder(_Stages):
@@ -160,10 +131,10 @@ class SpatialEncoder(_Stages):
         """Images [B, H, W, C] to mean and log-variance, each a map [h, w, c] in row-major order: [B, L]."""
         batch, height, width, _ = x.shape
         channels = latent_map(self.network, self.latent_size, height, width)[2]
-        x = _convolution(self.network.widths[0], self.dtype, "image")(x)
+        x = convolution(self.network.widths[0], 3, 1, self.dtype, "image")(x)
         for stage, features in enumerate(self.network.widths):
             if stage:
-                x = _convolution(self.network.widths[stage - 1], self.dtype, f"stage{stage}_halved", stride=2)(x)
+                x = convolution(self.network.widths[stage - 1], 3, 2, self.dtype, f"stage{stage}_halved")(x)
             for block in range(self.network.blocks):
                 x = self.block(features, f"stage{stage}_block{block}")(x)
         x = self.last(self.middle(x), 2 * channels, "posterior")
@@ -182,13 +153,13 @@ class SpatialDecoder(_Stages):
         height, width, image_channels = self.output_shape
         widths = self.network.widths
         x = z.reshape(len(z), *latent_map(self.network, z.shape[1], height, width))
-        x = self.middle(_convolution(widths[-1], self.dtype, "latent")(x))
+        x = self.middle(convolution(widths[-1], 3, 1, self.dtype, "latent")(x))
         for stage in reversed(range(len(widths))):
             for block in range(self.network.blocks):
                 x = self.block(widths[stage], f"stage{stage}_block{block}")(x)
             if stage:
                 x = doubled(x, (stage_size(height, stage - 1), stage_size(width, stage - 1)))
-                x = _convolution(widths[stage], self.dtype, f"stage{stage}_doubled")(x)
+                x = convolution(widths[stage], 3, 1, self.dtype, f"stage{stage}_doubled")(x)
         return self.last(x, image_channels, "image")
 
 

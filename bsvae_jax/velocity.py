@@ -10,19 +10,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from bsvae_jax.config import FlowMatching
+from bsvae_jax.layers import HIGHEST, ZEROS, dense
 
 Latents = Float[Array, "batch latent"]
 Tokens = Float[Array, "batch positions width"]
 
-HIGHEST = jax.lax.Precision.HIGHEST
-"""Full float32 products; by default TPUs and recent GPUs round their factors."""
-ZEROS = nn.initializers.zeros
-KERNELS = nn.initializers.lecun_normal()
 HIGHEST_FREQUENCY = 1000.0
-
-
-def _dense(features: int, name: str, start: nn.initializers.Initializer = KERNELS) -> nn.Dense:
-    return nn.Dense(features, precision=HIGHEST, kernel_init=start, name=name)
 
 
 def _norm(x: Tokens) -> Tokens:
@@ -48,16 +41,16 @@ class Block(nn.Module):
     def __call__(self, x: Tokens, condition: Float[Array, "batch width"]) -> Tokens:
         """Tokens [B, P, width] and condition [B, width] to tokens."""
         batch, positions, width = x.shape
-        modulation = _dense(6 * width, "modulation", ZEROS)(nn.silu(condition))[:, None]
+        modulation = dense(6 * width, name="modulation", start=ZEROS)(nn.silu(condition))[:, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
         y = _norm(x) * (1.0 + scale1) + shift1
         per_head = (batch, positions, self.heads, width // self.heads)
-        query, key, value = (_dense(width, name)(y).reshape(per_head) for name in ("query", "key", "value"))
+        query, key, value = (dense(width, name=name)(y).reshape(per_head) for name in ("query", "key", "value"))
         scores = jnp.einsum("bqhc,bkhc->bhqk", query, key, precision=HIGHEST) / per_head[-1] ** 0.5
         mixed = jnp.einsum("bhqk,bkhc->bqhc", nn.softmax(scores, axis=-1), value, precision=HIGHEST)
-        x = x + gate1 * _dense(width, "mixed")(mixed.reshape(x.shape))
+        x = x + gate1 * dense(width, name="mixed")(mixed.reshape(x.shape))
         y = _norm(x) * (1.0 + scale2) + shift2
-        return x + gate2 * _dense(width, "narrow")(nn.gelu(_dense(4 * width, "wide")(y)))
+        return x + gate2 * dense(width, name="narrow")(nn.gelu(dense(4 * width, name="wide")(y)))
 
 
 class VelocityNetwork(nn.Module):
@@ -72,9 +65,9 @@ class VelocityNetwork(nn.Module):
         tokens = x.reshape(len(x), positions, -1)
         channels = tokens.shape[-1]
         places = self.param("places", nn.initializers.normal(0.02), (positions, width))
-        y = _dense(width, "tokens")(tokens) + places[None]
-        condition = _dense(width, "time1")(nn.silu(_dense(width, "time0")(time_features(time, width))))
+        y = dense(width, name="tokens")(tokens) + places[None]
+        condition = dense(width, name="time1")(nn.silu(dense(width, name="time0")(time_features(time, width))))
         for block in range(self.prior.depth):
             y = Block(width, self.prior.heads, name=f"block{block}")(y, condition)
-        shift, scale = jnp.split(_dense(2 * width, "modulation", ZEROS)(nn.silu(condition))[:, None], 2, axis=-1)
-        return _dense(channels, "velocity", ZEROS)(_norm(y) * (1.0 + scale) + shift).reshape(x.shape)
+        shift, scale = jnp.split(dense(2 * width, name="modulation", start=ZEROS)(nn.silu(condition))[:, None], 2, axis=-1)
+        return dense(channels, name="velocity", start=ZEROS)(_norm(y) * (1.0 + scale) + shift).reshape(x.shape)

@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bsvae_jax.config import Config, Residual, StandardNormal
 from bsvae_jax.errors import UserError
-from bsvae_jax.networks import stage_sizes
+from bsvae_jax.layers import stage_size
 from bsvae_jax.objective import Predicted
 
 LOG_VARIANCE = "log_variance"
@@ -104,7 +104,7 @@ def counterparts(
       A counterpart by the name that `flatten` gives.
     """
     layers = _torch_layers(len(widths))
-    height, width = (stage_sizes(size, len(widths))[-1] for size in image_shape[:2])
+    height, width = (stage_size(side, len(widths)) for side in image_shape[:2])
     smallest_map = (widths[-1], height, width)
     found = {}
     for place, leaf in flatten(variables).items():

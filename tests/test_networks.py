@@ -14,8 +14,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bsvae_jax import networks
 from bsvae_jax.config import MLP, Linear, Residual
+from bsvae_jax.layers import stage_size
 from bsvae_jax.model import VAE
-from bsvae_jax.networks import TransposedConvolution, stage_sizes
+from bsvae_jax.networks import TransposedConvolution
 from bsvae_jax.objective import Predicted
 
 SHAPE, LATENT, BATCH = (5, 6, 2), 3, 8
@@ -390,7 +391,7 @@ def test_mlp_is_dense_silu_layers_and_the_decoder_mirrors_them():
     ],
 )
 def test_stage_sizes(size, stages, expected):
-    assert stage_sizes(size, stages) == expected
+    assert tuple(stage_size(size, stage) for stage in range(stages + 1)) == expected
 
 
 @pytest.mark.parametrize("network", [Linear(), MLP(hidden=(7, 4)), Residual(widths=(4, 6))], ids=str)
