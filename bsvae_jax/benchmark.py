@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsvae_jax.chips import CHIPS, check_precision
-from bsvae_jax.compiling import Footprint, footprint
 from bsvae_jax.config import Config, Residual
 from bsvae_jax.data import DataShape, ImageSet
 from bsvae_jax.errors import UserError
+from bsvae_jax.footprint import Footprint, footprint
 from bsvae_jax.layers import exact
 from bsvae_jax.objective import Optimal
 from bsvae_jax.parallel import data_mesh, describe_devices

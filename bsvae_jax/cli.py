@@ -13,7 +13,7 @@ import tyro
 
 from bsvae_jax import config as configs
 from bsvae_jax.config import Config
-from bsvae_jax.errors import BsvaeError, DivergenceError, UserError
+from bsvae_jax.errors import BsvaeError, DivergenceError, UserError, check_count
 from bsvae_jax.grid import Sweep, choose_priors, choose_variances, load_sweep
 from bsvae_jax.interruption import Interrupted
 from bsvae_jax.objective import Optimal
@@ -345,20 +345,20 @@ def _compile_command(default: Config) -> Callable[..., None]:
 
         shape = shape_of(config.data, image_shape, images)
         check_against_shape(config, shape)
-        if members < 1:
-            raise UserError(f"--members must be a whole number >= 1, got {members}.")
+        check_count("--members", members)
         if scaling is None:
             for name in topology:
                 compiled = compiling.compile_training(config, shape, name, None, members, full)
                 print(compiling.describe(compiled))
-                unit = config.gradient_accumulation * (compiled.devices if members == 1 else 1)
-                double = dataclasses.replace(config, batch_size=2 * config.batch_size)
-                twice = compiling.compile_training(double, shape, name, None, members, full)
-                largest = compiling.largest_batch(compiled, twice, unit)
-                if largest is not None:
-                    print(
-                        f"largest batch that fits: about {largest:,}, by the memory of {config.batch_size} and of twice as many"
-                    )
+                if compiled.chip is not None:
+                    other = compiling.compile_other_batch(config, shape, name, None, members, full)
+                    unit = config.gradient_accumulation * (compiled.devices if members == 1 else 1)
+                    largest = compiling.largest_batch(compiled, other, unit)
+                    if other is not None and largest is not None:
+                        print(
+                            f"largest batch that fits: about {largest:,}, by the memory of {compiled.batch_size} "
+                            f"and of {other.batch_size}"
+                        )
                 sampling = compiling.compile_sampling(config, shape, name, None, full)
                 print(f"sampling 500 images: {sampling.flops:.3g} FLOP, {sampling.bytes_accessed:.3g} bytes per device\n")
             return

@@ -4,6 +4,8 @@ FLOPs, bytes, memory and collectives are the compiler's, of the very program tha
 from them and the chip's published peaks: an estimate, and an optimistic one.
 """
 
+import contextlib
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -14,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
@@ -23,7 +24,8 @@ from bsvae_jax.config import Config
 from bsvae_jax.data import DataShape
 from bsvae_jax.data.order import steps_through
 from bsvae_jax.errors import UserError, nearest
-from bsvae_jax.parallel import DATA_AXIS, MEMBER_AXIS, REPLICATED, Driving
+from bsvae_jax.footprint import Footprint, footprint
+from bsvae_jax.parallel import REPLICATED, Driving, data_mesh, sweep_mesh
 from bsvae_jax.pipeline import streamed_window
 from bsvae_jax.program import abstract_arguments, lift_training, program_config, program_model
 from bsvae_jax.sampling import lift_sampling
@@ -34,45 +36,8 @@ QUICK = {"exec_time_optimization_effort": -1.0}
 bytes."""
 
 
-class Collective(NamedTuple):
-    """Communication of one kind in one step."""
-
-    kind: str
-    """all-reduce, all-gather, ..."""
-    operations: int
-    size: int
-    """Bytes of the results on each device, of all operations."""
-
-
-class Footprint(NamedTuple):
-    """What the compiler says of one program, per device."""
-
-    flops: float
-    """Floating-point operations of one step; a multiply-add is two."""
-    bytes_accessed: float
-    """Bytes moved between the chip and its memory in one step."""
-    arguments: int
-    """Bytes of the arguments."""
-    results: int
-    """Bytes of results that do not take the place of an argument."""
-    temporary: int
-    """Bytes of everything in between, activations above all."""
-    collectives: tuple[Collective, ...]
-
-    @property
-    def memory(self) -> int:
-        """Peak memory, bytes."""
-        return self.arguments + self.results + self.temporary
-
-    @property
-    def intensity(self) -> float:
-        """FLOPs per byte."""
-        return self.flops / max(self.bytes_accessed, 1.0)
-
-    @property
-    def communicated(self) -> int:
-        """Bytes of all collectives."""
-        return sum(collective.size for collective in self.collectives)
+class DoesNotFitError(UserError):
+    """A program needs more memory than a device has."""
 
 
 class Times(NamedTuple):
@@ -227,20 +192,20 @@ def compile_training(
       UserError: no such machine, a batch that does not divide over its devices, or a program that does not fit.
     """
     found, per_chip = machine(topology, config.devices if devices is None else devices)
-    mesh = _mesh(found, config, members)
     driving: Driving = "loop" if members == 1 else "vmap"
+    batch, parts = config.batch_size, config.gradient_accumulation
+    mesh = data_mesh(None, batch, parts, found) if members == 1 else sweep_mesh(None, members, batch, parts, found)
     chip, platform = CHIPS.get(found[0].device_kind), found[0].platform
     memory = math.inf if chip is None else chip.memory / per_chip
     resident = data.nbytes <= config.resident_memory * memory
     window = steps_per_dispatch(config, platform)
     if not resident:
-        image_bytes = math.prod(data.image_shape) * np.dtype(data.dtype).itemsize
-        window = streamed_window(image_bytes, config.batch_size, members, window)
+        window = streamed_window(data.image_bytes, batch, members, window)
     arguments = abstract_arguments(config, data, mesh, driving, members, window, resident)
     program = lift_training(program_config(config), data, mesh, driving, resident)
-    with_what = f"{config.batch_size} images a step" + (f" and {members} members" if members > 1 else "")
+    with_what = f"{batch} images a step" + (f" and {members} members" if members > 1 else "")
     step = footprint(_compile(program.lower(*arguments), platform, full, with_what))
-    parts = config.gradient_accumulation  # the compiler counts one pass through a loop
+    # The compiler counts one pass through a loop.
     step = step._replace(flops=parts * step.flops, bytes_accessed=parts * step.bytes_accessed)
     return Compiled(
         topology,
@@ -260,7 +225,7 @@ def compile_sampling(
 ) -> Footprint:
     """Compile the program of `bsvae sample`, one batch of it, for a machine; arguments as for `compile_training`."""
     found, _ = machine(topology, config.devices if devices is None else devices)
-    mesh = Mesh(np.asarray(found), (DATA_AXIS,))
+    mesh = data_mesh(among=found)
     model = program_model(config, data).clone(axis_name=None)
     total = steps_through(config.epochs, data.train, config.batch_size)
     replicated = NamedSharding(mesh, REPLICATED)
@@ -271,34 +236,33 @@ def compile_sampling(
     return footprint(_compile(lift_sampling(model, mesh).lower(variables, key), found[0].platform, full, "500 samples"))
 
 
-def largest_batch(compiled: Compiled, double: Compiled, unit: int) -> int | None:
-    """Largest batch that fits, by the straight line through the memory of a batch and of its double; None without a limit.
+def compile_other_batch(
+    config: Config, data: DataShape, topology: str, devices: int | None = None, members: int = 1, full: bool = False
+) -> Compiled | None:
+    """As `compile_training`, of twice the batch, or of half of it where that does not fit; None where half does not divide."""
+    double, half = (dataclasses.replace(config, batch_size=size) for size in (2 * config.batch_size, config.batch_size // 2))
+    with contextlib.suppress(DoesNotFitError):
+        return compile_training(double, data, topology, devices, members, full)
+    with contextlib.suppress(UserError):
+        return compile_training(half, data, topology, devices, members, full)
+    return None
+
+
+def largest_batch(compiled: Compiled, other: Compiled | None, unit: int) -> int | None:
+    """Largest batch that fits, by the straight line through the memory of two batches; None where there is no limit or no line.
 
     Args:
       compiled: of one batch.
-      double: of twice that batch.
+      other: of another batch, all else equal.
       unit: what a batch must be a multiple of.
     """
     available = compiled.available()
-    if available is None:
+    if available is None or other is None:
         return None
-    each = (double.step.memory - compiled.step.memory) / compiled.batch_size
+    each = (other.step.memory - compiled.step.memory) / (other.batch_size - compiled.batch_size)
     if each <= 0:
         return None
     return int((compiled.batch_size + (available - compiled.step.memory) / each) // unit * unit)
-
-
-def _mesh(found: Sequence[Any], config: Config, members: int) -> Mesh:
-    count, batch, parts = len(found), config.batch_size, config.gradient_accumulation
-    if members > 1:
-        size = max(size for size in range(1, count + 1) if count % size == 0 and size <= members)
-        if batch % (count // size * parts) == 0:
-            return Mesh(np.asarray(found).reshape(size, -1), (MEMBER_AXIS, DATA_AXIS))
-        count //= size
-    if batch % (count * parts):
-        nearby = max(1, round(batch / (count * parts))) * count * parts
-        raise UserError(f"batch_size {batch} does not divide over {count} devices; {nearby} would.")
-    return Mesh(np.asarray(found), (DATA_AXIS,))
 
 
 def _compile(lowered: Any, platform: str, full: bool, with_what: str) -> Any:
@@ -308,7 +272,7 @@ def _compile(lowered: Any, platform: str, full: bool, with_what: str) -> Any:
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
             raise
-        raise UserError(_does_not_fit(str(error), with_what)) from error
+        raise DoesNotFitError(_does_not_fit(str(error), with_what)) from error
 
 
 def _does_not_fit(message: str, with_what: str) -> str:
@@ -321,48 +285,6 @@ def _does_not_fit(message: str, with_what: str) -> str:
         f"The program does not fit into the memory of a device with {with_what}{sizes}.{what} A smaller batch_size, "
         "--gradient-accumulation 2 (or more), --rematerialize True or --precision bfloat16 needs less."
     )
-
-
-def footprint(compiled: Any) -> Footprint:
-    """What the compiler says of a compiled program."""
-    cost, sizes = compiled.cost_analysis(), compiled.memory_analysis()
-    return Footprint(
-        float(cost.get("flops", 0.0)),
-        float(cost.get("bytes accessed", 0.0)),
-        int(sizes.argument_size_in_bytes),
-        int(sizes.output_size_in_bytes - sizes.alias_size_in_bytes),
-        int(sizes.temp_size_in_bytes),
-        collectives(compiled.as_text()),
-    )
-
-
-_COLLECTIVE = re.compile(r" = ([^%]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)")
-_ARRAY = re.compile(r"(pred|[a-z]+(\d+)(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_ALONE = re.compile(r"replica_groups=(\{\{\d+\}[,}]|\[\d+,1\])")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
-"""The same of newer compilers, which name the axes of the mesh."""
-
-
-def _exchanges(attributes: str) -> bool:
-    """Whether the groups of a collective have more than one device each."""
-    named = _NAMED.search(attributes)
-    if named is None:
-        return not _ALONE.search(attributes)
-    sizes = dict(axis.replace("'", "").strip().split("=") for axis in named[1].split(","))
-    return any(int(sizes[axis.strip().strip("'")]) > 1 for axis in named[2].split(",") if axis.strip())
-
-
-def collectives(program: str) -> tuple[Collective, ...]:
-    """Kinds, counts and sizes of the communication in the text of a compiled program; one pass through a loop is counted."""
-    found: dict[str, list[int]] = {}
-    for result, kind, rest in _COLLECTIVE.findall(program):
-        sizes = [
-            math.prod(int(n) for n in shape.split(",") if n) * (1 if name == "pred" else max(1, int(bits) // 8))
-            for name, bits, shape in _ARRAY.findall(result)
-        ]
-        if _exchanges(rest):
-            found.setdefault(kind, []).append(sum(sizes))
-    return tuple(Collective(kind, len(sizes), sum(sizes)) for kind, sizes in sorted(found.items()))
 
 
 def _held(arguments: tuple[Any, ...], mesh: Mesh) -> dict[str, int]:

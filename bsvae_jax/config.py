@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bsvae_jax.errors import UserError, nearest
+from bsvae_jax.errors import UserError, check_count, nearest
 from bsvae_jax.files import as_path
 from bsvae_jax.objective import Constant, DecoderVariance, Learned, Optimal, Predicted
 
@@ -36,11 +36,6 @@ def _check_path(owner: Any, name: str, optional: bool = False) -> None:
         object.__setattr__(owner, name, os.fspath(value))
     elif not isinstance(value, str) and not (optional and value is None):
         raise UserError(f"data.{name} must be a path, got {value!r}.")
-
-
-def _check_count(name: str, value: Any, low: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UserError(f"{name} must be a whole number >= {low}, got {value!r}.")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -81,13 +76,13 @@ class Arrays:
     def __post_init__(self) -> None:
         _check_path(self, "path")
         _check_number("data.holdout", self.holdout, low=0.0, high=0.9, open_low=True)
-        _check_count("data.holdout_seed", self.holdout_seed, low=0)
+        check_count("data.holdout_seed", self.holdout_seed, low=0)
 
 
 def _check_preprocessing(source: "TFDS | Folder") -> None:
     for name in ("crop", "size"):
         if getattr(source, name) is not None:
-            _check_count(f"data.{name}", getattr(source, name))
+            check_count(f"data.{name}", getattr(source, name))
     if source.channels not in (None, 1, 3):
         raise UserError(f"data.channels must be 1 (grey), 3 (colour) or None, got {source.channels!r}.")
 
@@ -150,7 +145,7 @@ class Folder:
     def __post_init__(self) -> None:
         _check_path(self, "path")
         _check_number("data.holdout", self.holdout, low=0.0, high=0.9, open_low=True)
-        _check_count("data.holdout_seed", self.holdout_seed, low=0)
+        check_count("data.holdout_seed", self.holdout_seed, low=0)
         _check_preprocessing(self)
 
 
@@ -190,7 +185,7 @@ def _check_widths(name: str, widths: tuple[int, ...]) -> None:
     if not isinstance(widths, tuple) or not widths:
         raise UserError(f"{name} must be a tuple of at least one width, got {widths!r}.")
     for width in widths:
-        _check_count(name, width)
+        check_count(name, width)
 
 
 @dataclass(frozen=True)
@@ -235,10 +230,10 @@ class Spatial:
 
     def __post_init__(self) -> None:
         _check_widths("network.widths", self.widths)
-        _check_count("network.blocks", self.blocks)
+        check_count("network.blocks", self.blocks)
         if not isinstance(self.attention, bool):
             raise UserError(f"network.attention must be True or False, got {self.attention!r}.")
-        _check_count("network.groups", self.groups)
+        check_count("network.groups", self.groups)
         if any(width % self.groups for width in self.widths):
             widths = ", ".join(map(str, self.widths))
             common = math.gcd(*self.widths)
@@ -267,7 +262,7 @@ class Mixture:
     """Of each Gaussian; full has L (L + 1) / 2 numbers each."""
 
     def __post_init__(self) -> None:
-        _check_count("prior.components", self.components)
+        check_count("prior.components", self.components)
         _check_choice("prior.covariance", self.covariance, ("diagonal", "full"))
 
 
@@ -279,7 +274,7 @@ class VampPrior:
     """Number of learned images; the paper has 500 on MNIST."""
 
     def __post_init__(self) -> None:
-        _check_count("prior.pseudo_inputs", self.pseudo_inputs)
+        check_count("prior.pseudo_inputs", self.pseudo_inputs)
 
 
 @dataclass(frozen=True)
@@ -292,8 +287,8 @@ class Flow:
     """Of the two hidden layers of each coupling's network."""
 
     def __post_init__(self) -> None:
-        _check_count("prior.layers", self.layers)
-        _check_count("prior.width", self.width)
+        check_count("prior.layers", self.layers)
+        check_count("prior.width", self.width)
 
 
 @dataclass(frozen=True)
@@ -318,7 +313,7 @@ class FlowMatching:
 
     def __post_init__(self) -> None:
         for name in ("rows", "columns", "width", "depth", "heads", "steps"):
-            _check_count(f"prior.{name}", getattr(self, name))
+            check_count(f"prior.{name}", getattr(self, name))
         if self.width % (2 * self.heads):
             raise UserError(f"prior.width must be a multiple of twice prior.heads ({2 * self.heads}), got {self.width}.")
 
@@ -354,13 +349,13 @@ class Optimizer:
         _check_number("optimizer.learning_rate", self.learning_rate, low=0.0, open_low=True)
         _check_number("optimizer.weight_decay", self.weight_decay, low=0.0)
         _check_choice("optimizer.schedule", self.schedule, ("cosine_restarts", "cosine", "constant"))
-        _check_count("optimizer.cycles", self.cycles)
-        _check_count("optimizer.warmup_steps", self.warmup_steps, low=0)
+        check_count("optimizer.cycles", self.cycles)
+        check_count("optimizer.warmup_steps", self.warmup_steps, low=0)
         if self.warmup_steps and self.schedule == "cosine_restarts":
             raise UserError("optimizer.warmup_steps needs schedule cosine or constant; cosine_restarts starts at the peak.")
         if self.gradient_clip is not None:
             _check_number("optimizer.gradient_clip", self.gradient_clip, low=0.0, open_low=True)
-        _check_count("optimizer.skip_nonfinite", self.skip_nonfinite, low=0)
+        check_count("optimizer.skip_nonfinite", self.skip_nonfinite, low=0)
         if self.ema_decay is not None:
             _check_number("optimizer.ema_decay", self.ema_decay, low=0.0, high=1.0 - 1e-9)
 
@@ -426,7 +421,7 @@ class Config:
             if not isinstance(getattr(self, name), kind):
                 names = ", ".join(option.__name__ for option in _options(kind))
                 raise UserError(f"{name} must be one of {names}, got {getattr(self, name)!r}.")
-        _check_count("latent_size", self.latent_size)
+        check_count("latent_size", self.latent_size)
         if isinstance(self.prior, FlowMatching):
             raise UserError(
                 "prior FlowMatching has no density that could be trained with the model; train with another, then "
@@ -438,22 +433,22 @@ class Config:
                 "choose StandardNormal, and fit a model of the latents afterwards."
             )
         _check_number("beta", self.beta, low=0.0)
-        _check_count("epochs", self.epochs)
-        _check_count("batch_size", self.batch_size)
-        _check_count("gradient_accumulation", self.gradient_accumulation)
+        check_count("epochs", self.epochs)
+        check_count("batch_size", self.batch_size)
+        check_count("gradient_accumulation", self.gradient_accumulation)
         if self.batch_size % self.gradient_accumulation:
             raise UserError(
                 f"batch_size {self.batch_size} does not divide into {self.gradient_accumulation} parts (gradient_accumulation)."
             )
         if not isinstance(self.rematerialize, bool):
             raise UserError(f"rematerialize must be True or False, got {self.rematerialize!r}.")
-        _check_count("evaluate_every", self.evaluate_every)
+        check_count("evaluate_every", self.evaluate_every)
         _check_choice("precision", self.precision, ("float32", "bfloat16"))
         for name in ("steps_per_dispatch", "devices"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
+                check_count(name, getattr(self, name))
         _check_number("resident_memory", self.resident_memory, low=0.0, high=1.0)
-        _check_count("seed", self.seed, low=0)
+        check_count("seed", self.seed, low=0)
         if self.seed >= 2**32:
             raise UserError(f"seed must be < 2**32 (larger ones repeat smaller ones), got {self.seed}.")
 

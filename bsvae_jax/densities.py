@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Key
 
 from bsvae_jax import config as configs
 from bsvae_jax import priors
-from bsvae_jax.errors import UserError, nearest
+from bsvae_jax.errors import UserError, check_count, nearest
 from bsvae_jax.files import read_arrays, write_atomically
 
 Kind = Literal["gaussian", "mixture", "flow", "flow_matching"]
@@ -99,15 +99,16 @@ class FittedPrior:
         Raises:
           UserError: a count below 1.
         """
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise UserError(f"count must be a whole number >= 1, got {count!r}.")
+        check_count("count", count)
         module = priors.build(self.prior, self.latent_size)
         drawn: Any = module.apply({"params": self.parameters}, key, count, method="sample")
         return drawn
 
     def describe(self) -> str:
-        """`"mixture of 10 Gaussians"`."""
-        return f"mixture of {self.prior.components} Gaussians" if isinstance(self.prior, configs.Mixture) else self.kind
+        """`"mixture of 10 Gaussians"`, `"one Gaussian"`, `"flow"`, `"flow_matching"`."""
+        if not isinstance(self.prior, configs.Mixture):
+            return self.kind
+        return "one Gaussian" if self.kind == "gaussian" else f"mixture of {self.prior.components} Gaussians"
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -129,8 +130,7 @@ def check_kind(kind: str, components: int) -> None:
     """Raise a UserError for a kind that is not known, or a number of components that none can be of."""
     if kind not in KINDS:
         raise UserError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}{nearest(str(kind), KINDS)}.")
-    if isinstance(components, bool) or not isinstance(components, int) or components < 1:
-        raise UserError(f"components must be a whole number >= 1, got {components!r}.")
+    check_count("components", components)
 
 
 def fit_density(

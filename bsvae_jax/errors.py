@@ -51,6 +51,18 @@ def check_kind(what: str, value: Any, kinds: type | tuple[type, ...], remedy: st
     raise UserError(f"{what} must be of type {names}, got {shown}{'; ' if remedy else ''}{remedy}.")
 
 
+def check_count(name: str, value: Any, low: int = 1) -> None:
+    """Raise a UserError unless `value` is a whole number of at least `low`.
+
+    >>> check_count("epochs", 2.5)
+    Traceback (most recent call last):
+        ...
+    bsvae_jax.errors.UserError: epochs must be a whole number >= 1, got 2.5.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UserError(f"{name} must be a whole number >= {low}, got {value!r}.")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'beta'?)"`, or `""` when nothing in `known` is close to `name`."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

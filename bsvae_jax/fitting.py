@@ -18,9 +18,9 @@ from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.data.order import steps_through
 from bsvae_jax.densities import FILE, FittedPrior, fit_density, log_density, read_fitted, write_fitted
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import UserError, check_count
 from bsvae_jax.files import as_path
-from bsvae_jax.flow_training import check_steps, finish, fit_flow_matching
+from bsvae_jax.flow_training import finish, fit_flow_matching
 from bsvae_jax.loading import Restored, restore
 from bsvae_jax.model import VAE
 from bsvae_jax.parallel import REPLICATED, SHARDED, data_mesh, lift, padded_batches, replicate
@@ -89,7 +89,7 @@ def fit_prior(
       Interrupted: flow matching was stopped by a signal; the same call continues.
     """
     densities.check_kind(kind, components)
-    check_steps(steps)
+    check_count("steps", steps)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}.")
     folder = as_path(workdir, "workdir")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import UserError, check_count
 from bsvae_jax.objective import LOG_2PI
 
 States = Float[Array, "batch latent"]
@@ -43,8 +43,7 @@ def flow_matching_loss(velocity: Velocity, z: States, noise: States, time: Times
 
 
 def _check(steps: int, method: str) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise UserError(f"steps must be a whole number >= 1, got {steps!r}.")
+    check_count("steps", steps)
     if method not in ("euler", "heun"):
         raise UserError(f"method must be 'euler' or 'heun', got {method!r}.")
 

@@ -20,13 +20,14 @@ from jaxtyping import Array, Float, Key
 
 from bsvae_jax.checkpoint import Checkpoints
 from bsvae_jax.config import FlowMatching, to_dict
-from bsvae_jax.errors import DivergenceError, UserError
+from bsvae_jax.errors import DivergenceError, UserError, check_count
 from bsvae_jax.files import write_atomically
 from bsvae_jax.flow_matching import flow_matching_loss
 from bsvae_jax.interruption import stop_on_signals
 from bsvae_jax.parallel import DATA_AXIS, REPLICATED, data_mesh, lift, replicate
 from bsvae_jax.randomness import example_keys, example_positions
 from bsvae_jax.rundir import ProgressBar, warn
+from bsvae_jax.training import averaged
 from bsvae_jax.velocity import VelocityNetwork
 
 FOLDER = "prior_training"
@@ -89,18 +90,10 @@ def _window(
         value, gradient = jax.lax.pmean(jax.value_and_grad(loss)(state.params), DATA_AXIS)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # Early averages forget the initial parameters faster, as in the first stage.
-        decay = jnp.minimum(EMA_DECAY, (1.0 + state.step) / (10.0 + state.step))
-        ema_params = optax.incremental_update(params, state.ema_params, 1.0 - decay)
+        ema_params = averaged(state.ema_params, params, state.step, EMA_DECAY)
         return FlowState(state.step + 1, params, optimizer_state, ema_params), value
 
     return jax.lax.fori_loop(0, count, step, (state, jnp.float32(0.0)))
-
-
-def check_steps(steps: int) -> None:
-    """Raise a UserError for a number of steps that nothing can be trained for."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise UserError(f"steps must be a whole number >= 1, got {steps!r}.")
 
 
 def map_moments(
@@ -145,7 +138,7 @@ def fit_flow_matching(
       DivergenceError: the loss is not finite.
       Interrupted: a signal asked to stop; the same call continues.
     """
-    check_steps(steps)
+    check_count("steps", steps)
     size = latents.shape[1]
     if size % (prior.rows * prior.columns):
         raise UserError(f"{size} latents do not divide into the {prior.rows} x {prior.columns} positions of the prior's map.")
@@ -174,7 +167,7 @@ def fit_flow_matching(
             state = FlowState(**arrays)
         step, saved = int(state.step), int(state.step)
         state = replicate(state, mesh)
-        with ProgressBar(steps * BATCH, step * BATCH, progress) as bar:
+        with ProgressBar(steps * BATCH, step * BATCH, progress, "latents") as bar:
             bar.describe("flow matching")
             while step < steps:
                 count = min(WINDOW, steps - step, saved + SAVE_EVERY - step)

@@ -19,7 +19,7 @@ from bsvae_jax.config import (
     explained,
     load_module,
 )
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import UserError, check_count
 from bsvae_jax.objective import Constant, DecoderVariance, Optimal
 
 
@@ -63,8 +63,7 @@ class Sweep:
             repeated = [value for index, value in enumerate(values) if value in values[:index]]
             if repeated:
                 raise UserError(f"{name} names {repeated[0]!r} twice; every member of a sweep is different.")
-        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 1:
-            raise UserError(f"seeds must be a whole number >= 1, got {self.seeds!r}.")
+        check_count("seeds", self.seeds)
 
     def members(self, config: Config) -> list[GridMember]:
         """All members, by decoder variance, prior, learning rate, beta and seed.

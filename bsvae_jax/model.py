@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
 from bsvae_jax import config, networks, objective, priors
-from bsvae_jax.errors import UserError, check_kind
+from bsvae_jax.errors import UserError, check_count, check_kind
 from bsvae_jax.objective import DecoderVariance, ElboTerms, Learned, Predicted
 from bsvae_jax.randomness import check_key, example_keys, example_positions, normal_per_example
 
@@ -97,8 +97,7 @@ class VAE(nn.Module):
         shape = self.image_shape
         if not isinstance(shape, tuple) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
             raise UserError(f"image_shape must be (height, width, channels), whole numbers >= 1, got {shape!r}.")
-        if not isinstance(self.latent_size, int) or self.latent_size < 1:
-            raise UserError(f"latent_size must be a whole number >= 1, got {self.latent_size!r}.")
+        check_count("latent_size", self.latent_size)
         fields: dict[str, Any] = {"network": config.Network, "prior": config.Prior, "decoder_variance": DecoderVariance}
         for name, kinds in fields.items():
             check_kind(name, getattr(self, name), typing.get_args(kinds) or kinds, "see bsvae_jax.config")
@@ -128,8 +127,7 @@ class VAE(nn.Module):
     def sample_latents(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
         """`count` samples of the prior, [count, L]."""
         check_key(key)
-        if not isinstance(count, int) or count < 1:
-            raise UserError(f"count must be a whole number >= 1, got {count!r}.")
+        check_count("count", count)
         return self.prior_model.sample(key, count)
 
     def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count height width channels"]:

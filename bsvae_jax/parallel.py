@@ -7,7 +7,7 @@ devices of the `"member"` axis.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,13 +37,17 @@ SHARDED = P(DATA_AXIS)
 """The leading axis is divided over the devices."""
 
 
-def data_mesh(devices: int | None = None, batch_size: int | None = None, parts: int = 1) -> Mesh:
+def data_mesh(
+    devices: int | None = None, batch_size: int | None = None, parts: int = 1, among: Sequence[Any] | None = None
+) -> Mesh:
     """A one-dimensional mesh over `devices` devices (None: all), along which a batch is shared, in `parts` one after the other.
+
+    They are taken from `among`; None: from those of this machine.
 
     Raises:
       UserError: more devices asked for than there are, or a batch that does not divide evenly over them.
     """
-    available = jax.devices()
+    available = jax.devices() if among is None else among
     count = len(available) if devices is None else devices
     if not 1 <= count <= len(available):
         raise UserError(f"devices must lie in 1 ... {len(available)} (this machine's), got {devices}.")
@@ -54,17 +58,17 @@ def data_mesh(devices: int | None = None, batch_size: int | None = None, parts: 
     return Mesh(np.asarray(available[:count]), (DATA_AXIS,))
 
 
-def sweep_mesh(devices: int | None, members: int, batch_size: int, parts: int = 1) -> Mesh:
+def sweep_mesh(devices: int | None, members: int, batch_size: int, parts: int = 1, among: Sequence[Any] | None = None) -> Mesh:
     """A mesh for `members` models trained at once: the member axis takes what it can, the data axis the rest.
 
     The member axis gets the largest divisor of the device count that is at most `members`, if the batch divides over the
     devices left, and the next larger one that it does divide over otherwise. Each device of the axis holds
-    `ceil(members / size)` members.
+    `ceil(members / size)` members. Devices are taken as by `data_mesh`.
 
     Raises:
       UserError: more devices asked for than there are.
     """
-    available = data_mesh(devices).devices.reshape(-1)
+    available = data_mesh(devices, among=among).devices.reshape(-1)
     count = len(available)
     sizes = [size for size in range(1, count + 1) if count % size == 0 and batch_size % (count // size * parts) == 0]
     size = max((size for size in sizes if size <= members), default=sizes[0])

@@ -108,20 +108,15 @@ def _gather_resident(mesh: Mesh, image_shape: tuple[int, ...]) -> Any:
     return jax.jit(gather_rows, out_shardings=NamedSharding(mesh, SHARDED))
 
 
-def streamed_steps(images: np.ndarray, batch_size: int, members: int, most: int) -> int:
+def streamed_window(image_bytes: int, batch_size: int, members: int, most: int) -> int:
     """Steps whose batches are sent in one piece: as many as `WINDOW_BYTES` hold, 1 to `most`.
 
     Args:
-      images: [N, H, W, C] as stored.
+      image_bytes: of one image, as stored.
       batch_size: images in a step.
       members: models that each take batches of their own.
       most: upper limit.
     """
-    return streamed_window(images[0].nbytes, batch_size, members, most)
-
-
-def streamed_window(image_bytes: int, batch_size: int, members: int, most: int) -> int:
-    """`streamed_steps` of images of so many bytes each."""
     return max(1, min(most, WINDOW_BYTES // (image_bytes * batch_size * members)))
 
 

@@ -20,6 +20,7 @@ from bsvae_jax import objective
 from bsvae_jax.config import Config
 from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder
 from bsvae_jax.data.order import steps_through
+from bsvae_jax.footprint import footprint
 from bsvae_jax.model import VAE
 from bsvae_jax.parallel import (
     DATA_AXIS,
@@ -32,7 +33,7 @@ from bsvae_jax.parallel import (
     replicate,
     stack,
 )
-from bsvae_jax.pipeline import AHEAD, DeviceImages, Stream, fits, streamed_steps
+from bsvae_jax.pipeline import AHEAD, DeviceImages, Stream, fits, streamed_window
 from bsvae_jax.randomness import arranged
 from bsvae_jax.scoring import EVALUATION_BATCH, SplitScores, score_members, split_key
 from bsvae_jax.training import (
@@ -147,7 +148,7 @@ class Program:
         }
         self.window = steps_per_dispatch(config, mesh.devices.flat[0].platform)
         if not resident:
-            self.window = streamed_steps(images.train, config.batch_size, members, self.window)
+            self.window = streamed_window(self.data.image_bytes, config.batch_size, members, self.window)
         self._run_steps: Any = lift_training(self.config, self.data, mesh, driving, resident)
         # Equal slices of a batch are the shares of the devices.
         self._arrangement = arranged(config.batch_size, mesh.shape[DATA_AXIS], config.gradient_accumulation)
@@ -201,9 +202,13 @@ class Program:
         data, window = self.data, self.window
         return abstract_arguments(self.config, data, self.mesh, self.driving, members, window, self.resident)
 
-    def compile(self) -> Any:
-        """The compiled training program of one model; it is not used by `take_steps`, but found in the compiler's cache."""
-        return self._run_steps.lower(*self._arguments(1)).compile()
+    def compile(self, members: int = 1) -> Any:
+        """The training program of a stack of `members`, compiled; `take_steps` uses it from now on.
+
+        It is of one number of members, where the program that `take_steps` would compile follows its arguments.
+        """
+        self._run_steps = self._run_steps.lower(*self._arguments(members)).compile()
+        return self._run_steps
 
     def needed_bytes(self, members: int) -> int:
         """Memory per device for training a stack of `members`, as the compiler counts it; compiles the training program.
@@ -216,9 +221,7 @@ class Program:
         if not self.resident:  # the pieces on their way
             piece = arguments[1]
             besides = AHEAD * math.prod(piece.shape) * piece.dtype.itemsize // self.mesh.devices.size
-        sizes = self._run_steps.lower(*arguments).compile().memory_analysis()
-        total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-        return int(total + sizes.temp_size_in_bytes + besides)
+        return footprint(self._run_steps.lower(*arguments).compile()).memory + besides
 
     def score(self, state: TrainState, split: str, configs: Sequence[Config]) -> Iterator[SplitScores]:
         """Scores of each member on a split, with the posterior samples that every evaluation of it takes."""

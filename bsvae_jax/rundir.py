@@ -212,7 +212,12 @@ def write_evaluation(
     before, found = (known.report, known.findings) if known is not None and same else ({}, {})
     findings = found if findings is None else findings
     report = before | {split: before.get(split, {}) | quantities for split, quantities in report.items()}
-    values = {"step": step, "checkpoint": checkpoint, "findings": dict(findings), "splits": as_json(report)}
+    _write(folder, Evaluation(step, checkpoint, report, dict(findings)))
+
+
+def _write(folder: Path, evaluation: Evaluation) -> None:
+    step, checkpoint, report, findings = evaluation
+    values = {"step": step, "checkpoint": checkpoint, "findings": findings, "splits": as_json(report)}
     write_atomically(folder / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())
 
 
@@ -222,8 +227,7 @@ def forget_quantities(folder: Path, prefix: str) -> None:
     if known is None or not any(name.startswith(prefix) for quantities in known.report.values() for name in quantities):
         return
     kept = {s: {name: q for name, q in own.items() if not name.startswith(prefix)} for s, own in known.report.items()}
-    values = {"step": known.step, "checkpoint": known.checkpoint, "findings": known.findings, "splits": as_json(kept)}
-    write_atomically(folder / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())
+    _write(folder, known._replace(report=kept))
 
 
 def read_failure(folder: Path) -> str | None:
@@ -444,12 +448,12 @@ class RunDirectory:
 class ProgressBar:
     """Images done, images per second and the terms of the objective, on one line."""
 
-    def __init__(self, total: int, initial: int, enabled: bool):
-        """A bar from `initial` to `total` images."""
+    def __init__(self, total: int, initial: int, enabled: bool, unit: str = "images"):
+        """A bar from `initial` to `total` images, or of another `unit`."""
         self._bar = tqdm(
             total=total,
             initial=initial,
-            unit=" images",
+            unit=f" {unit}",
             unit_scale=True,
             dynamic_ncols=True,
             disable=not enabled,

@@ -27,7 +27,7 @@ from bsvae_jax.chips import check_precision
 from bsvae_jax.config import CONVOLUTIONAL, Config
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.order import steps_through
-from bsvae_jax.errors import DivergenceError, UserError, check_kind
+from bsvae_jax.errors import DivergenceError, UserError, check_count, check_kind
 from bsvae_jax.files import as_path, write_atomically
 from bsvae_jax.gallery import PICTURES, Gallery, draw_members
 from bsvae_jax.grid import GridMember, Sweep, base_config
@@ -126,8 +126,8 @@ def fit_sweep(
     check_precision(config.precision, devices.devices.flat[0].device_kind)
     platform = devices.devices.flat[0].platform
     driving = choose_driving(config, platform) if driving is None else driving
-    if members_at_once is not None and (not isinstance(members_at_once, int) or members_at_once < 1):
-        raise UserError(f"members_at_once must be a whole number >= 1, got {members_at_once!r}.")
+    if members_at_once is not None:
+        check_count("members_at_once", members_at_once)
     if members_at_once not in (None, 1) and driving == "loop":
         raise UserError("Driving 'loop' trains one member at a time; leave out --members-at-once, or choose scan or vmap.")
     data_mesh(config.devices, config.batch_size if driving == "loop" else None)

@@ -170,9 +170,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None and state.ema_decay is not None:
-        # Early averages forget the initial parameters faster: (1 + t) / (10 + t) is below the decay for a while.
-        decay = jnp.minimum(state.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema_params = optax.incremental_update(params, ema_params, 1.0 - decay)
+        ema_params = averaged(ema_params, params, state.step, state.ema_decay)
     gradient_norm = optax.tree.norm(gradient)
     after = state.replace(
         step=state.step + 1,
@@ -220,6 +218,14 @@ def _terms_in_parts(
         axis_name=model.axis_name,
     )
     return terms, batch_stats
+
+
+def averaged(average: Any, params: Any, step: Array, decay: float) -> Any:
+    """The exponential moving average of the parameters after step number `step` (from 0) has led to `params`.
+
+    Early averages forget the initial parameters faster: `(1 + t) / (10 + t)` is below the decay for a while.
+    """
+    return optax.incremental_update(params, average, 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step)))
 
 
 def data_order(state: TrainState, images: ImageSet, batch_size: int) -> ShuffledOrder:

@@ -12,7 +12,7 @@ PACKAGE = Path(bsvae_jax.__file__).parent
 
 # From the ground up; a module may import only modules of lower layers. One layer a line.
 LAYERS = [
-    ["errors", "figures", "interruption"],
+    ["errors", "figures", "footprint", "interruption"],
     ["chips", "hosts"],
     ["files", "space", "events"],
     ["objective", "theory", "randomness", "sweep_figures", "evaluation_figures", "torchfile", "fid", "downloads"],

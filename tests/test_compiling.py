@@ -12,6 +12,7 @@ from bsvae_jax.chips import CHIPS, TOPOLOGIES, check_precision
 from bsvae_jax.config import MLP, Config, Digits, Optimizer, Residual
 from bsvae_jax.data import DataShape, shape_of
 from bsvae_jax.errors import UserError
+from bsvae_jax.footprint import Collective, Footprint, collectives
 
 DIGITS = shape_of(Digits())
 MNIST = DataShape((28, 28, 1), 256, np.dtype(np.uint8), 60_000, 10_000)
@@ -21,12 +22,12 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 def footprint(**changes):
     values = dict(flops=1e12, bytes_accessed=1e9, arguments=10, results=20, temporary=30, collectives=()) | changes
-    return compiling.Footprint(**values)
+    return Footprint(**values)
 
 
 def test_the_roofline_by_hand():
     """v5e: 197e12 FLOP/s, 819e9 bytes/s, 1,600 Gbit/s; a ring of 4 passes each byte 1.5 times."""
-    reduced = compiling.Collective("all-reduce", 3, 200_000_000)
+    reduced = Collective("all-reduce", 3, 200_000_000)
     times = compiling.roofline(footprint(collectives=(reduced,)), CHIPS["TPU v5 lite"], "bfloat16", devices=4)
     assert times.compute == pytest.approx(1 / 197)
     assert times.memory == pytest.approx(1 / 819)
@@ -55,7 +56,7 @@ PROGRAM = """
 
 
 def test_collectives_are_counted_and_sized():
-    gathered, reduced = compiling.collectives(PROGRAM)
+    gathered, reduced = collectives(PROGRAM)
     assert reduced == ("all-reduce", 3, 4 * 32 + 4 * 3 * 3 * 32 * 64 + 2 * 10 + 4 * 6)
     assert gathered == ("all-gather", 1, 28)
 
@@ -105,6 +106,34 @@ def test_the_largest_batch_is_read_off_a_line():
     # 16 GiB = 100 MB + B * 1 MB
     largest = compiling.largest_batch(of(100, 200_000_000), of(200, 300_000_000), unit=8)
     assert largest == math.floor((16 * 2**30 - 100_000_000) / 1_000_000) // 8 * 8
+
+
+def test_where_the_double_does_not_fit_the_line_goes_through_the_half(monkeypatch):
+    def compiled(config, *rest):
+        if config.batch_size > 64:
+            raise compiling.DoesNotFitError("too large")
+        if config.batch_size % 8:
+            raise UserError("does not divide")
+        step = footprint(arguments=100 * 2**20 + config.batch_size * 2**25, results=0, temporary=0)
+        return compiling.Compiled("x", CHIPS["TPU v5 lite"], 4, 1, config.batch_size, 1, "float32", step, {})
+
+    monkeypatch.setattr(compiling, "compile_training", compiled)
+    for batch, expected in ((32, 64), (64, 32)):
+        config = dataclasses.replace(SMALL, batch_size=batch)
+        other = compiling.compile_other_batch(config, DIGITS, "x")
+        assert other.batch_size == expected
+        assert compiling.largest_batch(compiled(config), other, unit=4) == (16 * 1024 - 100) // 32 // 4 * 4
+    config = dataclasses.replace(SMALL, batch_size=72)
+    assert compiling.compile_other_batch(config, DIGITS, "x") is None
+    assert compiling.largest_batch(compiled(dataclasses.replace(SMALL, batch_size=8)), None, unit=4) is None
+
+
+def test_members_and_devices_that_leave_a_batch_no_even_share():
+    """5 members on 8 devices: 4 x 2 would halve 15 images, so it is 8 x 1, with three idle slots."""
+    config = dataclasses.replace(SMALL, batch_size=15)
+    compiled = compiling.compile_training(config, DIGITS, "cpu", devices=8, members=5)
+    assert compiled.step.collectives == ()
+    assert compiled.state["parameters"] == 4 * (64 * 32 + 32 + 32 * 8 + 8 + 4 * 32 + 32 + 32 * 64 + 64)
 
 
 def test_a_message_of_the_compiler_becomes_a_sentence():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import refused
 from tensorboardX.proto.event_pb2 import Event
 
 import bsvae_jax as bv
@@ -277,13 +278,8 @@ def read_only(tmp_path, whole):
 
 
 def refusal(capsys, *arguments):
-    """What a command says that ends with status 2."""
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    errors = capsys.readouterr().err
-    assert stop.value.code == 2, errors
-    assert "Traceback" not in errors
-    return errors.strip().splitlines()[-1]
+    """The last line of what a command says that ends with status 2."""
+    return refused(capsys, *arguments).strip().splitlines()[-1]
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import main, refused
 from PIL import Image
 from test_fid import random_weights
 
-from bsvae_jax import cli, data, evaluation, evaluation_pictures, feature_statistics, fid, inception, likelihood, sampling
+from bsvae_jax import data, evaluation, evaluation_pictures, feature_statistics, fid, inception, likelihood, sampling
 from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import Fid
@@ -27,17 +28,6 @@ def get_sweep():
 """
 
 pytestmark = pytest.mark.usefixtures("unchecked")
-
-
-def main(*arguments):
-    cli.main([str(argument) for argument in arguments])
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(*arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 def values(folder):

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import main, refused
 from PIL import Image
 from scipy import stats
 
 import bsvae_jax as bv
-from bsvae_jax import cli, data, evaluation
 from bsvae_jax import config as configs
+from bsvae_jax import data, evaluation
 from bsvae_jax.config import MLP, Config, Flow, Linear, Mixture, Optimizer
 from bsvae_jax.densities import FITTED_HERE, fit_density, read_fitted, write_fitted
 from bsvae_jax.errors import UserError
@@ -26,17 +27,6 @@ from bsvae_jax.rundir import read_evaluation, write_evaluation
 from bsvae_jax.trainer import Trainer, fit
 
 MANY = 20_000
-
-
-def main(*arguments):
-    cli.main([str(argument) for argument in arguments])
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(*arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 # --- Known densities --------------------------------------------------------------------------------------------------

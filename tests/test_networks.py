@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers import normal, random_variables, relative_error
 
 from bsvae_jax import networks
 from bsvae_jax.config import MLP, Linear, Residual
@@ -22,34 +23,6 @@ from bsvae_jax.objective import Predicted
 SHAPE, LATENT, BATCH = (5, 6, 2), 3, 8
 NETWORKS = {"linear": Linear(), "mlp": MLP(hidden=(7, 4)), "residual": Residual(widths=(4,))}
 every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-
-
-def relative_error(value, reference) -> float:
-    """Largest difference over the largest entry of the reference."""
-    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
-    assert value.shape == reference.shape
-    return float(np.max(np.abs(value - reference)) / np.max(np.abs(reference)))
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def random_variables(module, inputs):
-    """Every parameter and statistic random: no zero bias, unit scale or unit variance hides a missing term."""
-    rng = np.random.default_rng(7)
-
-    def fill(path, leaf):
-        name = path[-1].key
-        if name == "kernel":
-            values = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-        elif name in ("scale", "var"):
-            values = rng.uniform(0.5, 1.5, leaf.shape)
-        else:
-            values = rng.normal(size=leaf.shape) * 0.3
-        return jnp.asarray(values, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(module.init, jax.random.key(0), inputs))
 
 
 def built(network, shape=SHAPE, *, dtype=jnp.float32, axis_name=None):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import normal, random_variables, relative_error
 
 from bsvae_jax import config as configs
 from bsvae_jax import networks, weights
@@ -27,30 +28,6 @@ from bsvae_jax.training import build_model, check_against_data, create_state, tr
 
 SMALL = Spatial(widths=(4, 6), blocks=1, groups=2)
 SHAPE, LATENT, BATCH = (6, 5, 2), 18, 8  # a map of 3 x 3 positions and 2 channels
-
-
-def relative_error(value, reference) -> float:
-    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
-    assert value.shape == reference.shape
-    return float(np.max(np.abs(value - reference)) / np.max(np.abs(reference)))
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def random_variables(module, inputs):
-    """Every parameter random: no zero kernel, zero bias or unit scale hides a missing term."""
-    rng = np.random.default_rng(7)
-
-    def fill(path, leaf):
-        if path[-1].key == "kernel":
-            values = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-        else:
-            values = rng.normal(size=leaf.shape) * 0.3 + (path[-1].key == "scale")
-        return jnp.asarray(values, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(module.init, jax.random.key(0), inputs))
 
 
 def built(dtype=jnp.float32, network=SMALL):

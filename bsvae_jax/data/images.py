@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bsvae_jax import theory
-from bsvae_jax.errors import UserError, check_kind
+from bsvae_jax.errors import UserError, check_count, check_kind
 
 SPECTRUM_LIMIT = 4096
 """Largest number of pixels times channels whose covariance is decomposed: 4,096 take a minute, ten times as many a day."""
@@ -43,9 +43,14 @@ class DataShape(NamedTuple):
         return 1.0 / (self.levels - 1)
 
     @property
+    def image_bytes(self) -> int:
+        """One image, as stored."""
+        return math.prod(self.image_shape) * np.dtype(self.dtype).itemsize
+
+    @property
     def nbytes(self) -> int:
         """Both splits, as stored."""
-        return (self.train + self.test) * math.prod(self.image_shape) * np.dtype(self.dtype).itemsize
+        return (self.train + self.test) * self.image_bytes
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,7 @@ class ImageSet:
         if self.train.shape[1:] != self.test.shape[1:] or self.train.dtype != self.test.dtype:
             one, other = (f"{images.dtype} of shape {images.shape[1:]}" for images in (self.train, self.test))
             raise UserError(f"train and test must be images of one kind, got {one} and {other}.")
-        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or self.levels < 2:
-            raise UserError(f"levels must be a whole number >= 2, got {self.levels!r}.")
+        check_count("levels", self.levels, low=2)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

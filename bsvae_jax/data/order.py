@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import check_count
 from bsvae_jax.randomness import check_key
 
 
@@ -30,8 +30,7 @@ class ShuffledOrder:
         """`examples` in the training set, `batch_size` over all devices together."""
         check_key(key)
         for name, value in (("examples", examples), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} must be a whole number >= 1, got {value!r}.")
+            check_count(name, value)
         self._key, self._examples, self._batch_size = key, examples, batch_size
         self._epochs: dict[int, Int[Array, " examples"]] = {}
 

@@ -1,0 +1,51 @@
+"""What the tests of several modules need: random networks compared by relative error, commands and their refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bsvae_jax import cli
+
+
+def relative_error(value, reference) -> float:
+    """Largest difference over the largest entry of the reference."""
+    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
+    assert value.shape == reference.shape
+    return float(np.max(np.abs(value - reference)) / np.max(np.abs(reference)))
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def random_variables(module, inputs):
+    """Every parameter and statistic random: no zero kernel or bias, unit scale or unit variance hides a missing term."""
+    rng = np.random.default_rng(7)
+
+    def fill(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            values = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        elif name in ("scale", "var"):
+            values = rng.uniform(0.5, 1.5, leaf.shape)
+        else:
+            values = rng.normal(size=leaf.shape) * 0.3
+        return jnp.asarray(values, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(module.init, jax.random.key(0), inputs))
+
+
+def main(*arguments):
+    """Run a command."""
+    cli.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments):
+    """What a command says on standard error that ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(*arguments)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2, errors
+    assert "Traceback" not in errors
+    return errors
