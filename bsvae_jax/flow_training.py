@@ -178,12 +178,13 @@ def fit_flow_matching(
                     raise DivergenceError(f"The flow-matching loss at step {step} is not finite; the latents may be extreme.")
                 bar.update(count * BATCH)
                 bar.show(loss=f"{value:.3f}")
-                if step - saved == SAVE_EVERY or step == steps or stop.number is not None:
+                stopping = stop.number is not None  # one look: a signal may come at any time
+                if step - saved == SAVE_EVERY or step == steps or stopping:
                     losses.append((step, float(compare(jax.device_get(state.ema_params)))))
                     bar.show(held_out=f"{losses[-1][1]:.3f}")
                     checkpoints.save(step, jax.device_get(state._asdict()), losses[-1][1])
                     saved = step
-                if step < steps:
+                if step < steps and stopping:
                     stop.check(f"stopped after step {step} of {steps} of the prior")
     moments = {"origin": mean.astype(np.float32), "log_scale": np.log(deviation).astype(np.float32)}
     return FlowFit({**moments, "velocity": jax.device_get(state.ema_params)}, losses)

@@ -128,9 +128,10 @@ class Trainer:
 
     def _stopping(self) -> bool:
         """Whether a signal has asked any process to stop; all of them ask at the same places."""
-        if hosts.anywhere(self.stop.number is not None) and self.stop.number is None:
+        stopping = hosts.anywhere(self.stop.number is not None)
+        if stopping and self.stop.number is None:
             self.stop.number = signal.SIGTERM
-        return self.stop.number is not None
+        return stopping  # what was agreed: a signal may have come in the meantime
 
     def _epoch(
         self, state: TrainState, batches: Callable[[int], Any], knobs: Any, step: int, end: int, epoch: int

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,7 +19,9 @@ import bsvae_jax as bv
 from bsvae_jax import hosts
 from bsvae_jax.config import MLP, Config
 from bsvae_jax.errors import UserError
+from bsvae_jax.interruption import Stop
 from bsvae_jax.rundir import read_metrics
+from bsvae_jax.trainer import Trainer
 
 CONFIG = """
 import bsvae_jax as bv
@@ -131,6 +134,20 @@ def test_a_signal_to_one_process_stops_both_and_saves(tmp_path, asked):
     assert "stopped after step" in found[0][1]
     steps = [int(path.name) for path in (tmp_path / "run_0" / "checkpoints").iterdir() if path.name.isdigit()]
     assert f"stopped after step {max(steps)} of 28847" in found[0][1]
+
+
+def test_a_signal_during_the_agreement_counts_at_the_next_one(monkeypatch):
+    """The others have been told that there was none, and wait for this process in the next step."""
+    stop = Stop()
+
+    def anywhere(flag):
+        stop.number = signal.SIGTERM
+        return flag
+
+    monkeypatch.setattr(hosts, "anywhere", anywhere)
+    trainer = SimpleNamespace(stop=stop)
+    assert not Trainer._stopping(trainer)
+    assert Trainer._stopping(trainer)
 
 
 @pytest.mark.faults
