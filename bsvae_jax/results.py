@@ -32,6 +32,7 @@ TABLED = (
     "mse",
     "psnr",
     "active_units",
+    "mutual_information",
     "aggregate_kl",
     "fid",
     "kid",
@@ -49,6 +50,7 @@ HEADINGS = {
     "mse": "mean squared error [intensity²]",
     "psnr": "PSNR [dB]",
     "active_units": "active latents",
+    "mutual_information": "I(x; z) [nats]",
     "aggregate_kl": "KL(q(z) ‖ p(z)) [nats]",
     "fid": "FID",
     "kid": "KID",
@@ -327,7 +329,7 @@ def as_markdown(results: SweepResults) -> str:
 def as_text(results: SweepResults) -> str:
     """The test set's table for a terminal, the most telling columns only."""
     headings, rows = display_rows(results, "test")
-    shown = ("rate", "profile_elbo", "calibrated_elbo", "psnr", "active_units", "aggregate_kl", "fid")
+    shown = ("rate", "profile_elbo", "calibrated_elbo", "psnr", "active_units", "mutual_information", "aggregate_kl", "fid")
     kept = [i for i, heading in enumerate(headings) if heading not in HEADINGS.values()]
     kept += [headings.index(HEADINGS[name]) for name in shown if HEADINGS[name] in headings]
     lines = [[line[i] for i in kept] for line in (headings, *rows)]

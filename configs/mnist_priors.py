@@ -43,7 +43,7 @@ def get_config() -> Config:
 def get_sweep() -> Sweep:
     """Priors by beta."""
     return Sweep(
-        beta=(1.0,),
+        beta=(0.3, 1.0, 3.0),
         decoder_variance=(Optimal(),),
         seeds=1,
         prior=(StandardNormal(), Mixture(50), VampPrior(100), Flow()),

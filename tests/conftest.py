@@ -5,6 +5,7 @@ Set before any test imports a backend. Real image files, where a checkout has th
 
 import functools
 import http.server
+import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import jax
 import jaxtyping
 import pytest
 
+# Hundreds of programs are compiled here and run for a moment: with the code generator's least effort it takes half the time.
+# `XLA_FLAGS= python -m pytest` runs what users run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")

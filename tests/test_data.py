@@ -672,7 +672,7 @@ def test_crop_has_the_scale_and_ratio_asked_for_and_stays_inside(cropped):
         place = (shift / size + (1 - share) / 2) / (1 - share)  # 0: against the first edge, 1: against the last
         places.append(place)
         assert stats.kstest(place, stats.uniform(0, 1).cdf).pvalue > 1e-3
-        assert ((place > -1e-3) & (place < 1 + 1e-3)).all()
+        assert ((place > -5e-3) & (place < 1 + 5e-3)).all()  # the solved shift, over the little that is left
     independent = np.corrcoef([*places, height * width, np.log(width / height)]) - np.eye(4)
     assert np.abs(independent).max() < 5 / np.sqrt(DRAWS)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import signal
 
 import chex
 import jax

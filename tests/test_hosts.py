@@ -41,7 +41,10 @@ def start(tmp_path: Path, options: list[list[str]], epochs: int = 2, devices: in
     """A process of `bsvae train` for each list of options: output in `out_0`, `out_1`, ..., workdirs `run_0`, `run_1`, ..."""
     config, port = tmp_path / "small.py", free_port()
     config.write_text(CONFIG.format(epochs=epochs))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+    }
     processes = []
     for index, also in enumerate(options):
         place = ["--coordinator", f"localhost:{port}", "--processes", str(len(options)), "--process", str(index)]
