@@ -63,9 +63,9 @@ def banana(seed):
         ("gaussian", gaussian, 0.003),
         ("mixture", modes, 0.003),
         # No flow has the density exactly: within a twentieth of a nat of it, where a Gaussian is 0.6 and more away.
-        ("flow", gaussian, 0.02),
+        pytest.param("flow", gaussian, 0.02, marks=pytest.mark.slow),
         ("flow", banana, 0.05),
-        ("flow", modes, 0.1),
+        pytest.param("flow", modes, 0.1, marks=pytest.mark.slow),
     ],
 )
 def test_a_known_density_is_recovered(kind, truth, loss):

@@ -125,7 +125,7 @@ def test_a_run_goes_on_with_another_number_of_devices_and_processes(tmp_path):
     np.testing.assert_allclose(objectives(tmp_path / "run_0")[-1], objectives(tmp_path / "alone")[-1], rtol=1e-3)
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_process_stops_both_and_saves(tmp_path, asked):
     processes = start(tmp_path, [[], []], epochs=2000)
     end = time.monotonic() + 200

@@ -334,7 +334,7 @@ class _given:
         return None
 
 
-@pytest.mark.parametrize("driving", ["loop", "scan", "vmap"])
+@pytest.mark.parametrize("driving", ["loop", pytest.param("scan", marks=pytest.mark.slow), "vmap"])
 def test_a_streamed_sweep_is_a_resident_one(tmp_path, driving):
     grid = bv.Sweep(beta=(0.5, 2.0), decoder_variance=(bv.Optimal(),), seeds=2)
     for name, share in (("resident", 0.5), ("streamed", 0.0)):

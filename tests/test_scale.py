@@ -63,7 +63,7 @@ def test_averaging_the_gradients_of_parts_would_be_seen():
     assert max(jax.tree.leaves(difference)) > 1e-3
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulation_with_batch_norm_is_the_same_on_any_number_of_devices(devices):
     """A part holds the same examples wherever it is computed, so its batch statistics are the same."""
     config = dataclasses.replace(SMALL, network=Residual((4, 6)), gradient_accumulation=2)

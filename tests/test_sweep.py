@@ -169,8 +169,17 @@ CONSTANTS = Sweep((0.5, 4.0), (Constant(0.1), Constant(0.4)), 1)
 RATES = Sweep((4.0,), (Optimal(), Learned()), 1, learning_rate=(1e-3, 1e-2, 3e-3))
 
 
-@pytest.mark.parametrize("driving", ["loop", "scan", "vmap"])
-@pytest.mark.parametrize(("grid", "stacks"), [(CONSTANTS, [4]), (RATES, [3, 3])], ids=["constants", "rates"])
+@pytest.mark.parametrize(
+    ("grid", "stacks", "driving"),
+    [
+        (CONSTANTS, [4], "loop"),
+        (CONSTANTS, [4], "vmap"),
+        (RATES, [3, 3], "scan"),
+        (RATES, [3, 3], "vmap"),
+        pytest.param(CONSTANTS, [4], "scan", marks=pytest.mark.slow),
+        pytest.param(RATES, [3, 3], "loop", marks=pytest.mark.slow),
+    ],
+)
 def test_every_member_is_the_run_of_its_config_alone(driving, grid, stacks, alone, trained, tmp_path):
     """Betas and constant variances in one stack, learning rates in another, which differ from stack to stack in their kind."""
     result = run_sweep(LINEAR, grid, tmp_path / "sweep", driving=driving)
