@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from bsvae_jax.figures import new_figure, show_image, tile
 
@@ -134,6 +135,11 @@ def _beta_axis(axes: Any, betas: np.ndarray) -> None:
         axes.set_xscale("symlog", linthresh=float(positive.min()))
     else:
         axes.set_xscale("log")
+        if positive.max() < 100 * positive.min():  # decades alone would leave one tick or two
+            distinct = np.unique(positive)
+            ticks = distinct[np.unique(np.linspace(0, len(distinct) - 1, 5).round().astype(int))]
+            axes.set_xticks(ticks, [f"{beta:g}" for beta in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("β")
 
 
@@ -150,10 +156,13 @@ def metrics_against_beta(panels: Mapping[str, Sequence[Curve]], title: str) -> F
         axes.set_ylabel(label)
         if "intensity²" in label and all(np.all(curve.y > 0) for curve in curves):
             axes.set_yscale("log")
+        else:
+            axes.ticklabel_format(axis="y", useOffset=False)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+    abreast = 165 // (max(map(len, labels)) + 8)  # characters of this size across the figure, and of an entry
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(4, len(labels), abreast)), fontsize=8)
     return figure
 
 

@@ -3,7 +3,8 @@
     bsvae sweep configs/mnist_priors.py
 
 Four priors at three beta, the members of each prior as one compiled program. `bsvae evaluate runs/mnist_priors-sweep` adds
-I(x; z) and KL(q(z) || p(z)), what a prior leaves of the mismatch, to the table; `bsvae fit-prior` of a member fits a prior afterwards.
+I(x; z) and KL(q(z) || p(z)), what a prior leaves of the mismatch, to the table; `bsvae fit-prior` of a member fits a prior
+afterwards.
 
 Hardware and time: 14 minutes on two CPU cores beside other jobs. Expect on the test set (seed 0, standard error over images 2
 nats) the calibrated ELBO and, in brackets, the rate and KL(q(z) || p(z)), an upper estimate, in nats:

@@ -10,8 +10,8 @@ For larger images one more stage halves them once more: CelebA at 64 x 64 has th
 
 Hardware and time: an accelerator; this network has not been measured yet. Computed: at 64 x 64 with four stages, as above, 128
 images a step, bfloat16 and `--rematerialize True`, eight TPU v5e chips take at least 6.9 ms a step (18,500 images/s, 45% of
-their peak, bound by memory) and 2.4 GiB each: `bsvae compile configs/spatial_cifar10.py --topology v5e:2x4 --image-shape 64 64 3
---images 162770 --network.widths 64 128 256 256 --precision bfloat16 --rematerialize True`, four minutes on one busy core.
+their peak, bound by memory) and 2.4 GiB each: `bsvae compile configs/spatial_cifar10.py --topology v5e:2x4 --image-shape 64 64
+3 --images 162770 --network.widths 64 128 256 256 --precision bfloat16 --rematerialize True`, four minutes on one busy core.
 
 The sweep asks whether beta and sigma^2 stay apart in a larger architecture: with a constant variance only their product counts,
 with the optimal one beta alone moves along the curve. Measured with a small network of this kind on the first 2,048 training
