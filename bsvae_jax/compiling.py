@@ -240,11 +240,9 @@ def compile_other_batch(
     config: Config, data: DataShape, topology: str, devices: int | None = None, members: int = 1, full: bool = False
 ) -> Compiled | None:
     """As `compile_training`, of twice the batch, or of half of it where that does not fit; None where half does not divide."""
-    double, half = (dataclasses.replace(config, batch_size=size) for size in (2 * config.batch_size, config.batch_size // 2))
-    with contextlib.suppress(DoesNotFitError):
-        return compile_training(double, data, topology, devices, members, full)
-    with contextlib.suppress(UserError):
-        return compile_training(half, data, topology, devices, members, full)
+    for size, refused in ((2 * config.batch_size, DoesNotFitError), (config.batch_size // 2, UserError)):
+        with contextlib.suppress(refused):
+            return compile_training(dataclasses.replace(config, batch_size=size), data, topology, devices, members, full)
     return None
 
 

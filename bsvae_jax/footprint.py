@@ -48,15 +48,20 @@ class Footprint(NamedTuple):
 
 def footprint(compiled: Any) -> Footprint:
     """What the compiler says of a compiled program."""
-    cost, sizes = compiled.cost_analysis(), compiled.memory_analysis()
+    cost = compiled.cost_analysis()
     return Footprint(
         float(cost.get("flops", 0.0)),
         float(cost.get("bytes accessed", 0.0)),
-        int(sizes.argument_size_in_bytes),
-        int(sizes.output_size_in_bytes - sizes.alias_size_in_bytes),
-        int(sizes.temp_size_in_bytes),
+        *memory_sizes(compiled),
         collectives(compiled.as_text()),
     )
+
+
+def memory_sizes(compiled: Any) -> tuple[int, int, int]:
+    """Bytes of arguments, results and temporary arrays of a compiled program, as in its `Footprint`; their sum is its peak."""
+    sizes = compiled.memory_analysis()
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return int(sizes.argument_size_in_bytes), int(results), int(sizes.temp_size_in_bytes)
 
 
 _COLLECTIVE = re.compile(r" = ([^%]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)")

@@ -20,7 +20,7 @@ from bsvae_jax import objective
 from bsvae_jax.config import Config
 from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder
 from bsvae_jax.data.order import steps_through
-from bsvae_jax.footprint import footprint
+from bsvae_jax.footprint import memory_sizes
 from bsvae_jax.model import VAE
 from bsvae_jax.parallel import (
     DATA_AXIS,
@@ -202,12 +202,9 @@ class Program:
         data, window = self.data, self.window
         return abstract_arguments(self.config, data, self.mesh, self.driving, members, window, self.resident)
 
-    def compile(self, members: int = 1) -> Any:
-        """The training program of a stack of `members`, compiled; `take_steps` uses it from now on.
-
-        It is of one number of members, where the program that `take_steps` would compile follows its arguments.
-        """
-        self._run_steps = self._run_steps.lower(*self._arguments(members)).compile()
+    def compile(self) -> Any:
+        """The compiled training program of one model, which `take_steps` runs from now on."""
+        self._run_steps = self._run_steps.lower(*self._arguments(1)).compile()
         return self._run_steps
 
     def needed_bytes(self, members: int) -> int:
@@ -221,7 +218,7 @@ class Program:
         if not self.resident:  # the pieces on their way
             piece = arguments[1]
             besides = AHEAD * math.prod(piece.shape) * piece.dtype.itemsize // self.mesh.devices.size
-        return footprint(self._run_steps.lower(*arguments).compile()).memory + besides
+        return sum(memory_sizes(self._run_steps.lower(*arguments).compile())) + besides
 
     def score(self, state: TrainState, split: str, configs: Sequence[Config]) -> Iterator[SplitScores]:
         """Scores of each member on a split, with the posterior samples that every evaluation of it takes."""

@@ -128,6 +128,14 @@ def test_where_the_double_does_not_fit_the_line_goes_through_the_half(monkeypatc
     assert compiling.largest_batch(compiled(dataclasses.replace(SMALL, batch_size=8)), None, unit=4) is None
 
 
+def test_one_image_a_step_has_no_half(monkeypatch):
+    def compiled(config, *rest):
+        raise compiling.DoesNotFitError("too large")
+
+    monkeypatch.setattr(compiling, "compile_training", compiled)
+    assert compiling.compile_other_batch(dataclasses.replace(SMALL, batch_size=1), DIGITS, "x") is None
+
+
 def test_members_and_devices_that_leave_a_batch_no_even_share():
     """5 members on 8 devices: 4 x 2 would halve 15 images, so it is 8 x 1, with three idle slots."""
     config = dataclasses.replace(SMALL, batch_size=15)
