@@ -1,6 +1,6 @@
 """Kills, damaged files, full disks: nothing is lost, nothing is wrong, nothing ends in a traceback.
 
-The long ones run by name, `python -m pytest -m faults -s` (a quarter of an hour on two idle cores, computed), and print what
+The long ones run by name, `python -m pytest -m faults -s` (a quarter of an hour on two idle cores), and print what
 they counted; a smaller one of each kind is among the ordinary tests.
 """
 
@@ -64,21 +64,33 @@ def seconds_of(*arguments):
     return time.monotonic() - begin
 
 
-def kill_until(finished, kills, longest, seed, *arguments, number=signal.SIGKILL):
+def kept(folder):
+    """When what is kept in a folder was computed, in seconds since 1970: its newest checkpoint begun, or image written."""
+    checkpoints = [path for path in folder.rglob("_CHECKPOINT_METADATA") if path.parent.name.isdigit()]  # others are unfinished
+    times = [json.loads(path.read_text())["init_timestamp_nsecs"] / 1e9 for path in checkpoints]
+    return max([*times, *(path.stat().st_mtime for path in folder.glob("*.png"))], default=0.0)
+
+
+def kill_until(finished, kills, longest, seed, folder, *arguments, number=signal.SIGKILL):
     """Kill the command at random moments of its life, `kills` times or until `finished()`, then let it end.
 
     Returns:
-      The kills, and what the command said where it ended neither by the kill nor well (there should be none).
+      Seconds lost by each kill, from what is kept in `folder` or the start of the process, whichever came later; and what the
+      command said where it ended neither by the kill nor well (there should be none).
     """
     generator = random.Random(seed)
-    tried, odd = 0, []
-    while tried < kills and not finished():
+    lost, odd = [], []
+    while len(lost) < kills and not finished():
+        begun = time.time()
         process = start(*arguments)
         time.sleep(generator.uniform(0.3, longest))
         if process.poll() is None:
-            tried += 1
             process.send_signal(number)
-        _, errors = process.communicate(timeout=300)
+            killed = time.time()
+            _, errors = process.communicate(timeout=300)  # SIGTERM: it saves
+            lost.append(max(0.0, killed - max(begun, kept(folder))))
+        else:
+            _, errors = process.communicate()
         if process.returncode not in (0, -number, 128 + number):
             odd.append(errors[-2000:])
         elif process.returncode == 0:
@@ -87,7 +99,12 @@ def kill_until(finished, kills, longest, seed, *arguments, number=signal.SIGKILL
     _, errors = process.communicate(timeout=600)
     if process.returncode:
         odd.append(errors[-2000:])
-    return tried, odd
+    return lost, odd
+
+
+def survived(command, lost, also):
+    """What is printed of kills that were all survived."""
+    print(f"\n{command}: {len(lost)} / {len(lost)} kills survived, at most {max(lost):.1f} s lost by one; {also}")
 
 
 def arrays_of(run):
@@ -119,16 +136,16 @@ def check_identical(run, expected):
 def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(number, wanted, tmp_path):
     file = config_file(tmp_path, epochs=500)
     whole = seconds_of("train", file, "--workdir", tmp_path / "whole")
-    kills = runs = 0
-    while kills < wanted:  # a fresh run whenever one has ended
+    lost, runs = [], 0
+    while len(lost) < wanted:  # a fresh run whenever one has ended
         run = tmp_path / f"killed{runs}"
         done = lambda run=run: (run / "figures" / "samples.png").exists()  # noqa: E731
         command = ("train", file, "--workdir", run)
-        tried, odd = kill_until(done, wanted - kills, 0.6 * whole, runs, *command, number=number)
+        more, odd = kill_until(done, wanted - len(lost), 0.6 * whole, runs, run, *command, number=number)
         assert not odd, odd[0]
         check_identical(run, tmp_path / "whole")
-        kills, runs = kills + tried, runs + 1
-    print(f"\ntrain, {number.name}: {kills} / {kills} kills survived, {runs} / {runs} runs identical; one takes {whole:.1f} s")
+        lost, runs = lost + more, runs + 1
+    survived(f"train, {number.name}", lost, f"{runs} / {runs} runs identical, one takes {whole:.1f} s")
 
 
 @pytest.mark.faults
@@ -136,19 +153,18 @@ def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(number, wa
 def test_a_sweep_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
     file = config_file(tmp_path, epochs=150)
     whole = seconds_of("sweep", file, "--workdir", tmp_path / "whole")
-    kills = runs = 0
-    while kills < 11:
+    lost, runs = [], 0
+    while len(lost) < 11:
         run = tmp_path / f"killed{runs}"
         done = lambda run=run: (run / "report.html").exists()  # noqa: E731
-        tried, odd = kill_until(done, 11 - kills, 0.6 * whole, 10 + runs, "sweep", file, "--workdir", run)
+        more, odd = kill_until(done, 11 - len(lost), 0.6 * whole, 10 + runs, run, "sweep", file, "--workdir", run)
         assert not odd, odd[0]
         for name in ("table.csv", "members.csv", "table.md"):
             assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
         for member in (tmp_path / "whole" / "members").iterdir():
             check_identical(run / "members" / member.name, member)
-        kills, runs = kills + tried, runs + 1
-    members = 4 * runs
-    print(f"\nsweep, SIGKILL: {kills} / {kills} kills survived, {members} / {members} members identical; one: {whole:.1f} s")
+        lost, runs = lost + more, runs + 1
+    survived("sweep, SIGKILL", lost, f"{4 * runs} / {4 * runs} members identical, one sweep takes {whole:.1f} s")
 
 
 @pytest.mark.faults
@@ -160,28 +176,28 @@ def test_evaluation_and_sampling_killed_at_random_moments(tmp_path):
     evaluating = ("--samples", 2000, "--figures", "False")
     longest = 0.6 * seconds_of("evaluate", tmp_path / "whole", *evaluating)
     before = (tmp_path / "run" / "evaluation.json").read_bytes()
-    evaluations = tries = 0
-    while evaluations < 6:  # a fresh copy whenever one is evaluated
+    lost, tries = [], 0
+    while len(lost) < 6:  # a fresh copy whenever one is evaluated
         run = tmp_path / f"run{tries}"
         shutil.copytree(tmp_path / "run", run)
         changed = lambda run=run: (run / "evaluation.json").read_bytes() != before  # noqa: E731
-        tried, odd = kill_until(changed, 6 - evaluations, longest, 20 + tries, "evaluate", run, *evaluating)
+        more, odd = kill_until(changed, 6 - len(lost), longest, 20 + tries, run, "evaluate", run, *evaluating)
         assert not odd, odd[0]
         assert (run / "evaluation.json").read_bytes() == (tmp_path / "whole" / "evaluation.json").read_bytes()
-        evaluations, tries = evaluations + tried, tries + 1
+        lost, tries = lost + more, tries + 1
+    survived("evaluate, SIGKILL", lost, "all identical")
     sampling = ("sample", tmp_path / "whole", "--count", 8000, "--out")
     longest = seconds_of(*sampling, tmp_path / "expected")
     names = sorted(path.name for path in (tmp_path / "expected").glob("*.png"))
-    samplings = tries = 0
-    while samplings < 8:
+    lost, tries = [], 0
+    while len(lost) < 8:
         out = tmp_path / f"out{tries}"
-        tried, odd = kill_until(lambda: False, 8 - samplings, longest, 40 + tries, *sampling, out)
+        more, odd = kill_until(lambda: False, 8 - len(lost), longest, 40 + tries, out, *sampling, out)
         assert not odd, odd[0]
         assert names == sorted(path.name for path in out.glob("*.png"))
         assert all((out / name).read_bytes() == (tmp_path / "expected" / name).read_bytes() for name in names)
-        samplings, tries = samplings + tried, tries + 1
-    print(f"\nevaluate, SIGKILL: {evaluations} / {evaluations} kills survived, all identical")
-    print(f"sample, SIGKILL: {samplings} / {samplings} kills survived, all identical")
+        lost, tries = lost + more, tries + 1
+    survived("sample, SIGKILL", lost, "all identical")
 
 
 def test_a_second_signal_quits_at_once_and_the_first_one_saves(tmp_path):
