@@ -27,6 +27,7 @@ from bsvae_jax.failure import failing_step
 from bsvae_jax.files import as_path
 from bsvae_jax.follower import Follower
 from bsvae_jax.interruption import Stop, stop_on_signals
+from bsvae_jax.lifeline import lifeline
 from bsvae_jax.parallel import (
     data_mesh,
     describe_devices,
@@ -398,6 +399,11 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
     """
     check_kind("config", config, Config, "load_config(path) reads one from a file")
     folder = as_path(workdir, "workdir")
+    with lifeline():
+        return _fit(config, folder, progress)
+
+
+def _fit(config: Config, folder: Path, progress: bool) -> FitResult:
     _check_agreement(config)
     mesh = data_mesh(config.devices, config.batch_size, config.gradient_accumulation)
     check_precision(config.precision, mesh.devices.flat[0].device_kind)

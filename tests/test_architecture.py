@@ -14,7 +14,7 @@ PACKAGE = Path(bsvae_jax.__file__).parent
 LAYERS = [
     ["errors", "figures", "footprint", "interruption"],
     ["chips", "hosts"],
-    ["files", "space", "events"],
+    ["files", "space", "events", "lifeline"],
     ["objective", "theory", "randomness", "sweep_figures", "evaluation_figures", "torchfile", "fid", "downloads"],
     ["objective", "theory", "randomness", "sweep_figures", "evaluation_figures", "torchfile", "fid", "downloads"],
     ["config", "layers", "flow_matching"],

@@ -153,19 +153,20 @@ def test_a_signal_during_the_agreement_counts_at_the_next_one(monkeypatch):
     assert Trainer._stopping(trainer)
 
 
-@pytest.mark.faults
-def test_a_process_that_dies_takes_the_other_with_it_within_a_minute(tmp_path):
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.faults), 1])
+def test_a_process_that_dies_takes_the_other_with_it_at_once(tmp_path, killed):
+    """A minute is allowed. Where process 0 dies, JAX notices as soon, and may be the one to end the other."""
     processes = start(tmp_path, [[], []], epochs=2000)
     end = time.monotonic() + 200
     while not (tmp_path / "run_0" / "checkpoints" / "15").is_dir() and time.monotonic() < end:
         time.sleep(0.2)
-    processes[1].kill()
-    killed = time.monotonic()
-    (status, text), _ = outcome(tmp_path, processes, seconds=100)
-    print(f"the other process ended after {time.monotonic() - killed:.1f} s with status {status}")
-    assert time.monotonic() - killed < 60
-    assert status != 0
-    assert "another process" in text.lower() or "another task" in text.lower()
+    processes[killed].kill()
+    begun = time.monotonic()
+    status, text = outcome(tmp_path, processes, seconds=100)[1 - killed]
+    print(f"the other process ended after {time.monotonic() - begun:.1f} s with status {status}")
+    assert time.monotonic() - begun < 60
+    sentence = f"error: Process {killed} has ended without a word" in text
+    assert (status == 1 and sentence) or (killed == 0 and "another task died" in text), (status, text)
 
 
 def test_processes_with_different_configs_are_told_in_what(tmp_path):
