@@ -171,6 +171,6 @@ class Lifeline:
             self._end(f"Process {process} has stopped with an error, which its own output gives. {_AGAIN}")
         else:
             self._end(
-                f"Process {process} has ended without a word (killed, out of memory, or after another; its own output may say), "
+                f"Process {process} has ended without a word (killed, out of memory, or after another; its output may say), "
                 f"and no other can go on without it. {_AGAIN}"
             )
