@@ -538,7 +538,7 @@ def test_killed_at_random_moments_while_it_prepares(tmp_path, own_cache, capsys)
                 killed = time.time()
                 process.communicate()
                 kept = [path.stat().st_mtime for path in (own_cache / "prepared").glob(".*/progress.jsonl")]  # a line a chunk
-                lost.append(killed - max(begun, *kept))
+                lost.append(killed - max([begun, *kept]))
         assert process.returncode == 0
         assert out.split()[0] == expected
         runs += 1
