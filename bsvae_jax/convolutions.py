@@ -10,12 +10,14 @@ even columns; both odd. Convolutions that XLA has are left to it on every backen
 written by hand moved more bytes and were slower.
 """
 
+import itertools
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from bsvae_jax.layers import exact
+from bsvae_jax.layers import as_float32, exact
 
 Maps = Float[Array, "batch height width channels"]
 Phases = Float[Array, "four_batch height width channels"]
@@ -51,27 +53,26 @@ def join_phases(phases: Phases, size: tuple[int, int]) -> Float[Array, "batch re
     return grid.reshape(-1, 2 * height, 2 * width, features)[:, : size[0], : size[1]]
 
 
-def _phase_weights() -> np.ndarray:
-    """1 where row `k` of a 3-row kernel leads from phase `source` of map row `m + offset - 1` to phase `target` of row `m`.
-
-    Indexed [offset, source, target, k]: in rows of the joined map, `2 (m + offset - 1) + source = 2 m + target + k - 1`.
-    """
-    offset, source, target, k = np.ogrid[0:3, 0:2, 0:2, 0:3]
-    return (2 * (offset - 1) + source == target + k - 1).astype(np.float32)
-
-
 def convolve_phases(phases: Phases, kernel: Kernel) -> Result:
     """`convolve(joined map, kernel, ((1, 1), (1, 1)))` from the phases of the map, joined: [4B, h, w, C] to [B, 2h, 2w, F].
 
-    The kernel is [3, 3, C, F]. Each phase of the result is a sum of 3x3 convolutions of the phases of the map, whose weights
-    are those of the kernel, most of them zero: four times the products, in a layer that has few (an image has few channels).
+    The kernel is [3, 3, C, F]. Made for few features F, an image's channels: each pixel is multiplied by all nine taps at once,
+    and what is shifted, added and interleaved are numbers of F, not of C, a pixel (kn2row, Vasudevan et al. 2017).
     """
-    features, precision = kernel.shape[-1], exact(kernel.dtype)
-    weights = jnp.asarray(_phase_weights(), kernel.dtype)
-    wide = jnp.einsum("ursk,vpqj,kjcf->rpuvcsqf", weights, weights, kernel, precision=precision)
-    wide = wide.reshape(4, 3, 3, kernel.shape[2], 4 * features)
-    around = (_AROUND, _AROUND)
-    out = sum(convolve(phase, wide[i], around) for i, phase in enumerate(jnp.split(phases, 4)))
-    batch, height, width, _ = out.shape  # type: ignore[union-attr]
-    grid = out.reshape(batch, height, width, 2, 2, features).transpose(0, 1, 3, 2, 4, 5)  # type: ignore[union-attr]
-    return grid.reshape(batch, 2 * height, 2 * width, features)
+    four_batch, height, width, channels = phases.shape
+    features = kernel.shape[-1]
+    products = convolve(phases, kernel.transpose(2, 0, 1, 3).reshape(1, 1, channels, 9 * features), (_NONE, _NONE))
+    # Split, not sliced: the gradient of a split puts shifted copies side by side, that of slices adds as many padded arrays.
+    each = jax.lax.split(products, [four_batch // 4] * 4, axis=0)
+    taps = [jax.lax.split(phase, [features] * 9, axis=3) for phase in each]
+    zero = jnp.zeros((), products.dtype)
+
+    def reaching(row: int, column: int) -> Iterator[Array]:
+        """What comes to phase [row, column] through each tap: to row 2 m + row of the map from row 2 m + row + y - 1."""
+        for y, x in itertools.product(range(3), range(3)):
+            (down, r), (right, c) = divmod(row + y - 1, 2), divmod(column + x - 1, 2)
+            shift = ((0, 0, 0), (-down, down, 0), (-right, right, 0), (0, 0, 0))
+            yield as_float32(jax.lax.pad(taps[2 * r + c][3 * y + x], zero, shift))
+
+    sums = [jnp.asarray(sum(reaching(row, column))) for row, column in itertools.product(range(2), range(2))]
+    return join_phases(jnp.concatenate(sums).astype(phases.dtype), (2 * height, 2 * width))

@@ -6,6 +6,7 @@ outer axis: `lift` with a `driving` runs the same function for all of them in on
 devices of the `"member"` axis.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -111,7 +112,27 @@ def lift(
         ins = tuple(spec if i in shared else _with_members(spec) for i, spec in enumerate(in_specs))
         outs = _with_members(out_specs)
     mapped = jax.shard_map(over_members, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
-    return jax.jit(mapped, donate_argnums=donate)
+    return jax.jit(mapped, donate_argnums=donate, compiler_options=_compiler_options(mesh.devices.flat[0].platform))
+
+
+_ON_CPU: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+"""Matrix products by YNNPACK, convolutions by Eigen: the default has both by YNNPACK, which takes a third longer to train the
+paper's network on 2 cores (JAX 0.10.2)."""
+
+
+@functools.cache
+def _compiler_options(platform: str) -> dict[str, Any] | None:
+    """What programs are compiled with; None where this JAX no longer knows the option."""
+    if platform != "cpu":
+        return None
+    try:
+        with jax.default_device(jax.devices("cpu")[0]):
+            jax.jit(lambda: 0, compiler_options=_ON_CPU).lower().compile()
+    except RuntimeError as error:
+        if "No such compile option" not in str(error) and "not a valid enum" not in str(error):
+            raise
+        return None
+    return _ON_CPU
 
 
 def _with_members(specs: Any) -> Any:
