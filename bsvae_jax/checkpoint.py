@@ -4,11 +4,14 @@ A checkpoint holds plain arrays only, so it restores onto any number of devices:
 """
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
 import logging
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,26 @@ def saved_steps(folder: Path) -> list[int]:
         return []
     with Checkpoints(folder, read_only=True) as checkpoints:
         return checkpoints.steps()
+
+
+@contextlib.contextmanager
+def _leftovers_unheard() -> Iterator[Callable[[], int]]:
+    """Of a checkpoint that does not load, Orbax asks for the first error only; what else it had begun complains at length.
+
+    TensorStore's threads do of an event loop that is closed, tasks that nobody asked when they are collected: call what is
+    yielded to collect them here.
+    """
+    log, complain = logging.getLogger("asyncio"), sys.unraisablehook
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
+            yield gc.collect
+    finally:
+        log.setLevel(level)
+        sys.unraisablehook = complain
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -194,18 +217,20 @@ class Checkpoints:
         target = jax.tree.map(ocp.tree.to_shape_dtype_struct, target)
         failures = []
         for candidate in candidates:
-            try:
-                state = self._restore(candidate, target)
-                if not self._read_only:
-                    self._move_aside(candidates[: candidates.index(candidate)])
-                return candidate, state
-            except NewerCheckpointError:
-                raise
-            except Exception as error:  # a damaged file surfaces as any of Orbax's, TensorStore's or JSON's errors
-                reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-                failures.append(f"{self.path(candidate)} does not load ({reason})")
-                if candidate != candidates[-1]:
-                    warn(f"{failures[-1]}; using the checkpoint before it.")
+            with _leftovers_unheard() as collect:
+                try:
+                    state = self._restore(candidate, target)
+                    if not self._read_only:
+                        self._move_aside(candidates[: candidates.index(candidate)])
+                    return candidate, state
+                except NewerCheckpointError:
+                    raise
+                except Exception as error:  # a damaged file surfaces as any of Orbax's, TensorStore's or JSON's errors
+                    reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+                    failures.append(f"{self.path(candidate)} does not load ({reason})")
+                collect()  # the error as well is gone by now, and holds nothing
+            if candidate != candidates[-1]:
+                warn(f"{failures[-1]}; using the checkpoint before it.")
         if step is not None and not self._read_only and self.path(step).is_dir():
             self._move_aside(candidates)
             raise DamagedCheckpointError(f"{failures[0]}; it was moved to {self._folder.parent / 'damaged_checkpoints'}.")
