@@ -5,7 +5,7 @@
 MNIST is downloaded and prepared at the first use, without TensorFlow. Where there is no network, `--data.manual-dir FOLDER`
 names the folder of its four canonical files, train-images-idx3-ubyte.gz and its companions.
 
-Hardware and time: an accelerator for the 50 epochs; a step of 128 images takes 0.27-0.45 s on 2 CPU cores; 4 epochs took
+Hardware and time: an accelerator for the 50 epochs; a step of 128 images takes 0.26-0.28 s on 2 CPU cores; 4 epochs took
 28 minutes beside other jobs. Expect after `--epochs 4` (measured on CPU, seed 0), on the test set:
 
     objective          -556 +- 3 nats: distortion -618, rate 62.3
