@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,13 +109,21 @@ class Checkpoints:
         if damaged and not read_only:
             self._set_aside(damaged)
         try:
-            self._manager = self._open()
+            self._manager = self._open_beside_a_writer() if read_only else self._open()
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             named = f" of step {', '.join(map(str, damaged))}" if damaged else ""
             raise UserError(
                 f"{self._folder} does not open: the metrics{named} are damaged ({type(error).__name__}: {error}). Repeat "
                 "the command that trained it: it moves that step aside and continues from another."
             ) from error
+
+    def _open_beside_a_writer(self) -> ocp.CheckpointManager:
+        """A run that goes on meanwhile may delete an old step while it is being read: looked at again, it is not there."""
+        for _ in range(4):
+            with contextlib.suppress(FileNotFoundError):
+                return self._open()
+            time.sleep(0.25)
+        return self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         best = BestN(get_metric_fn=lambda metrics: -metrics["objective"], n=1, keep_checkpoints_without_metrics=False)
@@ -229,11 +238,15 @@ class Checkpoints:
                     reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
                     failures.append(f"{self.path(candidate)} does not load ({reason})")
                 collect()  # the error as well is gone by now, and holds nothing
-            if candidate != candidates[-1]:
+            if candidate != candidates[-1] and self.path(candidate).is_dir():
                 warn(f"{failures[-1]}; using the checkpoint before it.")
         if step is not None and not self._read_only and self.path(step).is_dir():
             self._move_aside(candidates)
             raise DamagedCheckpointError(f"{failures[0]}; it was moved to {self._folder.parent / 'damaged_checkpoints'}.")
+        if step is None and self._read_only:
+            self._manager.reload()
+            if self.steps()[::-1] != candidates:  # a run goes on meanwhile, and has saved later steps and deleted these
+                return self.restore(target, None, warn)
         raise UserError(f"No checkpoint loads: {'; '.join(failures)}. Move the folder away to start again.")
 
     def _restore(self, step: int, target: Any) -> Any:
@@ -251,6 +264,8 @@ class Checkpoints:
         """Steps whose metrics do not read; Orbax opens no folder that has one."""
         damaged = []
         for path in self._folder.glob("[0-9]*/metrics/metrics"):
+            if not path.parts[-3].isdigit():  # being written, or left by a kill; Orbax takes no notice
+                continue
             try:
                 valid = isinstance(json.loads(path.read_bytes())["objective"], float | int)
             except (ValueError, TypeError, KeyError, OSError):

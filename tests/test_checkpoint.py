@@ -138,3 +138,48 @@ def test_saved_steps_need_no_folder_and_make_none(tmp_path):
         for step in (4, 10):
             checkpoints.save(step, _state(1.0), 0.0)
     assert saved_steps(tmp_path / "checkpoints") == [4, 10]
+
+
+def test_what_a_kill_left_of_a_save_is_no_damaged_checkpoint(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, _state(1.0), 0.0)
+    left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "metrics"
+    left.mkdir(parents=True)
+    (left / "metrics").write_text('{"objec')
+    for read_only in (True, False):
+        with Checkpoints(tmp_path / "checkpoints", read_only=read_only) as checkpoints:
+            assert checkpoints.restore(_state(0.0))[0] == 1
+    assert not (tmp_path / "damaged_checkpoints").exists()
+
+
+def test_a_step_that_a_run_deletes_while_it_is_read_is_no_damaged_checkpoint(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, _state(1.0), 0.0)
+    opened, looks = Checkpoints._open, []
+
+    def beside_a_writer(self):
+        looks.append(self)
+        if len(looks) < 3:
+            raise FileNotFoundError("checkpoints/0/metrics/metrics")
+        return opened(self)
+
+    monkeypatch.setattr(Checkpoints, "_open", beside_a_writer)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [1]
+    looks.clear()
+    with pytest.raises(UserError, match="does not open"):
+        Checkpoints(tmp_path / "checkpoints")
+
+
+def test_steps_that_a_run_replaces_while_they_are_read_are_looked_for_again(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as writer:
+        writer.save(1, _state(1.0), 1.0)
+        writer.wait()
+        with Checkpoints(tmp_path / "checkpoints", read_only=True) as reader:
+            for step in (2, 3, 4):
+                writer.save(step, _state(float(step)), 1.0 - step)
+            writer.wait()
+            assert not (tmp_path / "checkpoints" / "1").exists()
+            warnings: list[str] = []
+            assert reader.restore(_state(0.0), warn=warnings.append)[0] == 4
+            assert not warnings
