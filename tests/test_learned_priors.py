@@ -328,7 +328,7 @@ def test_more_pseudo_inputs_than_training_images(tmp_path):
     check_against_data(dataclasses.replace(SMALL, prior=VampPrior(1500)), data.load(SMALL.data))
 
 
-@pytest.mark.parametrize("prior", [VampPrior(5), Flow(3, 8)], ids=str)
+@pytest.mark.parametrize("prior", [VampPrior(5), pytest.param(Flow(3, 8), marks=pytest.mark.slow)], ids=str)
 def test_an_interrupted_run_continues_to_the_same_numbers(prior, tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, prior=prior)
     expected = fit(config, tmp_path / "whole", progress=False)

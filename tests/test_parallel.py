@@ -87,7 +87,13 @@ def test_many_devices_take_the_step_of_one(run, decoder_variance, images, key):
     _check_against_one_device(run, decoder_variance, MLP((8,)), images, key, (1, 2, 4, 8))
 
 
-@pytest.mark.parametrize("decoder_variance", VARIANCES, ids=str)
+# Each variance model without BatchNorm is above; here those that share nothing over the batch are alike.
+ALIKE = {Constant, Learned, Predicted}
+
+
+@pytest.mark.parametrize(
+    "decoder_variance", [pytest.param(v, marks=pytest.mark.slow if type(v) in ALIKE else ()) for v in VARIANCES], ids=str
+)
 def test_batch_norm_averages_over_devices(decoder_variance, images, key):
     _check_against_one_device(_shard_map_step, decoder_variance, Residual((4,)), images, key, (8,))
 

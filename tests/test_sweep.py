@@ -175,7 +175,7 @@ RATES = Sweep((4.0,), (Optimal(), Learned()), 1, learning_rate=(1e-3, 1e-2, 3e-3
         (CONSTANTS, [4], "loop"),
         (CONSTANTS, [4], "vmap"),
         (RATES, [3, 3], "scan"),
-        (RATES, [3, 3], "vmap"),
+        pytest.param(RATES, [3, 3], "vmap", marks=pytest.mark.slow),
         pytest.param(CONSTANTS, [4], "scan", marks=pytest.mark.slow),
         pytest.param(RATES, [3, 3], "loop", marks=pytest.mark.slow),
     ],
