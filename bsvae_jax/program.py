@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from bsvae_jax import objective
-from bsvae_jax.config import Config
+from bsvae_jax.config import CONVOLUTIONAL, Config
 from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder
 from bsvae_jax.data.order import steps_through
 from bsvae_jax.footprint import memory_sizes
@@ -88,6 +88,7 @@ def lift_training(config: Config, data: DataShape, mesh: Mesh, driving: Driving,
         donate=(0,),
         driving=driving,
         shared=(1, 3) if resident else (2,),
+        convolutional=isinstance(config.network, CONVOLUTIONAL),
     )
 
 
