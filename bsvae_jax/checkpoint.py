@@ -62,11 +62,11 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 @contextlib.contextmanager
-def _leftovers_unheard() -> Iterator[Callable[[], int]]:
+def _leftovers_unheard() -> Iterator[None]:
     """Of a checkpoint that does not load, Orbax asks for the first error only; what else it had begun complains at length.
 
-    TensorStore's threads do of an event loop that is closed, tasks that nobody asked when they are collected: call what is
-    yielded to collect them here.
+    TensorStore's threads do of an event loop that is closed, tasks that nobody asked when they are collected: collect them
+    within the block.
     """
     log, complain = logging.getLogger("asyncio"), sys.unraisablehook
     level = log.level
@@ -75,7 +75,7 @@ def _leftovers_unheard() -> Iterator[Callable[[], int]]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
-            yield gc.collect
+            yield
     finally:
         log.setLevel(level)
         sys.unraisablehook = complain
@@ -226,7 +226,7 @@ class Checkpoints:
         target = jax.tree.map(ocp.tree.to_shape_dtype_struct, target)
         failures = []
         for candidate in candidates:
-            with _leftovers_unheard() as collect:
+            with _leftovers_unheard():
                 try:
                     state = self._restore(candidate, target)
                     if not self._read_only:
@@ -237,7 +237,7 @@ class Checkpoints:
                 except Exception as error:  # a damaged file surfaces as any of Orbax's, TensorStore's or JSON's errors
                     reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
                     failures.append(f"{self.path(candidate)} does not load ({reason})")
-                collect()  # the error as well is gone by now, and holds nothing
+                gc.collect()  # the error as well is gone by now, and holds nothing
             if candidate != candidates[-1] and self.path(candidate).is_dir():
                 warn(f"{failures[-1]}; using the checkpoint before it.")
         if step is not None and not self._read_only and self.path(step).is_dir():

@@ -45,6 +45,14 @@ def _end(message: str) -> None:
     os._exit(1)
 
 
+def _read(line: socket.socket, count: int) -> bytes:
+    """So many bytes, however they were divided on their way; fewer where the other end has closed."""
+    words = b""
+    while len(words) < count and (more := line.recv(count - len(words))):
+        words += more
+    return words
+
+
 @contextlib.contextmanager
 def lifeline(end: Callable[[str], None] = _end) -> Iterator[None]:
     """Within the block, which all processes enter and leave together, the death of any of them ends the others.
@@ -107,7 +115,7 @@ class Lifeline:
                 continue
             try:
                 line.sendall(token + process.to_bytes(4, "big"))
-                known = hmac.compare_digest(line.recv(len(token), socket.MSG_WAITALL), token)
+                known = hmac.compare_digest(_read(line, len(token)), token)
             except OSError:  # something else that has this port, on another machine of this address
                 known = False
             if known:
@@ -143,7 +151,7 @@ class Lifeline:
         """Keep the connection if it is one of the other processes: the token came to them over the collective."""
         line.settimeout(PATIENCE)
         try:
-            words = line.recv(len(token) + 4, socket.MSG_WAITALL)
+            words = _read(line, len(token) + 4)
             known = hmac.compare_digest(words[: len(token)], token)
             line.sendall(token if known else b"")
         except OSError:

@@ -379,7 +379,8 @@ def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult
 
     Args:
       config: the experiment.
-      workdir: a folder of this run alone; with several processes (`hosts.join`), that of process 0 only.
+      workdir: a folder of this run alone; with several processes (`hosts.join`), that of process 0 only. If one of them dies,
+        the others say so and end, with status 1: they wait for it in the middle of a step.
       progress: show a progress bar and messages.
 
     >>> import tempfile

@@ -101,6 +101,19 @@ def test_strangers_are_sent_away(words, lines, told):
     assert told.empty()
 
 
+def test_an_introduction_may_come_in_pieces(lines, told):
+    (first, *_), place = lines
+    until(lambda: len(first._lines) == 2)
+    token = bytes.fromhex(place["token"])
+    with socket.create_connection(("localhost", place["port"])) as late:
+        late.sendall(token[:7])
+        time.sleep(0.3)
+        late.sendall(token[7:] + (3).to_bytes(4, "big"))
+        assert late.recv(len(token)) == token
+        until(lambda: len(first._lines) == 3)
+    assert "Process 3 has ended without a word" in told.get(timeout=SOON)
+
+
 def test_a_port_of_something_else_is_not_taken_for_process_0(told, monkeypatch):
     monkeypatch.setattr(lifeline, "PATIENCE", 0.2)
     with socket.create_server(("localhost", 0)) as other:
