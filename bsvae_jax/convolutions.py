@@ -28,10 +28,10 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 _NONE, _AFTER, _AROUND = (0, 0), (0, 1), (1, 1)
 
 
-def convolve(x: Maps, kernel: Kernel, padding: Padding) -> Result:
-    """Convolution of stride 1 of maps [B, h, w, C] with a kernel [rows, columns, C, F]."""
+def convolve(x: Maps, kernel: Kernel, padding: Padding, stride: int = 1) -> Result:
+    """Convolution of maps [B, h, w, C] with a kernel [rows, columns, C, F]."""
     return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=exact(x.dtype)
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=exact(x.dtype)
     )
 
 

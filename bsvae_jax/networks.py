@@ -12,13 +12,14 @@ variance (n / (n - 1)), Flax with the biased one; at evaluation both use what is
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from bsvae_jax.config import MLP, Linear, Network, Residual, Spatial
 from bsvae_jax.convolutions import convolve, convolve_phases, join_phases, transposed_phases
-from bsvae_jax.layers import as_float32, convolution, dense, stage_size
+from bsvae_jax.layers import KERNELS, ZEROS, as_float32, dense, stage_size
 from bsvae_jax.spatial import SpatialDecoder, SpatialEncoder
 
 Images = Float[Array, "batch height width channels"]
@@ -130,6 +131,32 @@ def batch_norm(train: bool, axis_name: str | None, dtype: Any, name: str | None 
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, name=name)
 
 
+def idle(bias: Float[Array, " features"]) -> Float[Array, " features"]:
+    """A bias in front of a BatchNorm, which subtracts whatever it adds; published networks have them.
+
+    Its gradient is zero but for rounding. It is not computed: that would take one more pass over the largest maps.
+    """
+    return jax.lax.stop_gradient(bias)
+
+
+class NormalizedConvolution(nn.Module):
+    """`kernel_size` x `kernel_size` convolution padded by `kernel_size // 2`, as PyTorch pads; a BatchNorm follows it."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Images) -> FeatureMaps:
+        """Maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
+        side = (self.kernel_size // 2, self.kernel_size // 2)
+        kernel = self.param("kernel", KERNELS, (self.kernel_size, self.kernel_size, x.shape[-1], self.features))
+        bias = self.param("bias", ZEROS, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, idle(bias), dtype=self.dtype)
+        return convolve(x, kernel, (side, side), self.stride) + bias.reshape(1, 1, 1, -1)
+
+
 class TransposedConvolution(nn.Module):
     """3x3 transposed convolution with padding 1: PyTorch's `ConvTranspose2d(in, features, 3, stride, 1, output_padding)`.
 
@@ -140,13 +167,16 @@ class TransposedConvolution(nn.Module):
     stride: int
     phases: bool = False
     """Stride 2: leave the result as its phases; stride 1: the maps are given as phases. See `convolutions`."""
+    normalized: bool = False
+    """A BatchNorm follows."""
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Images, size: tuple[int, int]) -> Float[Array, "maps map_height map_width features"]:
         """Maps [B, h, w, C] to [B, *size, features]; in phases, [4B, h, w, C] or [4B, h, w, features]."""
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", KERNELS, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", ZEROS, (self.features,))
+        bias = idle(bias) if self.normalized else bias
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         if self.stride == 2:
             out = transposed_phases(x, kernel)
@@ -172,12 +202,12 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> FeatureMaps:
         """Feature maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
-        y = convolution(self.features, 3, self.stride, self.dtype, name="conv1")(x)
+        y = NormalizedConvolution(self.features, 3, self.stride, self.dtype, name="conv1")(x)
         y = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="norm1")(y))
-        y = convolution(self.features, 3, 1, self.dtype, name="conv2")(y)
+        y = NormalizedConvolution(self.features, 3, 1, self.dtype, name="conv2")(y)
         y = batch_norm(train, self.axis_name, self.dtype, name="norm2")(y)
         if self.stride != 1 or x.shape[-1] != self.features:
-            x = convolution(self.features, 1, self.stride, self.dtype, name="shortcut_conv")(x)
+            x = NormalizedConvolution(self.features, 1, self.stride, self.dtype, name="shortcut_conv")(x)
             x = batch_norm(train, self.axis_name, self.dtype, name="shortcut_norm")(x)
         return nn.leaky_relu(y + x)
 
@@ -239,11 +269,11 @@ class ResidualDecoder(nn.Module):
         phases = (height % 2, width % 2) == (0, 0)
         for stage, feature in enumerate((*features[1:], features[-1])):
             last = stage == stages - 1
-            conv = TransposedConvolution(feature, 2, phases and last, self.dtype, name=f"stage{stage}_conv")
+            conv = TransposedConvolution(feature, 2, phases and last, True, self.dtype, name=f"stage{stage}_conv")
             norm = batch_norm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")
             run = nn.remat(_upsample, static_argnums=(3,)) if self.rematerialize else _upsample
             x = run(conv, norm, x, sizes[stage + 1])
-        x = TransposedConvolution(channels, 1, phases, self.dtype, name="image")(x, (height, width))
+        x = TransposedConvolution(channels, 1, phases, dtype=self.dtype, name="image")(x, (height, width))
         return as_float32(x)
 
 
