@@ -457,6 +457,7 @@ def evaluate(
     bound_images: int | None = None,
     fid: int | None = None,
     protocol: Literal["standard", "paper"] = "standard",
+    fid_network: Literal["inception", "lenet"] = "inception",
     inception_weights: Path | None = None,
     prior: Literal["model", "fitted"] = "model",
     figures: bool = True,
@@ -475,7 +476,9 @@ def evaluate(
       bound_images: Take that bound of the first so many images only.
       fid: Compute FID and KID with so many samples of the prior against the images of each split; 10,000 is usual.
       protocol: The paper stretches the contrast of each of 25,600 samples before FID; its numbers are marked as such.
-      inception_weights: Weights of the FID network, pytorch-fid's .pth or an .npz; downloaded at first use if not given.
+      fid_network: The published network; or a LeNet trained here on the classes of the data, as for KID of MNIST, whose numbers
+        have names of their own and need no download.
+      inception_weights: Weights of the published network, pytorch-fid's .pth or an .npz; downloaded at first use if not given.
       prior: fitted gives the numbers under the density of bsvae fit-prior as well, beside those of the model's own.
       figures: Draw figures; --figures False leaves them out.
     """
@@ -492,10 +495,15 @@ def evaluate(
         fid = PAPER_SAMPLES
     if fid is None and inception_weights is not None:
         raise UserError("--inception-weights is for FID; give --fid N, the number of samples, as well.")
+    if fid is None and fid_network != "inception":
+        raise UserError("--fid-network is for FID; give --fid N, the number of samples, as well.")
+    if fid_network == "lenet" and inception_weights is not None:
+        raise UserError("--inception-weights is for --fid-network inception; lenet is trained on the data.")
     options = None
     if fid is not None:
-        options = Fid(fid, protocol=protocol)
-        options = dataclasses.replace(options, weights=load_weights(inception_weights))
+        options = Fid(fid, protocol=protocol, network=fid_network)
+        if fid_network == "inception":
+            options = dataclasses.replace(options, weights=load_weights(inception_weights))
     is_sweep = (workdir / "sweep.json").is_file()
     load_once = functools.cache(load)  # members of a sweep share their data
     for folder in _finished_members(workdir) if is_sweep else [workdir]:

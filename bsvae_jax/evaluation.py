@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bsvae_jax import aggregate, details, feature_statistics, fid, inception, likelihood
+from bsvae_jax import aggregate, details, feature_statistics, fid, inception, lenet, likelihood
 from bsvae_jax.checkpoint import digest
 from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.errors import UserError, check_kind, nearest
+from bsvae_jax.features import FeatureNetwork
 from bsvae_jax.files import as_path, cache_folder, read_arrays, write_atomically
 from bsvae_jax.likelihood import Density, ImportanceScores
 from bsvae_jax.loading import Restored
@@ -45,10 +46,10 @@ class Fid:
     """How FID (Heusel et al. 2017) and KID (Binkowski et al. 2018) are computed.
 
     >>> Fid(samples=PAPER_SAMPLES, protocol="paper")  # for `evaluate(..., fid_options=...)`
-    Fid(samples=25600, weights=None, protocol='paper')
+    Fid(samples=25600, weights=None, protocol='paper', network='inception')
 
     Raises:
-      UserError: fewer than 4 samples, or another protocol.
+      UserError: fewer than 4 samples, another protocol or network, or what does not go with 'lenet'.
     """
 
     samples: int = 10_000
@@ -57,6 +58,8 @@ class Fid:
     """Of `inception.load_weights`; None: downloaded at first use."""
     protocol: Literal["standard", "paper"] = "standard"
     """'paper': every sample's contrast is stretched to [0, 1] first, as the code of Kim & Lee (2024) does; not comparable."""
+    network: Literal["inception", "lenet"] = "inception"
+    """'lenet': a small network trained on the classes of the data, for `lenet_fid` and `lenet_kid`; see the module `lenet`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.samples, int) or self.samples < 4:
@@ -65,6 +68,11 @@ class Fid:
             check_kind("weights", self.weights, inception.Weights, "inception.load_weights reads them")
         if self.protocol not in ("standard", "paper"):
             raise UserError(f"The protocol must be 'standard' or 'paper', got {self.protocol!r}.")
+        if self.network not in ("inception", "lenet"):
+            raise UserError(f"The network must be 'inception' or 'lenet', got {self.network!r}.")
+        if self.network == "lenet" and (self.weights is not None or self.protocol == "paper"):
+            other = "weights are" if self.weights is not None else "the paper's protocol is"
+            raise UserError(f"{other.capitalize()} for the network 'inception'; 'lenet' is trained on the data.")
 
 
 class SplitEvaluation(NamedTuple):
@@ -125,18 +133,15 @@ def evaluate(
 
     Raises:
       UserError: an unknown split, images of another shape than the model's, a number out of range, or a model whose
-        parameters are not finite; for FID, images of neither 1 nor 3 channels, or weights that cannot be had.
+        parameters are not finite; for FID, images of neither 1 nor 3 channels, weights that cannot be had, or for 'lenet'
+        images without classes.
     """
     _check(run, images, splits, samples, bound_images)
     check_kind("fid_options", fid_options, (Fid, type(None)))
     workdir = None if workdir is None else as_path(workdir, "workdir")
     if workdir is not None and not workdir.is_dir():
         raise UserError(f"There is no folder {workdir}; workdir must name one, or be None.")
-    weights = None
-    if fid_options is not None:
-        if images.image_shape[2] not in (1, 3):
-            raise UserError(f"FID takes images of 1 or 3 channels, these have {images.image_shape[2]}.")
-        weights = fid_options.weights or inception.load_weights()
+    network = None if fid_options is None else _feature_network(fid_options, images, progress)
     mesh = data_mesh()
     variables = replicate(run.variables, mesh)
 
@@ -163,13 +168,13 @@ def evaluate(
         )
         evaluated[split] = parts
         report[split] = summarize(scores[split], run.config.beta, calibration) | _quantities(parts, images, samples)
-    if fid_options is not None and weights is not None:
+    if fid_options is not None and network is not None:
         folder = cache_folder() / "samples" if workdir is None else workdir
-        made_of = (digest(run.variables)[:16], fid_options.protocol, weights.source[:16], str(fid_options.samples))
+        made_of = (digest(run.variables)[:16], fid_options.protocol, network.source[:16], str(fid_options.samples))
         kept = folder / f".fid-{'-'.join(made_of)}.npz"
-        drawn = _sample_statistics(run, weights, fid_options, mesh, kept, progress)
+        drawn = _sample_statistics(run, network, fid_options, mesh, kept, progress)
         for split in splits:
-            report[split] |= _fid_quantities(drawn, images, split, weights, fid_options, mesh, progress)
+            report[split] |= _fid_quantities(drawn, images, split, network, fid_options, mesh, progress)
         kept.unlink(missing_ok=True)  # of no use once the distances are known
     return Evaluated(report, evaluated, calibration)
 
@@ -260,7 +265,7 @@ def _evaluate_split(
 
 _OF_THE_PRIOR = (
     *("rate", "profile_elbo", "calibrated_elbo", "calibrated_bits_per_dimension", "calibrated_elbo_per_pixel_variance"),
-    *("aggregate_kl", "effective_samples", "fid", "kid"),
+    *("aggregate_kl", "effective_samples", "fid", "kid", "lenet_fid", "lenet_kid"),
 )
 _BOUNDS = ("importance_weighted_bound", "own_importance_weighted_bound", "fid_", "kid_")
 
@@ -380,6 +385,14 @@ def _bound_quantities(
 # --- FID --------------------------------------------------------------------------------------------------------------
 
 
+def _feature_network(options: Fid, images: ImageSet, progress: bool) -> FeatureNetwork:
+    if images.image_shape[2] not in (1, 3):
+        raise UserError(f"FID takes images of 1 or 3 channels, these have {images.image_shape[2]}.")
+    if options.network == "lenet":
+        return lenet.network(images, progress)
+    return (options.weights or inception.load_weights()).network()
+
+
 def _as_8_bits(images: np.ndarray, levels: int) -> np.ndarray:
     return (
         images
@@ -394,7 +407,7 @@ def _groups(stored: np.ndarray, levels: int, first: int) -> Iterator[np.ndarray]
 
 
 def _sample_statistics(
-    run: Restored, weights: inception.Weights, options: Fid, mesh: Mesh, path: Path, progress: bool
+    run: Restored, network: FeatureNetwork, options: Fid, mesh: Mesh, path: Path, progress: bool
 ) -> feature_statistics.FeatureStatistics:
     seed = int(jax.random.bits(jax.random.fold_in(jax.random.key(run.config.seed), FID_SALT)))
 
@@ -402,11 +415,11 @@ def _sample_statistics(
         for means in sample_batches(run, options.samples, seed, first):
             yield to_8_bits(stretch_contrast(means) if options.protocol == "paper" else means)
 
-    return _statistics(weights, drawn, options.samples, mesh, path, "FID features of samples", progress)
+    return _statistics(network, drawn, options.samples, mesh, path, f"{network.name}: samples", progress)
 
 
 def _statistics(
-    weights: inception.Weights,
+    network: FeatureNetwork,
     images: Callable[[int], Iterator[np.ndarray]],
     total: int,
     mesh: Mesh,
@@ -416,43 +429,44 @@ def _statistics(
 ) -> feature_statistics.FeatureStatistics:
     with ProgressBar(total, 0, progress) as bar:
         bar.describe(description)
-        return feature_statistics.feature_statistics(weights, images, total, mesh, path, bar.update, bar.update)
+        return feature_statistics.feature_statistics(network, images, total, mesh, path, bar.update, bar.update)
 
 
 def _fid_quantities(
     drawn: feature_statistics.FeatureStatistics,
     images: ImageSet,
     split: str,
-    weights: inception.Weights,
+    network: FeatureNetwork,
     options: Fid,
     mesh: Mesh,
     progress: bool,
 ) -> dict[str, Quantity]:
     stored = getattr(images, split)
-    path = cache_folder() / "fid" / f"{images.fingerprint()[:32]}-{split}-{weights.source[:16]}.npz"
+    path = cache_folder() / "fid" / f"{images.fingerprint()[:32]}-{split}-{network.source[:16]}.npz"
     reference = _statistics(
-        weights,
+        network,
         functools.partial(_groups, stored, images.levels),
         len(stored),
         mesh,
         path,
-        f"FID features of the {split} images (kept in {path.parent})",
+        f"{network.name}: {split} images (kept in {path.parent})",
         progress,
     )
     few = min(reference.moments.size, drawn.moments.size)
-    if few <= inception.FEATURES:
+    if few <= network.size:
         warn(
-            f"FID of {few} images has covariances of rank {few - 1} in {inception.FEATURES} dimensions and is far too high; "
-            f"use more than {inception.FEATURES:,}, 10,000 to be comparable. KID is unbiased."
+            f"FID of {few} images has covariances of rank {few - 1} in {network.size} dimensions and is far too high; "
+            f"use more than {network.size:,}, 10,000 to be comparable. KID is unbiased."
         )
     moments = (drawn.moments, reference.moments)
     distance = fid.frechet_distance(*(part for m in moments for part in (m.mean, m.covariance)))
     kernel = fid.kernel_distance(drawn.features, reference.features)
     paper = "" if options.protocol == "standard" else "; PAPER'S PROTOCOL: contrast of each sample stretched"
-    other = "" if weights.published else "; NOT the published weights"
-    against = f"{drawn.moments.size} samples against {reference.moments.size} {split} images{paper}{other}"
+    against = f"{drawn.moments.size} samples against {reference.moments.size} {split} images{paper}{network.note}"
     suffix = "" if options.protocol == "standard" else "_paper_protocol"
     return {
-        f"fid{suffix}": Quantity(distance, None, "", f"Frechet inception distance, {against}"),
-        f"kid{suffix}": Quantity(kernel.value, kernel.standard_error, "", f"kernel inception distance (unbiased), {against}"),
+        f"{network.prefix}fid{suffix}": Quantity(distance, None, "", f"Frechet {network.name} distance, {against}"),
+        f"{network.prefix}kid{suffix}": Quantity(
+            kernel.value, kernel.standard_error, "", f"kernel {network.name} distance (unbiased), {against}"
+        ),
     }

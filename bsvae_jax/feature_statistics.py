@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from bsvae_jax import fid
 from bsvae_jax.errors import UserError
+from bsvae_jax.features import FeatureNetwork
 from bsvae_jax.files import read_arrays, write_atomically
-from bsvae_jax.inception import FEATURES, Weights, features
 from bsvae_jax.sampling import BATCH
 
 GROUP = BATCH
@@ -27,11 +27,11 @@ class FeatureStatistics(NamedTuple):
 
     moments: fid.Moments
     features: np.ndarray
-    """Of the first `KEPT` images, float32 [n, 2048]."""
+    """Of the first `KEPT` images, float32 [n, d]."""
 
 
-def read(path: Path) -> FeatureStatistics | None:
-    """The statistics in a file so far; None where there is no such file.
+def read(path: Path, size: int) -> FeatureStatistics | None:
+    """The statistics of features of length `size` in a file so far; None where there is no such file.
 
     Raises:
       UserError: a damaged file.
@@ -41,8 +41,8 @@ def read(path: Path) -> FeatureStatistics | None:
     remedy = "delete it, and it is computed again"
     arrays = read_arrays(path, remedy)
     shapes = {name: array.shape for name, array in arrays.items()}
-    kept = (min(int(arrays["size"]), KEPT) if shapes.get("size") == () else -1, FEATURES)
-    if shapes != {"size": (), "mean": (FEATURES,), "scatter": (FEATURES, FEATURES), "features": kept}:
+    kept = (min(int(arrays["size"]), KEPT) if shapes.get("size") == () else -1, size)
+    if shapes != {"size": (), "mean": (size,), "scatter": (size, size), "features": kept}:
         raise UserError(f"{path} is damaged (arrays of shapes {shapes}); {remedy}.")
     return FeatureStatistics(fid.Moments(int(arrays["size"]), arrays["mean"], arrays["scatter"]), arrays["features"])
 
@@ -55,7 +55,7 @@ def _write(path: Path, statistics: FeatureStatistics) -> None:
 
 
 def feature_statistics(
-    weights: Weights,
+    network: FeatureNetwork,
     images: Callable[[int], Iterator[np.ndarray]],
     total: int,
     mesh: Mesh,
@@ -66,18 +66,19 @@ def feature_statistics(
     """Statistics of `total` images, from the file at `path` as far as it has come, and written to it.
 
     Args:
-      weights: of the network.
+      network: whose features.
       images: given a multiple of `GROUP`, the images from there on, uint8, in batches of `GROUP` (the last one shorter).
       total: how many there are.
       mesh: of `data_mesh`.
-      path: of the file; its name must identify weights and images.
+      path: of the file; its name must identify network and images.
       begin: told the number of images that the file knows already.
       progress: told the number of images done since it was told before.
 
     Raises:
       UserError: images that are not 8-bit of 1 or 3 channels, or a damaged file.
     """
-    known = read(path) or FeatureStatistics(fid.no_moments(FEATURES), np.zeros((0, FEATURES), np.float32))
+    size = network.size
+    known = read(path, size) or FeatureStatistics(fid.no_moments(size), np.zeros((0, size), np.float32))
     begin(known.moments.size)
     if known.moments.size == total:
         return known
@@ -88,7 +89,7 @@ def feature_statistics(
         return FeatureStatistics(moments, np.concatenate(kept)[:KEPT])
 
     for group in images(moments.size):
-        found = np.concatenate(list(features(weights.variables, [group], mesh, batch_size)))
+        found = np.concatenate(list(network.features([group], mesh, batch_size)))
         moments = fid.add(moments, found)
         if sum(map(len, kept)) < KEPT:
             kept.append(found)

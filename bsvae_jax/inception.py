@@ -8,8 +8,7 @@ antialiasing) and scaled to [-1, 1]; one grey channel is repeated to three. All 
 The weights are those of pytorch-fid (`pt_inception-2015-12-05-6726825d.pth`), as published or converted to `.npz`.
 """
 
-import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from bsvae_jax.downloads import Download, fetch
 from bsvae_jax.errors import UserError
+from bsvae_jax.features import FeatureNetwork
 from bsvae_jax.files import cache_folder, read_arrays, sha256_of
-from bsvae_jax.parallel import DATA_AXIS, REPLICATED, SHARDED, lift, replicate
 from bsvae_jax.torchfile import read_state_dict
 
 FEATURES = 2048
@@ -198,61 +196,9 @@ def resize(images: UInt8[Array, "batch _ _ _"]) -> Float[Array, "batch 299 299 3
     return 2.0 * resized - 1.0
 
 
-def _features(variables: Mapping[str, Any], images: Array) -> Array:
+def features(variables: Mapping[str, Any], images: UInt8[Array, "batch _ _ _"]) -> Float[Array, "batch 2048"]:
+    """Of 8-bit images of 1 or 3 channels: what FID compares."""
     return Inception().apply(variables, resize(images))  # type: ignore[return-value]
-
-
-@functools.cache
-def _lifted(mesh: Mesh) -> Any:
-    return lift(_features, mesh, (REPLICATED, SHARDED), SHARDED)
-
-
-def features(variables: Mapping[str, Any], batches: Iterable[np.ndarray], mesh: Mesh, batch_size: int) -> Iterator[np.ndarray]:
-    """Features of a stream of images, computed in batches of one size over all devices of the mesh.
-
-    Args:
-      variables: of `load_weights`.
-      batches: uint8 [n, H, W, C], C of 1 or 3, of any n; all of one H, W, C.
-      mesh: of `data_mesh`.
-      batch_size: images per device call, rounded up to a multiple of the devices.
-
-    Yields:
-      float32 [n, 2048], in the order of the images.
-
-    Raises:
-      UserError: images that are not 8-bit, or of another number of channels.
-    """
-    devices = mesh.shape[DATA_AXIS]
-    batch_size = -(-batch_size // devices) * devices
-    variables = replicate(variables, mesh)
-    compute, previous = _lifted(mesh), None
-    for batch in _rebatch(batches, batch_size):
-        padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-        current = (compute(variables, padded), len(batch))
-        if previous is not None:  # one batch in flight while the one before is fetched
-            yield np.asarray(previous[0])[: previous[1]]
-        previous = current
-    if previous is not None:
-        yield np.asarray(previous[0])[: previous[1]]
-
-
-def _rebatch(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same images in batches of `size`, the last one shorter."""
-    waiting: list[np.ndarray] = []
-    for batch in batches:
-        if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-1] not in (1, 3):
-            raise UserError(
-                f"FID takes 8-bit images [N, H, W, C] with 1 or 3 channels, got {batch.dtype} of shape {batch.shape}."
-            )
-        waiting.append(batch)
-        joined = np.concatenate(waiting) if sum(map(len, waiting)) >= size else None
-        while joined is not None and len(joined) >= size:
-            yield joined[:size]
-            joined = joined[size:]
-            waiting = [joined]
-    rest = np.concatenate(waiting) if waiting else np.empty(0)
-    if len(rest):
-        yield rest
 
 
 # --- Weights ----------------------------------------------------------------------------------------------------------
@@ -312,6 +258,11 @@ class Weights(NamedTuple):
     def published(self) -> bool:
         """Whether these are the weights by which FID is compared."""
         return self.source == WEIGHTS.sha256
+
+    def network(self) -> FeatureNetwork:
+        """The network with these weights."""
+        note = "" if self.published else "; NOT the published weights"
+        return FeatureNetwork("inception", "", FEATURES, self.source, note, features, self.variables)
 
 
 def convert_weights(path: Path, out: Path, sha256: str | None = WEIGHTS.sha256) -> None:

@@ -36,6 +36,8 @@ TABLED = (
     "aggregate_kl",
     "fid",
     "kid",
+    "lenet_fid",
+    "lenet_kid",
 )
 """Quantities of the table; those that no member has are left out."""
 
@@ -54,6 +56,8 @@ HEADINGS = {
     "aggregate_kl": "KL(q(z) ‖ p(z)) [nats]",
     "fid": "FID",
     "kid": "KID",
+    "lenet_fid": "FID (LeNet)",
+    "lenet_kid": "KID (LeNet)",
 }
 
 
@@ -329,7 +333,10 @@ def as_markdown(results: SweepResults) -> str:
 def as_text(results: SweepResults) -> str:
     """The test set's table for a terminal, the most telling columns only."""
     headings, rows = display_rows(results, "test")
-    shown = ("rate", "profile_elbo", "calibrated_elbo", "psnr", "active_units", "mutual_information", "aggregate_kl", "fid")
+    shown = (
+        *("rate", "profile_elbo", "calibrated_elbo", "psnr", "active_units", "mutual_information", "aggregate_kl"),
+        *("fid", "lenet_fid"),
+    )
     kept = [i for i, heading in enumerate(headings) if heading not in HEADINGS.values()]
     kept += [headings.index(HEADINGS[name]) for name in shown if HEADINGS[name] in headings]
     lines = [[line[i] for i in kept] for line in (headings, *rows)]

@@ -28,6 +28,7 @@ LAYERS = [
     ["data.encoded", "data.workers"],
     ["data.prepared", "data.builders"],
     ["data.sources"],
+    ["features"],
     ["data", "inception"],
     ["pipeline"],
     ["scoring", "gallery", "likelihood", "aggregate", "neighbours", "densities"],
@@ -43,7 +44,7 @@ LAYERS = [
     ["sampling", "pictures", "exporting", "fitting"],
     ["compiling"],
     ["benchmark"],
-    ["feature_statistics"],
+    ["feature_statistics", "lenet"],
     ["evaluation"],
     ["evaluation_pictures"],
     [""],  # the package itself: the public names

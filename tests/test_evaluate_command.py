@@ -3,16 +3,18 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from helpers import main, refused
 from PIL import Image
 from test_fid import random_weights
 
-from bsvae_jax import data, evaluation, evaluation_pictures, feature_statistics, fid, inception, likelihood, sampling
+from bsvae_jax import data, evaluation, evaluation_pictures, fid, inception, lenet, likelihood, sampling
 from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import Fid
+from bsvae_jax.features import FeatureNetwork
 from bsvae_jax.loading import restore
 from bsvae_jax.parallel import data_mesh
 from bsvae_jax.report import write_report  # noqa: F401 (Python 3.11 may fail to compile it deep inside a call)
@@ -54,17 +56,17 @@ def weights(tmp_path_factory):
 def cheap_features(monkeypatch, tmp_path):
     """100 random projections in place of Inception, which takes a fifth of a second an image here; all else is as it is."""
     monkeypatch.setenv("BSVAE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(feature_statistics, "FEATURES", 100)
+    monkeypatch.setattr(inception, "FEATURES", 100)
     projection = np.random.default_rng(0).normal(size=(64, 100)).astype(np.float32)
     seen = []
 
-    def features(variables, batches, mesh, batch_size):
+    def features(network, batches, mesh, batch_size):
         for batch in batches:
             assert batch.dtype == np.uint8
             seen.append(batch)
             yield (batch.reshape(len(batch), -1) / np.float32(255)) @ projection
 
-    monkeypatch.setattr(feature_statistics, "features", features)
+    monkeypatch.setattr(FeatureNetwork, "features", features)
     return seen, projection
 
 
@@ -143,6 +145,9 @@ def test_an_interrupted_bound_continues(trained, monkeypatch):
         (["--samples", 2, "--bound-images", 0], "needs at least one image, got 0"),
         (["--fid", 3], "at least 4, got 3"),
         (["--inception-weights", "x.npz"], "give --fid N"),
+        (["--fid-network", "lenet"], "give --fid N"),
+        (["--fid", 10, "--fid-network", "lenet", "--inception-weights", "x.npz"], "is for --fid-network inception"),
+        (["--fid", 10, "--fid-network", "lenet", "--protocol", "paper"], "the network 'inception'; 'lenet' is trained"),
         (["--fid", 10, "--inception-weights", "absent.npz"], "There is no file absent.npz"),
     ],
 )
@@ -166,9 +171,7 @@ def test_fid_of_samples_against_the_images(trained, weights, cheap_features, cap
     """Against the distances of the same projections, computed here from the images themselves."""
     seen, projection = cheap_features
     main("evaluate", trained, "--split", "test", "--fid", 700, "--inception-weights", weights, "--figures", "False")
-    captured = capsys.readouterr()
-    assert "NOT the published weights" in captured.out
-    assert "use more than 2,048" in captured.err
+    assert "NOT the published weights" in capsys.readouterr().out
     samples, images = np.concatenate(seen[:2]), np.concatenate(seen[2:])
     assert (len(samples), len(images)) == (700, 297)
     stored = data.load(restore(trained).config.data).test
@@ -188,6 +191,11 @@ def test_fid_of_samples_against_the_images(trained, weights, cheap_features, cap
     assert not list(trained.glob(".fid-*"))
 
 
+def test_a_covariance_of_too_few_samples_is_said(trained, weights, cheap_features, capsys):
+    main("evaluate", trained, "--split", "test", "--fid", 90, "--inception-weights", weights, "--figures", "False")
+    assert "rank 89 in 100 dimensions and is far too high; use more than 100" in capsys.readouterr().err
+
+
 def test_the_papers_protocol_stretches_every_sample_and_says_so(trained, weights, cheap_features, capsys, monkeypatch):
     seen, _ = cheap_features
     monkeypatch.setattr(evaluation, "PAPER_SAMPLES", 600)
@@ -200,23 +208,42 @@ def test_the_papers_protocol_stretches_every_sample_and_says_so(trained, weights
     assert "PAPER'S PROTOCOL" in capsys.readouterr().out
 
 
+def test_distances_by_a_network_trained_on_the_classes(trained, capsys, monkeypatch, tmp_path):
+    """Against the distances of what `bsvae sample` would draw, by the features of the network that was kept."""
+    monkeypatch.setenv("BSVAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(lenet, "STEPS", 10)
+    main("evaluate", trained, "--split", "test", "--fid", 600, "--fid-network", "lenet", "--figures", "False")
+    assert "of a LeNet that tells" in capsys.readouterr().out
+    run, images = restore(trained), data.load(restore(trained).config.data)
+    network = lenet.network(images)
+    seed = int(jax.random.bits(jax.random.fold_in(jax.random.key(run.config.seed), evaluation.FID_SALT)))
+    drawn = sampling.sample_prior(run, 600, seed)
+    stored = np.round(images.test / 16 * 255).astype(np.uint8)
+    x, y = (np.concatenate(list(network.features([part], data_mesh(), 100))).astype(np.float64) for part in (drawn, stored))
+    assert x.shape == (600, 500)
+    expected = fid.frechet_distance(x.mean(axis=0), np.cov(x, rowvar=False), y.mean(axis=0), np.cov(y, rowvar=False))
+    found = values(trained)["test"]
+    assert found["lenet_fid"] == pytest.approx(expected, rel=1e-5)
+    assert found["lenet_kid"] == pytest.approx(fid.kernel_distance(x, y).value, rel=1e-4)
+
+
 def test_interrupted_features_continue(trained, weights, cheap_features, monkeypatch):
     seen, _ = cheap_features
     run, images = restore(trained), data.load(restore(trained).config.data)
     options = Fid(3100, inception.load_weights(weights))
     expected = evaluation.evaluate(run, images, ["test"], fid_options=options, workdir=trained).report["test"]["fid"].value
     seen.clear()
-    cheap = feature_statistics.features
+    cheap = FeatureNetwork.features
 
     def interrupt(*arguments):
         if sum(map(len, seen)) >= 2500:
             raise KeyboardInterrupt
         return cheap(*arguments)
 
-    monkeypatch.setattr(feature_statistics, "features", interrupt)
+    monkeypatch.setattr(FeatureNetwork, "features", interrupt)
     with pytest.raises(KeyboardInterrupt):
         evaluation.evaluate(run, images, ["test"], fid_options=options, workdir=trained)
-    monkeypatch.setattr(feature_statistics, "features", cheap)
+    monkeypatch.setattr(FeatureNetwork, "features", cheap)
     seen.clear()
     found = evaluation.evaluate(run, images, ["test"], fid_options=options, workdir=trained).report["test"]["fid"].value
     assert sum(map(len, seen)) == 1100, "2,000 were kept"
@@ -233,9 +260,9 @@ def test_a_damaged_reference_is_named(trained, weights, cheap_features, tmp_path
 
 def test_the_real_network_runs_over_several_devices(weights):
     """Eight fake devices and one, on four images: the sharded stream gives the features of one device."""
-    variables = inception.load_weights(weights).variables
+    network = inception.load_weights(weights).network()
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    one, two = (np.concatenate(list(inception.features(variables, [images], data_mesh(n), 2))) for n in (1, 2))
+    one, two = (np.concatenate(list(network.features([images], data_mesh(n), 2))) for n in (1, 2))
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 

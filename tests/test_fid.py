@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from bsvae_jax import downloads, fid, inception
+from bsvae_jax import downloads, features, fid, inception
 from bsvae_jax.errors import UserError
+from bsvae_jax.features import FeatureNetwork
 from bsvae_jax.files import sha256_of
-from bsvae_jax.inception import Inception, convert_weights, features, from_state_dict, load_weights
+from bsvae_jax.inception import Inception, Weights, convert_weights, from_state_dict, load_weights
 from bsvae_jax.parallel import data_mesh
 from bsvae_jax.torchfile import read_state_dict
 
@@ -68,7 +69,8 @@ def reference():
 def test_features_are_those_of_pytorch_fid(reference, shape):
     torch, network = reference
     images = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
-    found = np.concatenate(list(features(from_state_dict(random_weights()), [images], data_mesh(), len(images))))
+    network_here = Weights(from_state_dict(random_weights()), "random").network()
+    found = np.concatenate(list(network_here.features([images], data_mesh(), len(images))))
     given = torch.from_numpy(np.repeat(images, 3 // shape[-1], axis=-1).transpose(0, 3, 1, 2).copy()).float() / 255
     with torch.no_grad():
         expected = network(given)[0][:, :, 0, 0].numpy()
@@ -179,10 +181,11 @@ def test_too_few_samples_for_a_kernel_distance_are_refused():
 
 def test_batches_of_any_size_come_out_in_order(monkeypatch):
     """The stream's bookkeeping, with the mean intensity in place of the network."""
-    monkeypatch.setattr(inception, "_lifted", lambda mesh: lambda variables, images: images.mean(axis=(1, 2, 3))[:, None])
+    monkeypatch.setattr(features, "_lifted", lambda compute, mesh: compute)
+    network = FeatureNetwork("mean", "", 1, "", "", lambda _, images: images.mean(axis=(1, 2, 3))[:, None], {})
     images = np.arange(11, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
     parts = np.split(images, [1, 1, 8])
-    found = np.concatenate(list(features({}, parts, data_mesh(1), batch_size=4)))
+    found = np.concatenate(list(network.features(parts, data_mesh(1), batch_size=4)))
     assert found[:, 0].tolist() == list(range(11))
 
 
@@ -199,7 +202,7 @@ def test_resizing_is_half_pixel_bilinear_without_antialiasing():
 )
 def test_images_of_another_kind_are_refused(images):
     with pytest.raises(UserError, match="8-bit images"):
-        list(features({}, [images], data_mesh(1), 2))
+        list(Weights({}, "none").network().features([images], data_mesh(1), 2))
 
 
 # --- Weights ----------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def features(count: int) -> float:
     images = np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
     batch = count // 4
     times = []
-    for _ in inception.features(variables, [images], data_mesh(), batch):
+    for _ in inception.Weights(variables, "constant").network().features([images], data_mesh(), batch):
         times.append(time.monotonic())
     return (len(times) - 1) * batch / (times[-1] - times[0])
 
