@@ -20,8 +20,8 @@ between machines, as the LeNet does):
                        487.5 (47.7, 38.6;  77)    497.8 (37.8, 28.6;  74)    489.0 (28.2, 19.0;  76)
 
 After 20 epochs a prior trained jointly has lowered every rate; at beta 1 and 3 the distortion has risen by as much or more. One
-fitted afterwards leaves the distortion alone and gains at every beta. All of them bring FID down, by factors of 1.8 to 4.3; images
-of the training set are at 2.2, reconstructions of the standard normal at beta 1 at 51. On the digits, trained to their end, joint
+fitted afterwards leaves the distortion alone and gains at every beta. All of them bring FID down, by factors of 1.8 to 4.3;
+training images are at 2.2, reconstructions of the standard normal at beta 1 at 51. On the digits, trained to their end, joint
 training gains 2 to 7 nats.
 """
 
