@@ -27,6 +27,7 @@ from bsvae_jax.data.images import to_unit_interval
 from bsvae_jax.errors import UserError
 from bsvae_jax.features import FeatureNetwork
 from bsvae_jax.files import cache_folder, locked, read_arrays, write_atomically
+from bsvae_jax.layers import HIGHEST
 from bsvae_jax.parallel import REPLICATED, data_mesh, lift
 from bsvae_jax.pipeline import gather
 from bsvae_jax.rundir import ProgressBar
@@ -50,10 +51,10 @@ class LeNet(nn.Module):
     ) -> tuple[Float[Array, "batch features"], Float[Array, "batch classes"]]:
         """x in [0, 1], of any height and width from 4; [B, 500] and [B, classes]."""
         for number, channels in enumerate(CHANNELS):
-            x = nn.relu(nn.Conv(channels, (5, 5), name=f"conv{number}")(x))  # [B, h, w, channels]
+            x = nn.relu(nn.Conv(channels, (5, 5), precision=HIGHEST, name=f"conv{number}")(x))  # [B, h, w, channels]
             x = _halve(x)
-        x = nn.relu(nn.Dense(FEATURES, name="features")(x.reshape(len(x), -1)))
-        return x, nn.Dense(self.classes, name="classes")(x)
+        x = nn.relu(nn.Dense(FEATURES, precision=HIGHEST, name="features")(x.reshape(len(x), -1)))
+        return x, nn.Dense(self.classes, precision=HIGHEST, name="classes")(x)
 
 
 def _halve(x: Float[Array, "batch _ _ channels"]) -> Float[Array, "batch _ _ channels"]:
@@ -95,11 +96,11 @@ def network(images: ImageSet, progress: bool = True) -> FeatureNetwork:
             np.savez(content, **flatten_dict(trained, sep="."), accuracy=accuracy)
             write_atomically(path, content.getvalue())
         arrays = read_arrays(path, remedy)
-    known_accuracy = arrays.pop("accuracy", None)
+    known_accuracy = arrays.pop("accuracy", np.empty(0))
     variables = unflatten_dict(arrays, sep=".")
     expected = jax.eval_shape(lambda: LeNet(classes).init(jax.random.key(0), jnp.zeros((1, *images.image_shape))))
     shapes = {name: leaf.shape for name, leaf in flatten_dict(expected, sep=".").items()}
-    if known_accuracy is None or {name: array.shape for name, array in arrays.items()} != shapes:
+    if known_accuracy.shape != () or {name: array.shape for name, array in arrays.items()} != shapes:
         raise UserError(f"{path} is damaged: it holds other arrays than this network's; {remedy}.")
     source = digest(variables)
     note = f"; of a LeNet that tells {float(known_accuracy):.1%} of the test images' {classes} classes, {source[:8]}"

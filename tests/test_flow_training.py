@@ -189,6 +189,7 @@ def test_moments_are_of_a_channel_over_positions():
     np.testing.assert_allclose(deviation, maps.std(axis=(0, 1, 2)))
 
 
+@pytest.mark.slow
 def test_the_two_stages(tmp_path, capsys):
     """An autoencoder with a latent map, flow matching on it, then samples and an evaluation that take it like any prior."""
     config = Config(

@@ -271,7 +271,7 @@ def trained(tmp_path: Path, name: str, **changes) -> trainer.FitResult:
     return bv.fit(dataclasses.replace(SMALL, **changes), tmp_path / name, progress=False)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_streamed_training_is_resident_training(tmp_path, devices):
     """Adam amplifies rounding where a gradient is near 0; 72 steps leave well under 1e-4."""
     resident = trained(tmp_path, "resident", devices=devices)
@@ -334,7 +334,7 @@ class _given:
         return None
 
 
-@pytest.mark.parametrize("driving", ["loop", pytest.param("scan", marks=pytest.mark.slow), "vmap"])
+@pytest.mark.parametrize("driving", ["loop", *(pytest.param(driving, marks=pytest.mark.slow) for driving in ("scan", "vmap"))])
 def test_a_streamed_sweep_is_a_resident_one(tmp_path, driving):
     grid = bv.Sweep(beta=(0.5, 2.0), decoder_variance=(bv.Optimal(),), seeds=2)
     for name, share in (("resident", 0.5), ("streamed", 0.0)):

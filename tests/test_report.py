@@ -257,6 +257,7 @@ def test_a_damaged_file_of_a_member_is_named(folder, tmp_path, name):
 # --- Linear models ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # `test_training` has single runs on it
 def test_linear_members_lie_on_the_optimum(tmp_path):
     """Five betas trained as one stack, against `theory.linear_optimum` of NumPy's eigenvalues."""
     config = Config(

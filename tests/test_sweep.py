@@ -174,7 +174,7 @@ RATES = Sweep((4.0,), (Optimal(), Learned()), 1, learning_rate=(1e-3, 1e-2, 3e-3
     [
         (CONSTANTS, [4], "loop"),
         (CONSTANTS, [4], "vmap"),
-        (RATES, [3, 3], "scan"),
+        pytest.param(RATES, [3, 3], "scan", marks=pytest.mark.slow),
         pytest.param(RATES, [3, 3], "vmap", marks=pytest.mark.slow),
         pytest.param(CONSTANTS, [4], "scan", marks=pytest.mark.slow),
         pytest.param(RATES, [3, 3], "loop", marks=pytest.mark.slow),
@@ -208,7 +208,7 @@ THREE_FIVE_EIGHT = ((0.5, 1.0, 4.0), 1), ((0.5, 1.0, 2.0, 4.0, 8.0), 1), ((0.5, 
     [
         ("scan", THREE_FIVE_EIGHT[0], Optimal("batch"), Linear(), None),
         ("vmap", THREE_FIVE_EIGHT[1], Optimal("batch"), Linear(), 2),
-        ("scan", THREE_FIVE_EIGHT[2], Optimal("batch"), Linear(), 1),
+        pytest.param("scan", THREE_FIVE_EIGHT[2], Optimal("batch"), Linear(), 1, marks=pytest.mark.slow),
         *(
             pytest.param(driving, betas_and_seeds, variance, MLP((16,)), window, marks=pytest.mark.slow)
             for driving in ("scan", "vmap")

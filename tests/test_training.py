@@ -85,7 +85,7 @@ def _linear_config(beta, epochs):
     )
 
 
-@pytest.mark.parametrize("beta", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("beta", [pytest.param(0.3, marks=pytest.mark.slow), 1.0, 4.0])
 def test_a_linear_model_lands_on_the_optimum(beta, tmp_path):
     config = _linear_config(beta, epochs=1000)
     result = fit(config, tmp_path / "run", progress=False)
