@@ -314,5 +314,6 @@ def _checked_hash(path: Path, sha256: str | None) -> str:
 def _how_to_get() -> str:
     return (
         f"FID needs the weights {WEIGHTS.url} ({WEIGHTS.size:,} bytes, SHA-256 {WEIGHTS.sha256}): "
-        f"put them at {cache_folder() / WEIGHTS.name}, or give --inception-weights FILE."
+        f"put them at {cache_folder() / WEIGHTS.name}, or give --inception-weights FILE. "
+        "Images with classes can be compared without: --fid-network lenet."
     )
