@@ -200,6 +200,7 @@ def test_evaluation_and_sampling_killed_at_random_moments(tmp_path):
     survived("sample, SIGKILL", lost, "all identical")
 
 
+@pytest.mark.slow  # `test_hosts` has a signal to a process, `-m faults` many
 def test_a_second_signal_quits_at_once_and_the_first_one_saves(tmp_path):
     """SIGTERM in the middle: status 143, a sentence, and the run continues to the same end."""
     file = config_file(tmp_path, epochs=60)
