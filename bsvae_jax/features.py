@@ -61,7 +61,7 @@ class FeatureNetwork:
 
 @functools.cache
 def _lifted(compute: Callable[[Any, Array], Array], mesh: Mesh) -> Any:
-    return lift(compute, mesh, (REPLICATED, SHARDED), SHARDED)
+    return lift(compute, mesh, (REPLICATED, SHARDED), SHARDED, convolutional=True)
 
 
 def _rebatch(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

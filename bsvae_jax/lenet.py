@@ -122,21 +122,18 @@ def _classes_of(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     return labels.astype(np.int32), test_labels.astype(np.int32)
 
 
-@functools.cache
-def _optimizer(steps: int) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
-
-
-def _step(state: Any, batch: Array, labels: Array, *, classes: int, levels: int, steps: int) -> tuple[Any, Array]:
+def _step(
+    state: Any, batch: Array, labels: Array, *, optimizer: optax.GradientTransformation, levels: int
+) -> tuple[Any, Array]:
     """One step of gradient descent on the mean cross entropy."""
     variables, optimizer_state = state
 
     def loss(variables: Any) -> Array:
-        _, logits = LeNet(classes).apply(variables, to_unit_interval(batch, levels))
+        _, logits = _apply(variables, to_unit_interval(batch, levels))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     value, gradient = jax.value_and_grad(loss)(variables)
-    updates, optimizer_state = _optimizer(steps).update(gradient, optimizer_state, variables)
+    updates, optimizer_state = optimizer.update(gradient, optimizer_state, variables)
     return (optax.apply_updates(variables, updates), optimizer_state), value
 
 
@@ -144,16 +141,14 @@ def _train(images: ImageSet, labels: np.ndarray, classes: int, progress: bool) -
     """Variables after `STEPS` steps on one device; the same on every call."""
     init_key, order_key = jax.random.split(jax.random.key(0))
     variables = jax.jit(LeNet(classes).init)(init_key, jnp.zeros((1, *images.image_shape)))
-    state = (variables, jax.jit(_optimizer(STEPS).init)(variables))
-    step = lift(
-        functools.partial(_step, classes=classes, levels=images.levels, steps=STEPS),
-        data_mesh(1), (REPLICATED,) * 3, REPLICATED, donate=(0,), convolutional=True,
-    )  # fmt: skip
-    order = ShuffledOrder(order_key, len(images.train), BATCH).on_host()
+    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, STEPS))
+    state = (variables, jax.jit(optimizer.init)(variables))
+    one_step = functools.partial(_step, optimizer=optimizer, levels=images.levels)
+    step = lift(one_step, data_mesh(1), (REPLICATED,) * 3, REPLICATED, donate=(0,), convolutional=True)
+    order = np.asarray(ShuffledOrder(order_key, len(images.train), BATCH)(0, STEPS))
     with ProgressBar(STEPS * BATCH, 0, progress) as bar:
         bar.describe(f"LeNet of {images.name}")
-        for number in range(STEPS):
-            indices = np.asarray(order(number, 1))[0]
+        for number, indices in enumerate(order):
             state, loss = step(state, gather(images.train, indices), labels[indices])
             bar.update(BATCH)
             if number % 100 == 99:  # also bounds the steps in flight

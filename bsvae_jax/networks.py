@@ -269,7 +269,8 @@ class ResidualDecoder(nn.Module):
         phases = (height % 2, width % 2) == (0, 0)
         for stage, feature in enumerate((*features[1:], features[-1])):
             last = stage == stages - 1
-            conv = TransposedConvolution(feature, 2, phases and last, True, self.dtype, name=f"stage{stage}_conv")
+            name = f"stage{stage}_conv"
+            conv = TransposedConvolution(feature, 2, phases and last, normalized=True, dtype=self.dtype, name=name)
             norm = batch_norm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")
             run = nn.remat(_upsample, static_argnums=(3,)) if self.rematerialize else _upsample
             x = run(conv, norm, x, sizes[stage + 1])
