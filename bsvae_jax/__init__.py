@@ -9,18 +9,12 @@ The loss is made of pure functions of arrays (`gaussian_nll`, `optimal_gaussian_
 
 from bsvae_jax import data, theory
 from bsvae_jax.config import Config, load_config
-from bsvae_jax.densities import FittedPrior
+from bsvae_jax.distributed.preemption import Interrupted
 from bsvae_jax.errors import BsvaeError, DivergenceError, UserError
-from bsvae_jax.evaluation import Fid, evaluate
-from bsvae_jax.exporting import export_safetensors
-from bsvae_jax.failure import FailedStep, failed_step
-from bsvae_jax.fitting import fit_prior
-from bsvae_jax.grid import Sweep
-from bsvae_jax.importing import Imported, import_torch
-from bsvae_jax.interruption import Interrupted
-from bsvae_jax.loading import Restored, restore
-from bsvae_jax.model import VAE
-from bsvae_jax.objective import (
+from bsvae_jax.evaluation.evaluate import Fid, evaluate
+from bsvae_jax.evaluation.trained import Restored
+from bsvae_jax.models.vae import VAE
+from bsvae_jax.objective.elbo import (
     PAPER_FLOOR,
     QUANTIZATION_VARIANCE,
     Constant,
@@ -37,9 +31,16 @@ from bsvae_jax.objective import (
     optimal_variance,
     quantization_variance,
 )
-from bsvae_jax.sweep import SweepResult, fit_sweep
-from bsvae_jax.trainer import FitResult, fit
-from bsvae_jax.training import TrainState, train_step
+from bsvae_jax.sweeps.fit_sweep import SweepResult, fit_sweep
+from bsvae_jax.sweeps.grid import Sweep
+from bsvae_jax.training.export import export_safetensors
+from bsvae_jax.training.failed_step import FailedStep, failed_step
+from bsvae_jax.training.fit_prior import fit_prior
+from bsvae_jax.training.fitted_prior import FittedPrior
+from bsvae_jax.training.import_torch import Imported, import_torch
+from bsvae_jax.training.restore import restore
+from bsvae_jax.training.step import TrainState, train_step
+from bsvae_jax.training.trainer import FitResult, fit
 
 __version__ = "0.1.0"
 

@@ -1,3 +1,3 @@
-from bsvae_jax.cli import main
+from bsvae_jax.cli.main import main
 
 main()

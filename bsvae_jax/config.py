@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bsvae_jax._io.files import as_path
 from bsvae_jax.errors import UserError, check_count, nearest
-from bsvae_jax.files import as_path
-from bsvae_jax.objective import Constant, DecoderVariance, Learned, Optimal, Predicted
+from bsvae_jax.objective.elbo import Constant, DecoderVariance, Learned, Optimal, Predicted
 
 
 def _check_number(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:

@@ -26,8 +26,8 @@ training gains 2 to 7 nats.
 """
 
 from bsvae_jax.config import MLP, TFDS, Config, Flow, Mixture, Optimizer, StandardNormal, VampPrior
-from bsvae_jax.grid import Sweep
-from bsvae_jax.objective import Optimal
+from bsvae_jax.objective.elbo import Optimal
+from bsvae_jax.sweeps.grid import Sweep
 
 
 def get_config() -> Config:

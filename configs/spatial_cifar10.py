@@ -44,8 +44,8 @@ be one of speed. One seed.
 """
 
 from bsvae_jax.config import TFDS, Augmentation, Config, Optimizer, Spatial
-from bsvae_jax.grid import Sweep
-from bsvae_jax.objective import Constant, Optimal
+from bsvae_jax.objective.elbo import Constant, Optimal
+from bsvae_jax.sweeps.grid import Sweep
 
 
 def get_config() -> Config:

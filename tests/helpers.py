@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bsvae_jax import cli
+from bsvae_jax.cli import main as cli
+from bsvae_jax.evaluation.fid import inception
 
 
 def relative_error(value, reference) -> float:
@@ -49,3 +50,19 @@ def refused(capsys, *arguments):
     assert stop.value.code == 2, errors
     assert "Traceback" not in errors
     return errors
+
+
+def random_weights(seed=0):
+    """Arrays by PyTorch's names that keep activations of order one, running statistics and all."""
+    generator = np.random.default_rng(seed)
+    arrays = {}
+    for name, (_, shape) in inception._expected().items():
+        if len(shape) == 4:
+            height, width, inputs, outputs = shape
+            scale = np.sqrt(2.0 / (height * width * inputs))
+            arrays[name] = generator.normal(0, scale, (outputs, inputs, height, width)).astype(np.float32)
+        elif name.endswith(("running_var", "bn.weight")):
+            arrays[name] = generator.uniform(0.7, 1.4, shape).astype(np.float32)
+        else:
+            arrays[name] = generator.normal(0, 0.1, shape).astype(np.float32)
+    return arrays

@@ -43,7 +43,7 @@ from bsvae_jax.config import (
     to_dict,
 )
 from bsvae_jax.errors import UserError, nearest
-from bsvae_jax.objective import Constant, DecoderVariance, Learned, Optimal, Predicted
+from bsvae_jax.objective.elbo import Constant, DecoderVariance, Learned, Optimal, Predicted
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 

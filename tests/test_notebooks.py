@@ -128,7 +128,7 @@ def test_setup_stops_where_an_expected_accelerator_is_missing(platform):
 
 def test_setup_stops_on_a_machine_whose_accelerator_jax_does_not_use(monkeypatch):
     monkeypatch.setattr(
-        "bsvae_jax.parallel.unused_accelerator", lambda: "; WARNING: this machine has a TPU that JAX does not use"
+        "bsvae_jax.distributed.mesh.unused_accelerator", lambda: "; WARNING: this machine has a TPU that JAX does not use"
     )
     with pytest.raises(RuntimeError, match="has a TPU that JAX does not use"):
         _run_setup()

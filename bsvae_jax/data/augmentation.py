@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from bsvae_jax.config import Augmentation
 from bsvae_jax.errors import UserError, check_kind
-from bsvae_jax.randomness import check_key
+from bsvae_jax.random import check_key
 
 Image = Float[Array, "height width channels"]
 

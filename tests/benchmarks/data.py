@@ -20,11 +20,11 @@ import numpy as np
 
 from bsvae_jax import config as configs
 from bsvae_jax.config import Config, Residual
-from bsvae_jax.data import ImageSet, ShuffledOrder, builders, load
-from bsvae_jax.parallel import P, data_mesh, replicate
-from bsvae_jax.pipeline import DeviceImages, Stream
-from bsvae_jax.program import Program
-from bsvae_jax.training import build_knobs, create_state, data_order
+from bsvae_jax.data import ImageSet, ShuffledOrder, load, tfds_builders
+from bsvae_jax.data.prefetch import DeviceImages, Stream
+from bsvae_jax.distributed.mesh import P, data_mesh, replicate
+from bsvae_jax.training.program import Program
+from bsvae_jax.training.step import build_knobs, create_state, data_order
 
 BATCH = 256
 
@@ -73,7 +73,7 @@ def grain_loader(folder: Path, workers: int, cache: Path) -> Callable[[], None]:
     """One epoch of the images as array_record, shuffled, batches of uint8; images of one size and kind only."""
     import grain.python as grain
 
-    builder = builders.ImageFolder(data_dir=cache, manual_dir=folder)
+    builder = tfds_builders.ImageFolder(data_dir=cache, manual_dir=folder)
     builder.prepare()
     source = builder.as_data_source(split="train")
 

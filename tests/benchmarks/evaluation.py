@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsvae_jax import data, inception
-from bsvae_jax.likelihood import Density, importance_weighted
-from bsvae_jax.loading import restore
-from bsvae_jax.parallel import data_mesh, replicate
-from bsvae_jax.pipeline import DeviceImages
+from bsvae_jax import data
+from bsvae_jax.data.prefetch import DeviceImages
+from bsvae_jax.distributed.mesh import data_mesh, replicate
+from bsvae_jax.evaluation.fid import inception
+from bsvae_jax.evaluation.importance_weighted import Density, importance_weighted
+from bsvae_jax.training.restore import restore
 
 
 def importance(workdir: Path, count: int, samples: int) -> dict[str, float]:

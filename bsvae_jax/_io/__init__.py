@@ -1,0 +1,1 @@
+"""Effects that every layer shares: files written whole or not at all, room on the disk, downloads."""

@@ -1,0 +1,157 @@
+"""Files that are whole or not there, and damaged ones that say so."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import struct
+import sys
+import tempfile
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from bsvae_jax.errors import UserError, check_kind
+
+DAMAGE: tuple[type[Exception], ...] = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, MemoryError, RuntimeError, SyntaxError),
+    *(struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError),
+)
+"""What NumPy and the standard library have been seen to raise on damaged archives."""
+
+
+def cache_folder() -> Path:
+    """Where downloads, prepared images and reference statistics are kept: `$BSVAE_CACHE`, or `~/.cache/bsvae_jax`."""
+    return Path(os.environ.get("BSVAE_CACHE") or Path.home() / ".cache" / "bsvae_jax")
+
+
+def as_path(path: Any, what: str) -> Path:
+    """A path given as text or as a path; a UserError names `what` otherwise."""
+    check_kind(what, path, (str, os.PathLike), "give the path of a file or folder")
+    return Path(path)
+
+
+def sha256_of(path: Path, progress: Callable[[int], Any] | None = None) -> str:
+    """SHA-256 of a file, in hexadecimal; `progress` is called with the number of bytes of each block that was read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part, also after a crash of the machine."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, name: str, remedy: str) -> Iterator[None]:
+    """Keep other processes out of the block, and wait for one that is in it; the system lets go of the lock of a dead one.
+
+    Args:
+      path: of the lock, an empty file that stays.
+      name: of what is prepared, for whom has to wait.
+      remedy: what to do where the lock cannot be made.
+
+    Raises:
+      UserError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be written ({error.strerror}); {remedy}.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"another process is preparing {name}; waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` or the one of an `.npy` (under the name ''); never runs anything in it.
+
+    Raises:
+      UserError: not such a file, or a damaged one; the sentence ends with `remedy`.
+    """
+    try:
+        with path.open("rb") as file:  # np.load by name would leave a damaged file open
+            content = np.load(file, allow_pickle=False)
+            arrays = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else {"": content}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise ValueError("an archive of other files")
+            return arrays
+    except DAMAGE as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} cannot be read as a NumPy file ({what}): it is damaged or holds objects; {remedy}.") from error
+
+
+def take_folder(folder: Path, doing: str, option: str = "--workdir") -> TextIO:
+    """Make a folder and keep other processes out until the file returned is closed; the system closes it for a dead process.
+
+    Raises:
+      UserError: another process has it (`doing` says what), or it cannot be written.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):
+        raise UserError(
+            f"{folder} is a URL; {option} must be a local folder. Mount the bucket and give the folder it appears in."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another {option}.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(f"Another process is {doing} in {folder}; choose another {option}.") from error
+    return lock
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of names, types, shapes and values of all arrays: what a checkpoint must restore to."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
+        array = np.asarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Rows of `metrics.jsonl`, in order; a last line torn by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines) - 1:
+                raise UserError(f"{path}, line {number + 1} is damaged: {error}.") from error
+    return rows

@@ -1,0 +1,54 @@
+"""Ailments that numbers alone do not name: variance collapse, posterior collapse, a dead decoder; with what usually helps."""
+
+from bsvae_jax import theory
+from bsvae_jax.config import Config, Linear, StandardNormal
+from bsvae_jax.data import ImageSet
+from bsvae_jax.evaluation.metrics import active_latents
+from bsvae_jax.evaluation.scores import SplitScores
+from bsvae_jax.objective.elbo import Constant, Optimal, quantization_variance
+
+
+def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str, str]:
+    """What is wrong with a model, by the name of the ailment; empty for a healthy one.
+
+    Args:
+      scores: of the test set.
+      config: of the run.
+      images: its data.
+    """
+    found = {}
+    floor = quantization_variance(images.step)
+    if not isinstance(config.decoder_variance, Constant) and scores.model_variance < 2 * floor:
+        found["variance collapse"] = (
+            f"the decoder variance {scores.model_variance:.3g} is at its floor v0 = {floor:.3g}, the quantisation noise: the "
+            "likelihood says nothing but that the images are reconstructed exactly. Fewer latents or a larger beta help, or "
+            "less constant data."
+        )
+    mse = float(scores.squared_error.mean() / scores.pixels)
+    rate = float(scores.rate.mean())
+    if active_latents(scores) == 0:
+        found["posterior collapse"] = (
+            f"no latent is active (rate {rate:.3g} nats): z says nothing about the image. A smaller beta helps"
+            f"{_critical_beta(config, images)}; so does starting with a small beta."
+        )
+    elif rate > 1.0 and mse > 0.99 * images.test_variance:
+        found["dead decoder"] = (
+            f"the latents carry {rate:.3g} nats, but the reconstructions (squared error {mse:.3g} per pixel) are no better "
+            "than the mean image: the decoder does not use z. A lower learning rate or gradient clipping helps."
+        )
+    return found
+
+
+def _critical_beta(config: Config, images: ImageSet) -> str:
+    """Where theory puts the collapse of a linear model on these data."""
+    eigenvalues = images.covariance_eigenvalues
+    if eigenvalues is None or not isinstance(config.prior, StandardNormal):
+        return ""
+    if isinstance(config.decoder_variance, Constant):
+        critical = float(eigenvalues[0] / config.decoder_variance.variance)
+    elif isinstance(config.decoder_variance, Optimal) and config.decoder_variance.over != "pixel":
+        critical = theory.critical_beta(eigenvalues, quantization_variance(images.step))
+    else:
+        return ""
+    linear = "this linear model" if isinstance(config.network, Linear) else "a linear model on these data"
+    return f" ({linear} collapses beyond beta = {critical:.4g} in theory, this run has {config.beta:g})"

@@ -1,0 +1,250 @@
+"""Pictures of an evaluation: runs the model where that is still needed and hands the arrays to `evaluation_figures`."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.stats import norm
+
+from bsvae_jax.config import StandardNormal
+from bsvae_jax.data import ImageSet
+from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.evaluation import diagnostic_plots, plots, residuals
+from bsvae_jax.evaluation.evaluate import Evaluated, SplitEvaluation, bound_name
+from bsvae_jax.evaluation.metrics import mean_quantity
+from bsvae_jax.evaluation.nearest_neighbors import nearest_images
+from bsvae_jax.evaluation.sampling import sample_prior
+from bsvae_jax.evaluation.scores import split_key
+from bsvae_jax.evaluation.trained import Restored
+
+EXTREMES = 16
+"""Images shown of the least and of the greatest variance."""
+INTERPOLATED = 5
+"""Pairs of images between which is interpolated."""
+STEPS = 11
+COMPARED = 300
+"""Samples and held-out images compared with the training set."""
+DENSITY_BINS = 4
+"""Bins of the residuals taken together in their density."""
+PLOTTED = 1500
+"""Latents plotted of each prior."""
+DECODED = 64
+"""Of them, those whose images are shown."""
+SHOWN = 20
+"""Samples shown above their nearest training images."""
+ATTRIBUTES_SHOWN = 6
+"""Attributes by which the latent space is coloured: those that it separates best."""
+BOUND_LABELS = {
+    "importance_weighted_bound": "calibrated σ²",
+    "importance_weighted_bound_dequantised": "calibrated σ², dequantised",
+    "own_importance_weighted_bound": "the model's σ²",
+    "own_importance_weighted_bound_dequantised": "the model's σ², dequantised",
+}
+
+
+def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -> list[Path]:
+    """All figures of an evaluation, as PNG files in `workdir/figures`."""
+    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
+    drawn: dict[str, Any] = {
+        "interpolations": _interpolations(run, images, title),
+        "nearest_neighbours": _neighbours(run, images, title),
+    }
+    for split, parts in evaluated.splits.items():
+        own = f"{title}, {split} set"
+        drawn[f"residuals_{split}"] = _residuals(parts, own)
+        drawn[f"variance_maps_{split}"] = diagnostic_plots.variance_maps(
+            images.mean_image, parts.scores.pixel_squared_error, evaluated.calibration.variance_per_pixel, own
+        )
+        drawn[f"variance_by_difficulty_{split}"] = _difficulty(images, split, parts, evaluated, own)
+        drawn[f"rate_parts_{split}"] = _rate(parts, own)
+        drawn |= _latent_space(images, split, parts, own)
+        if parts.bound is not None:
+            names = [BOUND_LABELS[bound_name(density)] for density in parts.densities]
+            curves = dict(zip(names, parts.bound.curve, strict=True))
+            drawn[f"likelihood_{split}"] = diagnostic_plots.likelihood_curves(curves, own)
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(workdir / "figures" / f"{name}.png")
+        plots.save(figure, paths[-1])
+    return paths
+
+
+def draw_fitted(run: Restored, fitted: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -> Path:
+    """The aggregate posterior beside both priors, and what they decode to: `workdir/figures/fitted_prior.png`.
+
+    Args:
+      run: as it was trained.
+      fitted: the same run with its fitted prior.
+      images: of its data.
+      evaluated: of `run`.
+      workdir: of the run.
+    """
+    parts = evaluated.splits.get("test") or next(iter(evaluated.splits.values()))
+    chosen = np.random.default_rng(0).permutation(len(parts.details.z))[:PLOTTED]
+    aggregate = parts.details.z
+    mean = aggregate.mean(axis=0)
+    _, _, axes = np.linalg.svd(aggregate - mean, full_matrices=False)
+    latents = {"aggregate posterior q(z)": aggregate[chosen]}
+    for name, own in (("the model's prior p(z)", run), ("the fitted prior", fitted)):
+        drawn: Any = own.model.apply(own.variables, jax.random.key(run.config.seed), PLOTTED, method="sample_latents")
+        latents[name] = np.asarray(drawn, np.float64)
+    decode = jax.jit(run.model.apply, static_argnames="method")
+    pictures = {
+        name: np.asarray(decode(run.variables, jnp.asarray(z[:DECODED], jnp.float32), method="decode").mean)
+        for name, z in latents.items()
+    }
+    plane = np.zeros((2, aggregate.shape[1])) if aggregate.shape[1] < 2 else axes[:2]
+    if aggregate.shape[1] < 2:  # one latent: its values against their order
+        plane[0, 0] = 1.0
+    points = {name: (z - mean) @ plane.T for name, z in latents.items()}
+    together = np.concatenate(list(points.values()))
+    reach = np.quantile(together, 0.002, axis=0) - 0.5, np.quantile(together, 0.998, axis=0) + 0.5
+    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
+    figure = diagnostic_plots.prior_and_posterior(points, pictures, reach, f"Latents and what they decode to: {title}")
+    path = workdir / "figures" / "fitted_prior.png"
+    plots.save(figure, path)
+    return path
+
+
+def _residuals(parts: SplitEvaluation, title: str) -> Any:
+    probabilities = np.asarray(norm.cdf(np.linspace(-4.0, 4.0, 201)), np.float64)
+    widths = np.linspace(0.02, 4.0, 200)
+    count = residuals.BINS // DENSITY_BINS
+    width = 2 * residuals.LIMIT / count
+    bins = (np.arange(count) + 0.5) * width - residuals.LIMIT
+    counts = dict(zip(residuals.STANDARDISED_BY, parts.details.residuals, strict=True))
+    return diagnostic_plots.residual_calibration(
+        probabilities,
+        np.linspace(-4.0, 4.0, 201),
+        {name: residuals.residual_quantiles(row, probabilities) for name, row in counts.items()},
+        np.asarray(2 * norm.cdf(widths) - 1),
+        {name: residuals.residual_coverage(row, widths) for name, row in counts.items()},
+        # Without the outermost bins, which hold all that lies beyond.
+        {name: (row.reshape(count, -1).sum(axis=1) / row.sum() / width)[1:-1] for name, row in counts.items()},
+        bins[1:-1],
+        f"Residuals x + u − μ over σ: {title}",
+    )
+
+
+def _difficulty(images: ImageSet, split: str, parts: SplitEvaluation, evaluated: Evaluated, title: str) -> Any:
+    variance = parts.scores.squared_error / parts.scores.pixels + evaluated.calibration.floor
+    stored, mean = getattr(images, split), images.mean_image
+
+    def at(positions: np.ndarray) -> np.ndarray:
+        return np.asarray(to_unit_interval(jnp.asarray(stored[positions]), images.levels))
+
+    parts_of_split = np.split(np.arange(len(stored)), range(1000, len(stored), 1000))
+    difficulty = np.concatenate([np.square(at(part) - mean).mean(axis=(1, 2, 3)) for part in parts_of_split])
+    order = np.argsort(variance)
+    return diagnostic_plots.variance_by_difficulty(
+        variance,
+        difficulty,
+        parts.scores.rate,
+        evaluated.calibration.variance,
+        at(order[:EXTREMES]),
+        at(order[-EXTREMES:]),
+        title,
+    )
+
+
+def _rate(parts: SplitEvaluation, title: str) -> Any:
+    def mean(values: np.ndarray) -> tuple[float, float]:
+        quantity = mean_quantity(values, "nats", "")
+        return quantity.value, quantity.standard_error or 0.0
+
+    split, total = parts.rate, parts.scores.rate
+    bars = {"rate": mean(total), "mutual information I(x; z)": mean(split.mutual_information)}
+    bars["KL(q(z) || p(z))"] = mean(split.aggregate_kl)
+    standard_normal = parts.scores.aggregate_variance is None
+    own = "rate: KL(q(z|x) || p(z))" if standard_normal else "KL(q(z|x) || Gaussian of the moments of q(z))"
+    latents = {own: parts.scores.latent_rate}
+    if split.total_correlation is not None and split.dimension_kl is not None:
+        bars |= {
+            "  total correlation": mean(split.total_correlation),
+            "  dimension-wise KL": mean(split.dimension_kl.sum(axis=1)),
+        }
+        latents["dimension-wise: KL(q(z) || p(z))"] = split.dimension_kl.mean(axis=0)
+    return diagnostic_plots.rate_decomposition(bars, latents, float(np.log(len(total))), title)
+
+
+def _latent_space(images: ImageSet, split: str, parts: SplitEvaluation, title: str) -> dict[str, Any]:
+    """The posterior means by class or attribute; nothing where the data have neither."""
+    labels = images.train_labels if split == "train" else images.test_labels
+    means = parts.scores.posterior_mean
+    if labels is None or means.shape[1] < 2:
+        return {}
+    centred = means - means.mean(axis=0)
+    _, spread, axes = np.linalg.svd(centred, full_matrices=False)
+    points, shares = centred @ axes[:2].T, (spread**2 / max(float((spread**2).sum()), 1e-30))[:2].tolist()
+    if labels.ndim == 1:
+        names = images.label_names or tuple(str(number) for number in range(int(labels.max()) + 1))
+        panels = {"coloured by class": (labels, names)}
+    else:
+        best = np.argsort(-_separation(points, labels))[:ATTRIBUTES_SHOWN].tolist()
+        panels = {images.label_names[number]: (labels[:, number].astype(int), ("no", "yes")) for number in best}
+    return {f"latent_space_{split}": diagnostic_plots.latent_space(points, shares, panels, title)}
+
+
+def _separation(points: np.ndarray, attributes: np.ndarray) -> np.ndarray:
+    """Share of the variance of points [N, 2] that lies between those with and those without an attribute, [A]."""
+    share = attributes.mean(axis=0)
+    with_it = attributes.T.astype(np.float64) @ points / np.maximum(attributes.sum(axis=0), 1)[:, None]
+    # The other mean follows from the total of zero.
+    return (
+        np.sum(with_it**2, axis=1)
+        * share
+        / np.maximum(1 - share, 1e-12)
+        / max(float(np.square(points).sum(axis=1).mean()), 1e-30)
+    )
+
+
+def spherical(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Spherical interpolation (Shoemake 1985) between two vectors [L], their lengths interpolated linearly, [steps, L]."""
+    lengths = np.linalg.norm(one), np.linalg.norm(other)
+    ends = one / max(lengths[0], 1e-12), other / max(lengths[1], 1e-12)
+    angle = np.arccos(np.clip(ends[0] @ ends[1], -1.0, 1.0))
+    if np.sin(angle) < 1e-6:  # one direction, or opposite ones: no plane to turn in
+        return linear(one, other, shares)
+    share = shares[:, None]
+    direction = (np.sin((1 - share) * angle) * ends[0] + np.sin(share * angle) * ends[1]) / np.sin(angle)
+    return direction * ((1 - share) * lengths[0] + share * lengths[1])
+
+
+def linear(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Straight interpolation between two vectors [L], [steps, L]."""
+    return (1 - shares[:, None]) * one + shares[:, None] * other
+
+
+def _interpolations(run: Restored, images: ImageSet, title: str) -> Any:
+    pairs = min(INTERPOLATED, len(images.test) // 2)
+    x = to_unit_interval(jnp.asarray(images.test[: 2 * pairs]), images.levels)
+    apply = jax.jit(run.model.apply, static_argnames="method")
+    ends = np.asarray(apply(run.variables, x, method="encode").mean, np.float64)
+    shares = np.linspace(0.0, 1.0, STEPS)
+    # Arcs around the origin keep to where N(0, I) has its mass; of another prior nothing is known.
+    ways = {"linear": linear} | ({"spherical": spherical} if isinstance(run.model.prior, StandardNormal) else {})
+    paths = [path(ends[i], ends[i + 1], shares) for i in range(0, 2 * pairs, 2) for path in ways.values()]
+    z = np.concatenate(paths).astype(np.float32)
+    decoded = np.asarray(apply(run.variables, z, method="decode").mean).reshape(len(paths), STEPS, *run.image_shape)
+    return diagnostic_plots.interpolations(decoded, [*ways] * pairs, f"Between the posterior means of held-out images: {title}")
+
+
+def _neighbours(run: Restored, images: ImageSet, title: str) -> Any:
+    samples = sample_prior(run, COMPARED, run.config.seed) / 255.0
+    held_out = to_unit_interval(jnp.asarray(images.test[:COMPARED]), images.levels)
+    output: Any = jax.jit(run.model.apply)(run.variables, held_out, split_key(run.config.seed, "test"))
+    sets = {
+        "samples": samples,
+        "held-out reconstructions": np.clip(np.asarray(output.decoded.mean), 0.0, 1.0),
+        "held-out images": np.asarray(held_out),
+    }
+    found = {name: nearest_images(queries, images.train, images.levels) for name, queries in sets.items()}
+    nearest = to_unit_interval(jnp.asarray(images.train[found["samples"].positions[:SHOWN]]), images.levels)
+    return diagnostic_plots.nearest_neighbours(
+        samples[:SHOWN],
+        np.asarray(nearest),
+        {name: neighbours.distance for name, neighbours in found.items()},
+        f"Are samples memories? {title}",
+    )

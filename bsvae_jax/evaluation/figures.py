@@ -1,0 +1,64 @@
+"""Pictures of a run: runs the model and hands the arrays to `figures`."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bsvae_jax._io.files import read_metrics
+from bsvae_jax.config import StandardNormal
+from bsvae_jax.data import ImageSet
+from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.evaluation import plots
+from bsvae_jax.evaluation.trained import Restored
+
+PAIRS = 30
+SAMPLES = 100
+TRAVERSED = 10
+TRAVERSAL = np.linspace(-3.0, 3.0, 13)
+
+
+def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
+    """Training curves, held-out reconstructions, prior samples and latent traversals, as PNG files in `workdir/figures`."""
+    key = jax.random.key(run.config.seed)
+    apply = jax.jit(run.model.apply, static_argnames=("method", "count"))
+    x = to_unit_interval(jnp.asarray(images.test[:512]), images.levels)
+    output = apply(run.variables, x, key)
+    # Most informative latents first, as `scoring.SplitScores.latent_rate` has it; moved on the scale of the prior where that is
+    # known, else on that of the data.
+    mean, log_variance = output.posterior
+    origin, scale, unit = jnp.zeros(mean.shape[1]), jnp.ones(mean.shape[1]), "prior standard deviations"
+    rates = 0.5 * jnp.mean(jnp.expm1(log_variance) - log_variance + jnp.square(mean), axis=0)
+    if not isinstance(run.model.prior, StandardNormal):
+        variance = jnp.var(mean, axis=0) + jnp.mean(jnp.exp(log_variance), axis=0)
+        origin, scale, unit = jnp.mean(mean, axis=0), jnp.sqrt(variance), "standard deviations of the data's posteriors"
+        rates = 0.5 * (jnp.log(variance) - jnp.mean(log_variance, axis=0))
+    order = np.argsort(-np.asarray(rates))[:TRAVERSED]
+    start = mean[0]
+    z = jnp.stack(
+        [start.at[latent].set(origin[latent] + value * scale[latent]) for latent in order.tolist() for value in TRAVERSAL]
+    )
+    moved = np.asarray(apply(run.variables, z, method="decode").mean)
+    samples = apply(run.variables, key, count=SAMPLES, method="sample")
+    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
+    rows = read_metrics(workdir)
+    drawn = {"training_curves": plots.training_curves(rows, title)} if rows else {}
+    drawn |= {
+        "reconstructions": plots.reconstructions(
+            np.asarray(x[:PAIRS]), np.asarray(output.decoded.mean[:PAIRS]), f"Held-out reconstructions: {title}"
+        ),
+        "samples": plots.image_grid(np.asarray(samples), f"Samples of the prior: {title}"),
+        "latent_traversals": plots.latent_traversals(
+            moved.reshape(len(order), len(TRAVERSAL), *run.image_shape),
+            TRAVERSAL.tolist(),
+            [f"z{latent} ({rates[latent]:.2f} nats)" for latent in order],
+            f"Latents by their rate: {title}",
+            unit,
+        ),
+    }
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(workdir / "figures" / f"{name}.png")
+        plots.save(figure, paths[-1])
+    return paths

@@ -1,0 +1,122 @@
+"""What the scores of a split amount to: every reported number with its unit, standard error and meaning.
+
+Two likelihoods are reported and never to be compared with each other:
+
+* *profile*: the decoder variance is optimal for each example, `sigma^2*(x)`; what Kim & Lee (2024) table. Not a density.
+* *calibrated*: the variance is frozen at the optimum of the training set, so `exp(-value)` is a density of the dequantised
+  image (bits/dim follow), and models can be compared.
+
+Every number uses one posterior sample per image; evaluation at the posterior mean would not be an ELBO.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bsvae_jax.evaluation.scores import Calibration, SplitScores, distortion_at, optimal_variance_of_split
+from bsvae_jax.objective.elbo import bits_per_dimension
+
+ACTIVE_THRESHOLD = 0.01
+"""A latent is active if the variance of its posterior mean over the data exceeds this (Burda et al. 2016). Their prior has
+variance 1; the scale of latents under a learned prior is free, so there the variance is taken as a share of its total."""
+
+
+class Quantity(NamedTuple):
+    """One reported number."""
+
+    value: float
+    standard_error: float | None
+    """Of the mean over examples (sampling of images); None where that does not apply."""
+    unit: str
+    meaning: str
+
+
+Report = dict[str, dict[str, Quantity]]
+"""`{split: {name: Quantity}}`"""
+
+
+def mean_quantity(values: np.ndarray, unit: str, meaning: str) -> Quantity:
+    """The mean of per-example values [N] and its standard error."""
+    error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    return Quantity(float(values.mean()), error, unit, meaning)
+
+
+def active_latents(scores: SplitScores) -> int:
+    """Number of latents whose posterior mean varies over the data by more than `ACTIVE_THRESHOLD`."""
+    scale = 1.0 if scores.aggregate_variance is None else scores.aggregate_variance
+    return int(np.sum(scores.posterior_mean.var(axis=0) > ACTIVE_THRESHOLD * scale))
+
+
+def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dict[str, Quantity]:
+    """All quantities of one split.
+
+    Args:
+      scores: of the split, from `score_split`.
+      beta: weight of the rate in the model's objective.
+      calibration: of the training set, for the same parameters.
+    """
+    rate, floor = scores.rate, calibration.floor
+    mse = scores.squared_error / scores.pixels
+    profile = distortion_at(scores, optimal_variance_of_split(scores, "example", floor), floor)
+    calibrated = distortion_at(scores, calibration.variance, floor)
+    shape, step = scores.pixel_squared_error.shape, float(np.sqrt(12 * floor))
+    # Per pixel, the mean over examples is all that is needed: sum_d 1/2 [log(2 pi v_d) + (SE_d + v0) / v_d].
+    pixel_variance = calibration.variance_per_pixel
+    per_pixel = 0.5 * np.sum(np.log(2 * np.pi * pixel_variance) + (scores.pixel_squared_error + floor) / pixel_variance)
+    own = {
+        name: mean_quantity(values, "nats", meaning)
+        for name, values, meaning in (
+            ("objective", scores.model_distortion + beta * rate, "distortion + beta * rate, the model's own"),
+            ("distortion", scores.model_distortion, "-log p(x|z) under the model's decoder variance"),
+        )
+    }
+    if np.ptp(scores.model_distortion) == 0:  # one variance per pixel: only the mean over the split is known
+        own = {name: quantity._replace(standard_error=None) for name, quantity in own.items()}
+    bits = bits_per_dimension(calibrated + rate, shape, step)
+    share = "" if scores.aggregate_variance is None else " of the latent's own"
+    return {
+        **own,
+        "rate": mean_quantity(rate, "nats", "KL(q(z|x) || p(z))"),
+        "profile_distortion": mean_quantity(profile, "nats", "with sigma^2*(x) of each example; not a density"),
+        "profile_elbo": mean_quantity(-profile - rate, "nats", "the paper's likelihood; not a density"),
+        "calibrated_distortion": mean_quantity(calibrated, "nats", "variance frozen at the training set's optimum"),
+        "calibrated_elbo": mean_quantity(-calibrated - rate, "nats", "lower bound of log p(x), a density"),
+        "calibrated_bits_per_dimension": mean_quantity(np.asarray(bits), "bits/dim", "upper bound, from calibrated_elbo"),
+        "calibrated_elbo_per_pixel_variance": Quantity(
+            float(-per_pixel - rate.mean()), None, "nats", "the same with one frozen variance per pixel"
+        ),
+        "mse": mean_quantity(mse, "intensity^2", "squared error per pixel"),
+        "psnr": mean_quantity(-10 * np.log10(np.maximum(mse, 1e-12)), "dB", "peak signal-to-noise ratio, mean over images"),
+        "variance": Quantity(scores.model_variance, None, "intensity^2", "the model's decoder variance, averaged"),
+        "calibrated_variance": Quantity(calibration.variance, None, "intensity^2", "optimum of the training set"),
+        "active_units": Quantity(
+            float(active_latents(scores)), None, "latents", f"variance of the posterior mean > 0.01{share}"
+        ),
+    }
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """A report as plain JSON values."""
+    return {split: {name: q._asdict() for name, q in quantities.items()} for split, quantities in report.items()}
+
+
+def from_json(values: dict[str, Any]) -> Report:
+    """The inverse of `as_json`."""
+    return {split: {name: Quantity(**q) for name, q in quantities.items()} for split, quantities in values.items()}
+
+
+def as_table(report: Report) -> str:
+    """A report as text: a line per quantity, a column per split, standard errors and units."""
+
+    def cell(quantity: Quantity) -> str:
+        error = "" if quantity.standard_error is None else f" ± {quantity.standard_error:.2g}"
+        return f"{quantity.value:.5g}{error}"
+
+    splits = list(report)
+    names = list(next(iter(report.values())))
+    rows = [["", *splits, "unit", "meaning"]]
+    for name in names:
+        first = report[splits[0]][name]
+        rows.append([name, *(cell(report[split][name]) for split in splits), first.unit, first.meaning])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,165 @@
+"""Images drawn from a trained model, over all devices, in batches that do not depend on how many are wanted."""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bsvae_jax._io.files import digest, read_arrays, take_folder, write_atomically
+from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, lift, replicate
+from bsvae_jax.errors import UserError
+from bsvae_jax.evaluation import plots
+from bsvae_jax.evaluation.trained import Restored
+from bsvae_jax.models.vae import VAE
+
+BATCH = 500
+"""Images per device call; each batch has its own key, so the first images do not depend on how many are drawn."""
+MANIFEST = "samples.json"
+
+
+def to_8_bits(images: np.ndarray) -> np.ndarray:
+    """Images in [0, 1], clipped and rounded to uint8."""
+    return np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def stretch_contrast(images: np.ndarray) -> np.ndarray:
+    """Each image's least value to 0 and its greatest to 1: only for the paper's protocol, whose code does so before FID."""
+    low, high = (extreme(images, axis=(1, 2, 3), keepdims=True) for extreme in (np.min, np.max))
+    return (images - low) / np.maximum(high - low, 1e-12)
+
+
+def _draw(variables: Any, key: Any, *, model: VAE, devices: int) -> Any:
+    """This device's share of one batch of decoder means; every device draws all latents and decodes its part."""
+    share = -(-BATCH // devices)
+    z: Any = model.apply(variables, key, BATCH, method="sample_latents")
+    z = jnp.pad(z, ((0, share * devices - BATCH), (0, 0)))
+    z = jax.lax.dynamic_slice_in_dim(z, jax.lax.axis_index(DATA_AXIS) * share, share)
+    decoded: Any = model.apply(variables, z, method="decode")
+    return decoded.mean
+
+
+@functools.cache
+def lift_sampling(model: VAE, mesh: Mesh) -> Any:
+    """The program that draws one batch: (variables, key) to decoder means, [B, H, W, C] divided over the devices."""
+    draw = functools.partial(_draw, model=model, devices=mesh.shape[DATA_AXIS])
+    return lift(draw, mesh, (REPLICATED, REPLICATED), SHARDED)
+
+
+def sample_batches(run: Restored, count: int, seed: int = 0, first: int = 0) -> Iterator[np.ndarray]:
+    """Decoder means of samples `first ... count - 1` of the prior, float32 [n, H, W, C], in batches of at most `BATCH`.
+
+    Args:
+      run: from `restore`.
+      count: where to stop.
+      seed: decides the images; the same for any number of devices.
+      first: where to start, a multiple of `BATCH`.
+    """
+    if first % BATCH:
+        raise ValueError(f"first must be a multiple of {BATCH}, got {first}.")
+    mesh = data_mesh()
+    draw, variables = lift_sampling(run.model.clone(axis_name=None), mesh), replicate(run.variables, mesh)
+    root = jax.random.key(seed)
+    for start in range(first, count, BATCH):
+        means = draw(variables, jax.random.fold_in(root, start // BATCH))
+        yield np.asarray(means, np.float32)[: min(BATCH, count - start)]
+
+
+def sample_prior(run: Restored, count: int, seed: int = 0) -> np.ndarray:
+    """Decoder means of `count` samples of the prior as uint8 [N, H, W, C]; the first ones do not depend on `count`."""
+    return np.concatenate([to_8_bits(means) for means in sample_batches(run, count, seed)])
+
+
+# --- Files, continued where they stopped ------------------------------------------------------------------------------
+
+
+def write_folder(run: Restored, folder: Path, count: int, seed: int, overwrite: bool, progress: Callable[[int], None]) -> int:
+    """Write samples as `000000.png`, ... and go on where an earlier call for the same images stopped.
+
+    Args:
+      run: from `restore`, with 1 or 3 channels.
+      folder: empty, or of an earlier call (`samples.json` says of which images).
+      count: images wanted.
+      seed: decides the images.
+      overwrite: replace images of another model or seed.
+      progress: told the number of images written since it was told before.
+
+    Returns:
+      The number of images that were there already.
+
+    Raises:
+      UserError: the folder holds something else, or cannot be written.
+    """
+    identity = {"parameters": digest(run.variables), "seed": seed}
+    with _open(folder, identity, overwrite, ".png"):
+        there = 0
+        while (folder / f"{there:06d}.png").is_file() and there < count:
+            there += 1
+        for start in range(there - there % BATCH, count, BATCH):
+            (batch,) = sample_batches(run, min(count, start + BATCH), seed, start)
+            for index, image in enumerate(to_8_bits(batch), start):
+                if index >= there:
+                    plots.save_image(image, folder / f"{index:06d}.png")
+            progress(min(count, start + BATCH) - max(start, there))
+    return there
+
+
+def write_npz(run: Restored, path: Path, count: int, seed: int, overwrite: bool, progress: Callable[[int], None]) -> int:
+    """Write samples as one `.npz` (array `images`, uint8 [N, H, W, C]), by way of a folder from which a killed call continues.
+
+    Arguments, result and errors as for `write_folder`.
+    """
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; give another --out, or --overwrite to replace it.")
+    identity = {"parameters": digest(run.variables), "seed": seed, "count": count}
+    partial = path.with_name(f".{path.name}.partial")
+    with _open(partial, identity, True, ".npy"):
+        there, batches = 0, []
+        for start in range(0, count, BATCH):
+            part = partial / f"{start:09d}.npy"
+            if part.is_file():
+                images = read_arrays(part, "delete it, and it is drawn again")[""]
+                there += len(images)
+            else:
+                (means,) = sample_batches(run, min(count, start + BATCH), seed, start)
+                images = to_8_bits(means)
+                temporary = part.with_suffix(".part")
+                with temporary.open("wb") as file:
+                    np.save(file, images)
+                temporary.replace(part)
+                progress(len(images))
+            batches.append(images)
+        temporary = partial / "images.npz"
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, images=np.concatenate(batches))
+        temporary.replace(path)
+    shutil.rmtree(partial)
+    return there
+
+
+def _open(folder: Path, identity: dict[str, Any], overwrite: bool, suffix: str) -> Any:
+    """The locked folder with a manifest of these images; files of others are removed where that is allowed."""
+    manifest = folder / MANIFEST
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give another --out.")
+    if folder.is_dir() and not manifest.is_file() and not overwrite and any(path.name != ".lock" for path in folder.iterdir()):
+        raise UserError(f"{folder} exists and is not empty; give another --out, or --overwrite to replace its samples.")
+    lock = take_folder(folder, "drawing samples", "--out")
+    try:
+        same = json.loads(manifest.read_text()) == identity if manifest.is_file() else False
+    except ValueError:
+        same = False
+    if not same:
+        if manifest.is_file() and not overwrite:
+            lock.close()
+            raise UserError(f"{folder} holds samples of another model or seed; give another --out, or --overwrite.")
+        for old in folder.glob(f"[0-9]*{suffix}"):
+            old.unlink()
+        write_atomically(manifest, json.dumps(identity, indent=2).encode())
+    return lock

@@ -1,0 +1,40 @@
+"""A trained model with what it was trained on: what evaluation starts from."""
+
+from typing import Any, NamedTuple
+
+from bsvae_jax.config import Config
+from bsvae_jax.evaluation.scores import Calibration
+from bsvae_jax.models.vae import VAE
+from bsvae_jax.objective.elbo import quantization_variance
+
+
+class Restored(NamedTuple):
+    """A trained model: `model.apply(variables, x, key)`.
+
+    >>> import tempfile
+    >>> import bsvae_jax as bv
+    >>> from bsvae_jax.config import MLP
+    >>> config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = bv.restore(bv.fit(config, folder, progress=False).workdir)
+    >>> run.model.apply(run.variables, jax.random.key(0), 5, method="sample").shape
+    (5, 8, 8, 1)
+    """
+
+    model: VAE
+    variables: dict[str, Any]
+    """`{"params": ..., "batch_stats": ...}`; the averaged parameters where the run kept them."""
+    config: Config
+    step: int
+    """Steps that the run had taken."""
+    image_shape: tuple[int, int, int]
+    """(H, W, C)"""
+    levels: int
+    """Grey levels of the data."""
+    calibration: Calibration | None
+    """Optimal variance of the training set for these very parameters, or None if the run has not recorded it."""
+
+    @property
+    def floor(self) -> float:
+        """v0 of the data, squared intensity."""
+        return quantization_variance(1.0 / (self.levels - 1))

@@ -1,0 +1,78 @@
+"""Convolutions as pure functions of arrays, in the forms in which they are fastest: the one place that decides.
+
+A transposed convolution of stride 2 makes the even and odd rows and columns of its output, its four *phases*, by small
+convolutions of the input (sub-pixel convolution): no zeros are inserted and multiplied, as `lhs_dilation` does. Whatever treats
+all pixels alike (BatchNorm, activations) can work on the phases, and so can a convolution of stride 1: between the last such
+layer and the image, the largest maps of the network are never interleaved, which would move more bytes than computing them.
+
+Phases are laid side by side along the batch axis, `[4 * B, h, w, C]`: even rows and columns; even rows, odd columns; odd rows,
+even columns; both odd. Convolutions that XLA has are left to it on every backend: on CPU as on TPU, slices and matrix products
+written by hand moved more bytes and were slower.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bsvae_jax.models.layers import as_float32, exact
+
+Maps = Float[Array, "batch height width channels"]
+Phases = Float[Array, "four_batch height width channels"]
+Kernel = Float[Array, "rows columns channels features"]
+Result = Float[Array, "batch result_height result_width features"]
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+_NONE, _AFTER, _AROUND = (0, 0), (0, 1), (1, 1)
+
+
+def convolve(x: Maps, kernel: Kernel, padding: Padding, stride: int = 1) -> Result:
+    """Convolution of maps [B, h, w, C] with a kernel [rows, columns, C, F]."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=exact(x.dtype)
+    )
+
+
+def transposed_phases(x: Maps, kernel: Kernel) -> Float[Array, "four_batch height width features"]:
+    """The phases of a transposed convolution of stride 2: maps [B, h, w, C] to those of [B, 2h, 2w, F], [4B, h, w, F].
+
+    `out[2 m + k - 1] += x[m] @ kernel[k]` along both axes; the kernel is [3, 3, C, F].
+    """
+    # Along one axis, out[2m] = x[m] k[1] and out[2m + 1] = x[m] k[2] + x[m + 1] k[0].
+    even, odd = (slice(1, 2), _NONE), (slice(2, None, -2), _AFTER)
+    parts = [convolve(x, kernel[rows, columns], (down, right)) for rows, down in (even, odd) for columns, right in (even, odd)]
+    return jnp.concatenate(parts)
+
+
+def join_phases(phases: Phases, size: tuple[int, int]) -> Float[Array, "batch result_height result_width channels"]:
+    """The map whose phases these are, [4B, h, w, C] to [B, *size, C], cut to `size` at the bottom and right."""
+    _, height, width, features = phases.shape
+    grid = phases.reshape(2, 2, -1, height, width, features).transpose(2, 3, 0, 4, 1, 5)
+    return grid.reshape(-1, 2 * height, 2 * width, features)[:, : size[0], : size[1]]
+
+
+def convolve_phases(phases: Phases, kernel: Kernel) -> Result:
+    """`convolve(joined map, kernel, ((1, 1), (1, 1)))` from the phases of the map, joined: [4B, h, w, C] to [B, 2h, 2w, F].
+
+    The kernel is [3, 3, C, F]. Made for few features F, an image's channels: each pixel is multiplied by all nine taps at once,
+    and what is shifted, added and interleaved are numbers of F, not of C, a pixel (kn2row, Vasudevan et al. 2017).
+    """
+    four_batch, height, width, channels = phases.shape
+    features = kernel.shape[-1]
+    products = convolve(phases, kernel.transpose(2, 0, 1, 3).reshape(1, 1, channels, 9 * features), (_NONE, _NONE))
+    # Split, not sliced: the gradient of a split puts shifted copies side by side, that of slices adds as many padded arrays.
+    each = jax.lax.split(products, [four_batch // 4] * 4, axis=0)
+    taps = [jax.lax.split(phase, [features] * 9, axis=3) for phase in each]
+    zero = jnp.zeros((), products.dtype)
+
+    def reaching(row: int, column: int) -> Iterator[Array]:
+        """What comes to phase [row, column] through each tap: to row 2 m + row of the map from row 2 m + row + y - 1."""
+        for y, x in itertools.product(range(3), range(3)):
+            (down, r), (right, c) = divmod(row + y - 1, 2), divmod(column + x - 1, 2)
+            shift = ((0, 0, 0), (-down, down, 0), (-right, right, 0), (0, 0, 0))
+            yield as_float32(jax.lax.pad(taps[2 * r + c][3 * y + x], zero, shift))
+
+    sums = [jnp.asarray(sum(reaching(row, column))) for row, column in itertools.product(range(2), range(2))]
+    return join_phases(jnp.concatenate(sums).astype(phases.dtype), (2 * height, 2 * width))

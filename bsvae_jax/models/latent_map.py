@@ -1,0 +1,175 @@
+"""A convolutional autoencoder whose latent is a map: the kind that latent diffusion is trained on (Rombach et al. 2022).
+
+Stages of residual blocks with GroupNorm and SiLU; between two stages the image is halved, and doubled again on the way back.
+Self-attention over all positions of the coarsest map. The posterior of an image is a map [h, w, c]; to the rest of the package
+it is a vector of `L = h * w * c` latents in row-major order, so every evaluation takes it as it is.
+
+No statistic is shared between examples, so nothing is averaged over devices. Matrix products and activations run in
+`dtype`; parameters, the statistics of GroupNorm and the softmax of attention are float32, and outputs are returned in at least
+float32. Every residual branch ends in a layer that starts at zero: a fresh block is the identity.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from bsvae_jax.config import Spatial
+from bsvae_jax.errors import UserError
+from bsvae_jax.models.layers import ZEROS, as_float32, convolution, dense, exact, stage_size
+
+Images = Float[Array, "batch height width channels"]
+FeatureMaps = Float[Array, "batch map_height map_width features"]
+Changed = Float[Array, "batch new_height new_width new_features"]
+"""Feature maps of another size than those that came."""
+Latents = Float[Array, "batch latent"]
+
+
+def latent_map(network: Spatial, latent_size: int, height: int, width: int) -> tuple[int, int, int]:
+    """Shape (h, w, c) of the latent map of images of `height` x `width` pixels.
+
+    >>> latent_map(Spatial(widths=(32, 64, 64)), 256, 32, 32)
+    (8, 8, 4)
+    >>> latent_map(Spatial(widths=(32, 64, 64)), 100, 32, 32)
+    Traceback (most recent call last):
+        ...
+    bsvae_jax.errors.UserError: latent_size 100 does not divide into the 8 x 8 positions of the coarsest map ...
+
+    Raises:
+      UserError: `latent_size` is not a multiple of the positions of the coarsest map; names the nearest that are.
+    """
+    rows, columns = (stage_size(side, len(network.widths) - 1) for side in (height, width))
+    channels, left = divmod(latent_size, rows * columns)
+    if left:
+        nearby = [count * rows * columns for count in (channels, channels + 1) if count]
+        raise UserError(
+            f"latent_size {latent_size} does not divide into the {rows} x {columns} positions of the coarsest map "
+            f"(images {height} x {width}, {len(network.widths)} stages); {' or '.join(map(str, nearby))} would."
+        )
+    return rows, columns, channels
+
+
+def _group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
+    """Statistics over positions and the channels of a group of one example (Wu & He 2018); the two-pass variance."""
+    return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class ResidualBlock(nn.Module):
+    """`x + conv3x3(silu(norm(conv3x3(silu(norm(x))))))`; the shortcut is a conv1x1 where the number of channels changes."""
+
+    features: int
+    groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMaps) -> Changed:
+        """Feature maps [B, h, w, C] to [B, h, w, features]."""
+        y = nn.silu(_group_norm(self.groups, self.dtype, "norm1")(x))
+        y = convolution(self.features, 3, 1, self.dtype, "conv1")(y)
+        y = nn.silu(_group_norm(self.groups, self.dtype, "norm2")(y))
+        y = convolution(self.features, 3, 1, self.dtype, "conv2", ZEROS)(y)
+        if x.shape[-1] != self.features:
+            x = convolution(self.features, 1, 1, self.dtype, "shortcut")(x)
+        return x + y
+
+
+class Attention(nn.Module):
+    """Self-attention with one head over all positions of a map, added to it: `x + out(softmax(q k^T / sqrt(C)) v)`.
+
+    q, k and v are affine in `norm(x)` (Vaswani et al. 2017, equation 1).
+    """
+
+    groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMaps) -> FeatureMaps:
+        """Feature maps [B, h, w, C] to the same shape."""
+        batch, _, _, features = x.shape
+        precision = exact(self.dtype)
+        y = _group_norm(self.groups, self.dtype, "norm")(x).reshape(batch, -1, features)
+        query, key, value = (dense(features, self.dtype, name=name)(y) for name in ("query", "key", "value"))
+        scores = as_float32(jnp.einsum("bqc,bkc->bqk", query, key, precision=precision)) / features**0.5
+        weights = nn.softmax(scores, axis=-1).astype(value.dtype)
+        mixed = jnp.einsum("bqk,bkc->bqc", weights, value, precision=precision)
+        return x + dense(features, self.dtype, name="out", start=ZEROS)(mixed).reshape(x.shape)
+
+
+class _Stages(nn.Module):
+    """What encoder and decoder share."""
+
+    network: Spatial
+    dtype: Any = jnp.float32
+    rematerialize: bool = False
+
+    def block(self, features: int, name: str) -> nn.Module:
+        """A residual block; rematerialized, its activations are computed again for the gradient instead of kept."""
+        kind = nn.remat(ResidualBlock) if self.rematerialize else ResidualBlock
+        return kind(features, self.network.groups, self.dtype, name=name)
+
+    def middle(self, x: FeatureMaps) -> FeatureMaps:
+        """The coarsest map: a block, attention where the network has it, a block."""
+        x = self.block(self.network.widths[-1], "middle_block0")(x)
+        if self.network.attention:
+            x = Attention(self.network.groups, self.dtype, name="attention")(x)
+        return self.block(self.network.widths[-1], "middle_block1")(x)
+
+    def last(self, x: FeatureMaps, features: int, name: str) -> Changed:
+        """`conv3x3(silu(norm(x)))` in float32."""
+        x = nn.silu(_group_norm(self.network.groups, self.dtype, "norm")(x))
+        return as_float32(convolution(features, 3, 1, self.dtype, name)(x))
+
+
+class SpatialEncoder(_Stages):
+    """A conv3x3 to the first width; stages of blocks, a conv3x3 of stride 2 between them; the middle; 2c maps."""
+
+    latent_size: int = 0
+
+    @nn.compact
+    def __call__(self, x: Images, train: bool = False) -> tuple[Latents, Latents]:
+        """Images [B, H, W, C] to mean and log-variance, each a map [h, w, c] in row-major order: [B, L]."""
+        batch, height, width, _ = x.shape
+        channels = latent_map(self.network, self.latent_size, height, width)[2]
+        x = convolution(self.network.widths[0], 3, 1, self.dtype, "image")(x)
+        for stage, features in enumerate(self.network.widths):
+            if stage:
+                x = convolution(self.network.widths[stage - 1], 3, 2, self.dtype, f"stage{stage}_halved")(x)
+            for block in range(self.network.blocks):
+                x = self.block(features, f"stage{stage}_block{block}")(x)
+        x = self.last(self.middle(x), 2 * channels, "posterior")
+        mean, log_variance = jnp.split(x, 2, axis=-1)
+        return mean.reshape(batch, -1), log_variance.reshape(batch, -1)
+
+
+class SpatialDecoder(_Stages):
+    """The encoder backwards: the middle; stages of blocks, each but the last followed by nearest doubling and a conv3x3."""
+
+    output_shape: tuple[int, int, int] = (0, 0, 0)
+
+    @nn.compact
+    def __call__(self, z: Latents, train: bool = False) -> Images:
+        """Latents [B, L], a map [h, w, c] in row-major order each, to images [B, *output_shape]."""
+        height, width, image_channels = self.output_shape
+        widths = self.network.widths
+        x = z.reshape(len(z), *latent_map(self.network, z.shape[1], height, width))
+        x = self.middle(convolution(widths[-1], 3, 1, self.dtype, "latent")(x))
+        for stage in reversed(range(len(widths))):
+            for block in range(self.network.blocks):
+                x = self.block(widths[stage], f"stage{stage}_block{block}")(x)
+            if stage:
+                x = doubled(x, (stage_size(height, stage - 1), stage_size(width, stage - 1)))
+                x = convolution(widths[stage], 3, 1, self.dtype, f"stage{stage}_doubled")(x)
+        return self.last(x, image_channels, "image")
+
+
+def doubled(x: FeatureMaps, size: tuple[int, int]) -> Changed:
+    """Every position as a 2 x 2 square of itself, [B, h, w, C] to [B, *size, C]; an odd size cuts the last row or column.
+
+    >>> doubled(jnp.arange(2.0).reshape(1, 1, 2, 1), (2, 3))[0, ..., 0]
+    Array([[0., 0., 1.],
+           [0., 0., 1.]], dtype=float32)
+    """
+    batch, height, width, features = x.shape
+    squares = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, features))
+    return squares.reshape(batch, 2 * height, 2 * width, features)[:, : size[0], : size[1]]

@@ -1,0 +1,308 @@
+"""Encoders and decoders: linear, MLP, and the paper's convolutional residual network; `spatial` has the one with a map.
+
+An encoder maps images `[B, H, W, C]` to the posterior's mean and log-variance, each `[B, L]`; a decoder maps `z [B, L]` to
+an image of any channel count, with no output nonlinearity. Images are NHWC. Matrix products and activations run in
+`dtype`; parameters and BatchNorm statistics are float32, and outputs are returned in at least float32.
+
+The residual network (Kim & Lee 2024) has the geometry, padding and constants of the PyTorch layers it was published with,
+so weights can be carried over. One difference: PyTorch updates the running variance of a BatchNorm with the *unbiased* batch
+variance (n / (n - 1)), Flax with the biased one; at evaluation both use what is stored.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from bsvae_jax.config import MLP, Linear, Network, Residual, Spatial
+from bsvae_jax.models._subpixel import convolve, convolve_phases, join_phases, transposed_phases
+from bsvae_jax.models.latent_map import SpatialDecoder, SpatialEncoder
+from bsvae_jax.models.layers import KERNELS, ZEROS, as_float32, dense, stage_size
+
+Images = Float[Array, "batch height width channels"]
+FeatureMaps = Float[Array, "batch map_height map_width features"]
+Latents = Float[Array, "batch latent"]
+PosteriorParameters = tuple[Latents, Latents]
+
+
+def _split_posterior(parameters: Float[Array, "batch twice_latent"]) -> PosteriorParameters:
+    mean, log_variance = jnp.split(as_float32(parameters), 2, axis=-1)
+    return mean, log_variance
+
+
+# --- Linear and MLP ---------------------------------------------------------------------------------------------------
+
+
+class LatentFrame(nn.Module):
+    """Origin and scale of each latent of a linear model, shared by its encoder and decoder: `z = scale (u + origin)`.
+
+    The encoder applies the map and the decoder undoes it, so the distortion does not see it: the rate alone decides. With
+    parameters of its own it is learned in hundreds of steps. Left to the weights, whose gradients are noise of the distortion
+    but for a part of order beta, it takes 10^5 steps and more at small beta.
+    """
+
+    latent_size: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, "1 latent"], Float[Array, "1 latent"]]:
+        """Origin and logarithm of the scale, [1, L] each."""
+        shape = (self.latent_size,)
+        origin = self.param("origin", nn.initializers.zeros, shape)
+        return origin[None], self.param("log_scale", nn.initializers.zeros, shape)[None]
+
+
+class LinearEncoder(nn.Module):
+    """Posterior mean `scale (W x + origin)` and one log-variance per latent, the same for every x."""
+
+    latent_size: int
+    frame: LatentFrame
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Images, train: bool = False) -> PosteriorParameters:
+        """Images [B, H, W, C] to mean and log-variance, [B, L]."""
+        flat = x.reshape(len(x), -1)
+        origin, log_scale = self.frame()
+        projected = as_float32(dense(self.latent_size, self.dtype, use_bias=False, name="mean")(flat))
+        # In units of sqrt(D), because weights are of size 1 / sqrt(D), log-variances of size 1, and Adam moves both by as much.
+        own = math.sqrt(flat.shape[1]) * self.param("log_variance", nn.initializers.zeros, (self.latent_size,))[None]
+        mean = jnp.exp(log_scale) * (projected + origin)
+        return mean, jnp.broadcast_to(own + 2.0 * log_scale, mean.shape)
+
+
+class LinearDecoder(nn.Module):
+    """Mean `W (z / scale - origin) + b`."""
+
+    output_shape: tuple[int, int, int]
+    frame: LatentFrame
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: Latents, train: bool = False) -> Images:
+        """Latents [B, L] to images [B, *output_shape]."""
+        height, width, channels = self.output_shape
+        origin, log_scale = self.frame()
+        x = dense(height * width * channels, self.dtype, name="mean")(z * jnp.exp(-log_scale) - origin)
+        return as_float32(x).reshape(len(z), *self.output_shape)
+
+
+class MLPEncoder(nn.Module):
+    """Dense layers with SiLU, then mean and log-variance."""
+
+    latent_size: int
+    hidden: tuple[int, ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Images, train: bool = False) -> PosteriorParameters:
+        """Images [B, H, W, C] to mean and log-variance, [B, L]."""
+        hidden = x.reshape(len(x), -1)
+        for width in self.hidden:
+            hidden = nn.silu(dense(width, self.dtype)(hidden))
+        return _split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior")(hidden))
+
+
+class MLPDecoder(nn.Module):
+    """Dense layers with SiLU in the encoder's reverse order, then the image."""
+
+    output_shape: tuple[int, int, int]
+    hidden: tuple[int, ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: Latents, train: bool = False) -> Images:
+        """Latents [B, L] to images [B, *output_shape]."""
+        height, width, channels = self.output_shape
+        hidden = z
+        for size in reversed(self.hidden):
+            hidden = nn.silu(dense(size, self.dtype)(hidden))
+        x = dense(height * width * channels, self.dtype, name="mean")(hidden)
+        return as_float32(x).reshape(len(z), *self.output_shape)
+
+
+# --- The paper's residual network -------------------------------------------------------------------------------------
+
+
+def batch_norm(train: bool, axis_name: str | None, dtype: Any, name: str | None = None) -> nn.BatchNorm:
+    """BatchNorm with PyTorch's constants; its statistics are averaged over `axis_name`, the devices' axis."""
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, name=name)
+
+
+def idle(bias: Float[Array, " features"]) -> Float[Array, " features"]:
+    """A bias in front of a BatchNorm, which subtracts whatever it adds; published networks have them.
+
+    Its gradient is zero but for rounding. It is not computed: that would take one more pass over the largest maps.
+    """
+    return jax.lax.stop_gradient(bias)
+
+
+class NormalizedConvolution(nn.Module):
+    """`kernel_size` x `kernel_size` convolution padded by `kernel_size // 2`, as PyTorch pads; a BatchNorm follows it."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Images) -> FeatureMaps:
+        """Maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
+        side = (self.kernel_size // 2, self.kernel_size // 2)
+        kernel = self.param("kernel", KERNELS, (self.kernel_size, self.kernel_size, x.shape[-1], self.features))
+        bias = self.param("bias", ZEROS, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, idle(bias), dtype=self.dtype)
+        return convolve(x, kernel, (side, side), self.stride) + bias.reshape(1, 1, 1, -1)
+
+
+class TransposedConvolution(nn.Module):
+    """3x3 transposed convolution with padding 1: PyTorch's `ConvTranspose2d(in, features, 3, stride, 1, output_padding)`.
+
+    `out[stride * i + k - 1] += in[i] @ kernel[k]` along both image axes; the kernel is stored as `[3, 3, in, features]`.
+    """
+
+    features: int
+    stride: int
+    phases: bool = False
+    """Stride 2: leave the result as its phases; stride 1: the maps are given as phases. See `convolutions`."""
+    normalized: bool = False
+    """A BatchNorm follows."""
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Images, size: tuple[int, int]) -> Float[Array, "maps map_height map_width features"]:
+        """Maps [B, h, w, C] to [B, *size, features]; in phases, [4B, h, w, C] or [4B, h, w, features]."""
+        kernel = self.param("kernel", KERNELS, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", ZEROS, (self.features,))
+        bias = idle(bias) if self.normalized else bias
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        if self.stride == 2:
+            out = transposed_phases(x, kernel)
+            out = out if self.phases else join_phases(out, size)
+        elif self.phases:
+            out = convolve_phases(x, kernel[::-1, ::-1])
+        else:
+            out = convolve(x, kernel[::-1, ::-1], ((1, 1), (1, 1)))
+        return out + bias.reshape(1, 1, 1, -1)
+
+
+class ResidualBlock(nn.Module):
+    """conv3x3-BN-LeakyReLU-conv3x3-BN plus shortcut, then LeakyReLU(0.01).
+
+    The shortcut is the identity, or conv1x1-BN where the stride or the number of channels changes.
+    """
+
+    features: int
+    stride: int = 1
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Images, train: bool = False) -> FeatureMaps:
+        """Feature maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
+        y = NormalizedConvolution(self.features, 3, self.stride, self.dtype, name="conv1")(x)
+        y = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="norm1")(y))
+        y = NormalizedConvolution(self.features, 3, 1, self.dtype, name="conv2")(y)
+        y = batch_norm(train, self.axis_name, self.dtype, name="norm2")(y)
+        if self.stride != 1 or x.shape[-1] != self.features:
+            x = NormalizedConvolution(self.features, 1, self.stride, self.dtype, name="shortcut_conv")(x)
+            x = batch_norm(train, self.axis_name, self.dtype, name="shortcut_norm")(x)
+        return nn.leaky_relu(y + x)
+
+
+def _block(rematerialize: bool) -> type[ResidualBlock]:
+    """The block; or one that keeps nothing but its input for the backward pass."""
+    return nn.remat(ResidualBlock, static_argnums=(2,)) if rematerialize else ResidualBlock
+
+
+class ResidualEncoder(nn.Module):
+    """Two residual blocks per stage, the first of stride 2; then Dense(2L)-BN-LeakyReLU-Dense(2L)."""
+
+    latent_size: int
+    widths: tuple[int, ...]
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+    rematerialize: bool = False
+
+    @nn.compact
+    def __call__(self, x: Images, train: bool = False) -> PosteriorParameters:
+        """Images [B, H, W, C] to mean and log-variance, [B, L]."""
+        for stage, width in enumerate(self.widths):
+            for block, stride in enumerate((2, 1)):
+                name = f"stage{stage}_block{block}"
+                x = _block(self.rematerialize)(width, stride, self.axis_name, self.dtype, name=name)(x, train)
+        hidden = dense(2 * self.latent_size, self.dtype, name="hidden")(x.reshape(len(x), -1))
+        hidden = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(hidden))
+        return _split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior")(hidden))
+
+
+def _upsample(conv: TransposedConvolution, norm: nn.BatchNorm, x: Array, size: tuple[int, int]) -> Array:
+    return nn.leaky_relu(norm(conv(x, size)))
+
+
+class ResidualDecoder(nn.Module):
+    """Dense-BN-LeakyReLU to the smallest map, one residual block, then transposed conv 3x3 of stride 2-BN-LeakyReLU per stage.
+
+    Stages take the encoder's widths in reverse, each going to the next one's width; the last keeps its own. A transposed
+    convolution of stride 1 ends in the image. BatchNorm of the dense layer is per feature, before the reshape.
+    """
+
+    output_shape: tuple[int, int, int]
+    widths: tuple[int, ...]
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+    rematerialize: bool = False
+
+    @nn.compact
+    def __call__(self, z: Latents, train: bool = False) -> Images:
+        """Latents [B, L] to images [B, *output_shape]."""
+        height, width, channels = self.output_shape
+        features, stages = self.widths[::-1], len(self.widths)
+        sizes = [(stage_size(height, stage), stage_size(width, stage)) for stage in reversed(range(stages + 1))]
+        x = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden")(z)
+        x = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(x))
+        x = x.reshape(len(z), *sizes[0], features[0])
+        x = _block(self.rematerialize)(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)
+        # The largest maps stay in phases; one of an odd size has cut ones, and is joined.
+        phases = (height % 2, width % 2) == (0, 0)
+        for stage, feature in enumerate((*features[1:], features[-1])):
+            last = stage == stages - 1
+            name = f"stage{stage}_conv"
+            conv = TransposedConvolution(feature, 2, phases and last, normalized=True, dtype=self.dtype, name=name)
+            norm = batch_norm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")
+            run = nn.remat(_upsample, static_argnums=(3,)) if self.rematerialize else _upsample
+            x = run(conv, norm, x, sizes[stage + 1])
+        x = TransposedConvolution(channels, 1, phases, dtype=self.dtype, name="image")(x, (height, width))
+        return as_float32(x)
+
+
+def build(
+    network: Network,
+    latent_size: int,
+    output_shape: tuple[int, int, int],
+    axis_name: str | None = None,
+    dtype: Any = jnp.float32,
+    rematerialize: bool = False,
+) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder of a network config; the decoder's last shape entry is its number of output channels.
+
+    `rematerialize`: convolutional blocks compute their activations again in the backward pass; dense networks take no notice.
+    """
+    match network:
+        case Linear():
+            frame = LatentFrame(latent_size)
+            return LinearEncoder(latent_size, frame, dtype), LinearDecoder(output_shape, frame, dtype)
+        case MLP(hidden):
+            return MLPEncoder(latent_size, hidden, dtype), MLPDecoder(output_shape, hidden, dtype)
+        case Residual(widths):
+            return (
+                ResidualEncoder(latent_size, widths, axis_name, dtype, rematerialize),
+                ResidualDecoder(output_shape, widths, axis_name, dtype, rematerialize),
+            )
+        case Spatial():
+            return (
+                SpatialEncoder(network, dtype, rematerialize, latent_size=latent_size),
+                SpatialDecoder(network, dtype, rematerialize, output_shape=output_shape),
+            )

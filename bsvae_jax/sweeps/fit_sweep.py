@@ -1,0 +1,410 @@
+"""Sweeps: many members, trained a stack at a time, each in a folder that is a run like any other.
+
+sweep.json         the base config, the data and the spectrum of its covariance
+members/NAME/      a run (see `rundir`) of one decoder variance, beta and seed, and its pictures.npz
+
+A stack is only a way of computing: how members are grouped may change from one call to the next, and any member may be
+continued by `bsvae train` instead.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from bsvae_jax import config as configs
+from bsvae_jax._io.files import as_path, take_folder, write_atomically
+from bsvae_jax._io.terminal import ProgressBar, warn
+from bsvae_jax.config import CONVOLUTIONAL, Config
+from bsvae_jax.data import ImageSet, load
+from bsvae_jax.data.shuffle import steps_through
+from bsvae_jax.distributed import multihost
+from bsvae_jax.distributed.hardware import check_precision
+from bsvae_jax.distributed.mesh import Driving, available_bytes, data_mesh, describe_devices, sweep_mesh
+from bsvae_jax.distributed.preemption import Stop, stop_on_signals
+from bsvae_jax.errors import DivergenceError, UserError, check_count, check_kind
+from bsvae_jax.evaluation.scores import SplitScores
+from bsvae_jax.sweeps.gallery import PICTURES, Gallery, draw_members
+from bsvae_jax.sweeps.grid import GridMember, Sweep, base_config
+from bsvae_jax.training.checkpoints import DamagedCheckpointError, saved_steps
+from bsvae_jax.training.program import Program, program_config
+from bsvae_jax.training.step import check_against_data
+from bsvae_jax.training.trainer import Member, Trainer
+from bsvae_jax.training.workdir import RunDirectory, check_same_data, evaluation_at, read_failure, read_info
+
+FORMAT = 1
+"""Version of the layout of a sweep's folder."""
+
+
+class SweepResult(NamedTuple):
+    """What a sweep has come to.
+
+    >>> result = SweepResult(Path("sweep"), finished=["optimal_beta1_seed0"], failed={})  # as `fit_sweep` returns it
+    >>> [(result.folder / "members" / name).as_posix() for name in result.finished]  # each is a run, for `restore`
+    ['sweep/members/optimal_beta1_seed0']
+    """
+
+    folder: Path
+    """The workdir; each member is a run in `members/NAME`."""
+    finished: list[str]
+    """Names of the members that reached their last step, now or before."""
+    failed: dict[str, str]
+    """Why the others did not."""
+
+
+def choose_driving(config: Config, platform: str) -> Driving:
+    """How to drive a stack, from measurement.
+
+    On CPU, XLA runs convolutions slowly under `vmap` and inside loops, so such members take turns, one compiled step for all.
+    Dense networks run there at least as fast one after the other in one call as side by side, with results that do not
+    depend on how many there are. Accelerators are filled by batched products.
+    """
+    if platform == "cpu":
+        return "loop" if isinstance(config.network, CONVOLUTIONAL) else "scan"
+    return "vmap"
+
+
+def fit_sweep(
+    config: Config,
+    grid: Sweep,
+    workdir: str | Path,
+    driving: Driving | None = None,
+    members_at_once: int | None = None,
+    progress: bool = True,
+) -> SweepResult:
+    """Train every member of a grid, members that differ only in numbers in one compiled program.
+
+    Interrupted, the same call continues; a larger grid trains only what is new. A member that diverges is recorded and left
+    out, the others go on.
+
+    Args:
+      config: the base; the grid says what varies.
+      grid: betas, decoder variances, seeds and learning rates.
+      workdir: a folder of this sweep alone.
+      driving: how members share a program; None: as `choose_driving` says.
+      members_at_once: members in one stack; None: as many as fit into memory.
+      progress: show a progress bar and messages.
+
+    >>> import tempfile
+    >>> config = Config(network=configs.MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> grid = Sweep(beta=(0.1, 1.0), decoder_variance=(configs.Optimal(),), seeds=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fit_sweep(config, grid, folder, driving="loop", progress=False).finished
+    ['optimal_beta0.1_seed0', 'optimal_beta1_seed0']
+
+    Raises:
+      UserError: before any training: grid, data, devices, memory or workdir do not fit; or the disk is full at a member's end.
+      Interrupted: SIGINT or SIGTERM; the step in flight was finished and saved, the same call continues after it.
+    """
+    check_kind("config", config, Config, "load_config(path) reads one from a file")
+    check_kind("grid", grid, Sweep)
+    folder = as_path(workdir, "workdir")
+    if driving is not None and driving not in get_args(Driving):
+        raise UserError(f"driving must be one of {', '.join(get_args(Driving))}, got {driving!r}.")
+    members = grid.members(config)
+    if not multihost.alone():
+        raise UserError(
+            "A sweep is trained by one process on all its devices; give each machine a part of the members instead."
+        )
+    devices = data_mesh(config.devices)
+    check_precision(config.precision, devices.devices.flat[0].device_kind)
+    platform = devices.devices.flat[0].platform
+    driving = choose_driving(config, platform) if driving is None else driving
+    if members_at_once is not None:
+        check_count("members_at_once", members_at_once)
+    if members_at_once not in (None, 1) and driving == "loop":
+        raise UserError("Driving 'loop' trains one member at a time; leave out --members-at-once, or choose scan or vmap.")
+    data_mesh(config.devices, config.batch_size if driving == "loop" else None)
+    images = load(config.data)
+    for member in members:
+        check_against_data(member.config, images)
+    directory = _SweepDirectory(folder, config, images, members, progress)
+    todo = [member for member in members if not directory.is_done(member)]
+    programs: dict[Config, list[GridMember]] = {}
+    for member in todo:
+        programs.setdefault(program_config(member.config), []).append(member)
+    sizes = {program: _stack_size(program, images, driving, len(own), members_at_once) for program, own in programs.items()}
+    with stop_on_signals() as stop, directory:
+        directory.say(
+            f"{len(members)} members, {len(members) - len(todo)} of them done; "
+            f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
+            f"{describe_devices(devices)}; members driven by {driving}"
+        )
+        total = steps_through(config.epochs, len(images.train), config.batch_size) * config.batch_size
+        done = sum(max(directory.saved_steps(member), default=0) for member in todo) * config.batch_size
+        with ProgressBar(total * len(todo), done, progress) as bar:
+            for program, own in programs.items():
+                _train_all(directory, program, images, driving, own, sizes[program], bar, stop)
+        finished = [member.name for member in members if directory.is_finished(member)]
+        failed = {member.name: error for member in members if (error := directory.failure(member)) is not None}
+        return SweepResult(folder, finished, failed)
+
+
+def _stack_size(config: Config, images: ImageSet, driving: Driving, members: int, at_once: int | None) -> int:
+    """Members in one stack: as many as fit into memory, at most `at_once`, spread evenly over the turns.
+
+    Raises:
+      UserError: fewer fit than were asked for, or not one does.
+    """
+    if driving == "loop":
+        return 1
+
+    @functools.cache
+    def needed(size: int) -> int:
+        mesh = sweep_mesh(config.devices, size, config.batch_size, config.gradient_accumulation)
+        return Program(config, images, mesh, driving, size).needed_bytes(size)
+
+    def plan(size: int) -> tuple[int, int]:
+        """Size of the turns, made even, and the memory that the largest and the last of them need."""
+        turns = -(-members // size)
+        size = -(-members // turns)
+        return size, max(needed(size), needed(members - size * (turns - 1)))
+
+    available = available_bytes(data_mesh(config.devices))
+    size, bytes_needed = wanted, wanted_bytes = plan(members if at_once is None else min(members, at_once))
+    while bytes_needed > available and size > 1:  # the compiler has the last word on each guess
+        size, bytes_needed = plan(max(1, min(size - 1, int(size * available / bytes_needed))))
+    if bytes_needed > available:
+        raise UserError(
+            f"Not one member fits into the memory of a device: it needs {bytes_needed / 2**20:,.1f} MiB of "
+            f"{available / 2**20:,.1f} MiB. Use a smaller batch_size or network."
+        )
+    if at_once is not None and size < wanted:
+        raise UserError(
+            f"{wanted} members at once do not fit into the memory of a device, {size} do: they need "
+            f"{wanted_bytes / 2**20:,.1f} MiB of {available / 2**20:,.1f} MiB. Give --members-at-once {size}, or leave it out."
+        )
+    return size
+
+
+def _train_all(
+    directory: "_SweepDirectory",
+    config: Config,
+    images: ImageSet,
+    driving: Driving,
+    members: Sequence[GridMember],
+    size: int,
+    bar: ProgressBar,
+    stop: Stop,
+) -> None:
+    """All members of one program, `size` at a time."""
+    waiting, program, compiled_for = list(members), None, 0
+    while waiting:
+        at, turn = _next_turn(directory, waiting, size)
+        if program is None or (driving != "loop" and len(turn) != compiled_for):
+            one = driving == "loop"
+            mesh = (
+                data_mesh(config.devices)
+                if one
+                else sweep_mesh(config.devices, len(turn), config.batch_size, config.gradient_accumulation)
+            )
+            program, compiled_for = Program(config, images, mesh, driving, len(turn)), len(turn)
+        bar.describe(turn[0].name if len(turn) == 1 else f"{len(turn)} members from {turn[0].name}")
+        try:
+            _train_turn(directory, program, turn, at, bar, stop)
+        except DamagedCheckpointError as error:  # moved aside, so the next look finds an earlier one
+            warn(f"{error} Continuing from an earlier checkpoint.")
+            continue
+        except DivergenceError:
+            pass  # recorded in the folder of every member of the turn
+        for member in turn:
+            if (failure := directory.failure(member)) is not None:
+                warn(f"{member.name} diverged and is left out (delete its folder to try again). {failure}")
+        waiting = [member for member in waiting if member not in turn]
+        if waiting:
+            stop.check(f"stopped, {len(waiting)} members are not finished")
+
+
+def _next_turn(directory: "_SweepDirectory", waiting: Sequence[GridMember], size: int) -> tuple[int | None, list[GridMember]]:
+    """Members to train next, all of one step, and the step (None: the beginning). Those begun before come first."""
+    steps = {member.name: directory.saved_steps(member) for member in waiting}
+    begun = [member for member in waiting if steps[member.name]][:size]
+    if not begun:
+        return None, list(waiting[:size])
+    # A kill while the members of a stack were being saved leaves some one checkpoint ahead of the others.
+    common = set.intersection(*(set(steps[member.name]) for member in begun))
+    if common:
+        return max(common), begun
+    at = max(steps[begun[0].name])
+    return at, [member for member in begun if at in steps[member.name]]
+
+
+def _train_turn(
+    directory: "_SweepDirectory", program: Program, turn: Sequence[GridMember], at: int | None, bar: ProgressBar, stop: Stop
+) -> None:
+    with contextlib.ExitStack() as runs:
+        members = [
+            Member(own.config, runs.enter_context(RunDirectory(directory.member(own), own.config, program.images, False)))
+            for own in turn
+        ]
+        trainer = Trainer(program, members, bar, stop)
+        state = trainer.train(at)
+        keys = program.pack([jax.random.fold_in(jax.random.key(own.config.seed), 0x70696373) for own in turn])
+        galleries = list(
+            draw_members(
+                program.model,
+                state.variables(),
+                program.images.test[:PICTURES],
+                keys,
+                len(turn),
+                levels=program.images.levels,
+                mesh=program.mesh,
+                driving=program.driving,
+            )
+        )
+
+        def save_pictures(member: int, scores: SplitScores) -> None:
+            write_pictures(members[member].run.folder, galleries[member], scores.latent_rate)
+
+        trainer.finish(state, also=save_pictures)
+
+
+def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray) -> None:
+    """Write `pictures.npz`: uint8 images and the rate of each latent on the test set, nats."""
+    arrays = {name: np.round(255.0 * values).astype(np.uint8) for name, values in gallery._asdict().items()}
+    content = io.BytesIO()
+    np.savez(content, **arrays, latent_rate=latent_rate)
+    write_atomically(folder / "pictures.npz", content.getvalue())
+
+
+class _SweepDirectory:
+    """The folder of a sweep while it trains."""
+
+    def __init__(self, folder: Path, config: Config, images: ImageSet, members: Sequence[GridMember], progress: bool):
+        """Looks at the folder, and writes nothing before it is entered.
+
+        Raises:
+          UserError: it holds another sweep or something else.
+        """
+        self.folder, self._config, self._images, self._progress = folder, config, images, progress
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; --workdir must name a folder.")
+        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+            if not (folder / "sweep.json").is_file():
+                raise UserError(f"{folder} is not empty and not a sweep of bsvae; choose another --workdir.")
+            info = read_sweep(folder)
+            changed = configs.differences(info.config, base_config(config))
+            if changed:
+                raise UserError(
+                    f"{folder} holds a sweep of another config ({'; '.join(changed)}). Choose another --workdir or that config."
+                )
+            if info.fingerprint != images.fingerprint():
+                raise UserError(f"{folder} was trained on other images of {images.name}; choose another --workdir.")
+        self._wanted = [member.name for member in members]
+
+    def _description(self, members: list[str], before: "SweepInfo | None") -> bytes:
+        images = self._images
+        spectrum = images.covariance_eigenvalues if before is None else before.eigenvalues
+        values = {
+            "format": FORMAT,
+            "config": configs.to_dict(base_config(self._config)),
+            "data": {
+                "name": images.name,
+                "fingerprint": images.fingerprint(),
+                "image_shape": images.image_shape,
+                "levels": images.levels,
+                "covariance_eigenvalues": None if spectrum is None else spectrum.tolist(),
+            },
+            "members": members,
+        }
+        return (json.dumps(values) + "\n").encode()
+
+    def __enter__(self) -> "_SweepDirectory":
+        """Make the folder, keep others out and note which members are wanted.
+
+        Raises:
+          UserError: another process is sweeping there, or it cannot be written.
+        """
+        folder = self.folder
+        self._lock = take_folder(folder, "sweeping")
+        info = read_sweep(folder) if (folder / "sweep.json").is_file() else None  # once more, now that it stays
+        before = [] if info is None else info.members
+        names = [*before, *(name for name in self._wanted if name not in before)]
+        if names != before:
+            write_atomically(folder / "sweep.json", self._description(names, info))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Let others in."""
+        self._lock.close()
+
+    def say(self, message: str) -> None:
+        """Show a line to the user."""
+        if self._progress:
+            tqdm.write(message, file=sys.stderr)
+
+    def member(self, member: GridMember) -> Path:
+        """Folder of a member."""
+        return self.folder / "members" / member.name
+
+    def saved_steps(self, member: GridMember) -> list[int]:
+        """Steps with a checkpoint."""
+        return saved_steps(self.member(member) / "checkpoints")
+
+    def is_finished(self, member: GridMember) -> bool:
+        """Whether its last step is trained, evaluated and drawn, by this very config and data."""
+        folder = self.member(member)
+        total = steps_through(member.config.epochs, len(self._images.train), member.config.batch_size)
+        if not (folder / "pictures.npz").is_file() or set(evaluation_at(folder, total)) != {"train", "test"}:
+            return False
+        info = read_info(folder)
+        changed = configs.differences(info.config, member.config)
+        if changed:
+            raise UserError(f"{folder} holds a run of another config ({'; '.join(changed)}); choose another --workdir.")
+        check_same_data(folder, info, self._images)
+        return True
+
+    def failure(self, member: GridMember) -> str | None:
+        """Why it diverged."""
+        return read_failure(self.member(member))
+
+    def is_done(self, member: GridMember) -> bool:
+        """Finished, or known to diverge."""
+        return self.is_finished(member) or self.failure(member) is not None
+
+
+class SweepInfo(NamedTuple):
+    """What `sweep.json` says."""
+
+    config: Config
+    """The base config."""
+    data_name: str
+    fingerprint: str
+    image_shape: tuple[int, int, int]
+    levels: int
+    eigenvalues: np.ndarray | None
+    """Of the covariance of the training images in [0, 1], largest first; None for large images."""
+    members: list[str]
+    """Names of all members ever asked for."""
+
+
+def read_sweep(folder: Path) -> SweepInfo:
+    """Read `sweep.json`.
+
+    Raises:
+      UserError: not a sweep, a damaged file, or one of a newer version.
+    """
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a sweep: it has no sweep.json. Give the folder that `bsvae sweep` wrote.")
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] > FORMAT:
+            raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
+        config, data = configs.from_dict(values["config"]), values["data"]
+        height, width, channels = data["image_shape"]
+        spectrum = data["covariance_eigenvalues"]
+        eigenvalues = None if spectrum is None else np.asarray(spectrum, np.float64)
+        shape = (height, width, channels)
+        members = [str(name) for name in values["members"]]
+        return SweepInfo(config, str(data["name"]), str(data["fingerprint"]), shape, int(data["levels"]), eigenvalues, members)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error

@@ -1,0 +1,74 @@
+"""A few pictures of every member of a sweep, made in one call: what a report shows side by side."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
+
+from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.distributed.mesh import REPLICATED, Driving, lift
+from bsvae_jax.models.vae import VAE
+
+PICTURES = 10
+"""Images of each kind."""
+
+
+class Gallery(NamedTuple):
+    """Pictures of one model in [0, 1], [n, H, W, C] each."""
+
+    originals: np.ndarray
+    reconstructions: np.ndarray
+    """Decoder means of one posterior sample of each original."""
+    samples: np.ndarray
+    """Decoder means of samples of the prior."""
+
+
+def _draw(variables: Mapping[str, Any], images: Array, key: Key[Array, ""], *, model: VAE, levels: int) -> Any:
+    posterior_key, prior_key = jax.random.split(key)
+    x = to_unit_interval(images, levels)
+    output: Any = model.apply(variables, x, posterior_key)
+    samples: Any = model.apply(variables, prior_key, len(images), method="sample")
+    clip: Any = functools.partial(jnp.clip, min=0.0, max=1.0)
+    return x, clip(output.decoded.mean), clip(samples)
+
+
+@functools.cache
+def _lifted(model: VAE, levels: int, mesh: Mesh, driving: Driving) -> Any:
+    draw = functools.partial(_draw, model=model, levels=levels)
+    return lift(draw, mesh, (REPLICATED, REPLICATED, REPLICATED), REPLICATED, driving=driving, shared=(1,))
+
+
+def draw_members(
+    model: VAE,
+    variables: Mapping[str, Any],
+    images: Float[np.ndarray, "count height width channels"] | np.ndarray,
+    keys: Key[Array, "*members"],
+    members: int,
+    *,
+    levels: int,
+    mesh: Mesh,
+    driving: Driving,
+) -> Iterator[Gallery]:
+    """Reconstructions and samples of each member.
+
+    Args:
+      model: of all members.
+      variables: stacked, as for `scoring.score_members`.
+      images: the originals, as stored.
+      keys: one per member.
+      members: how many galleries are wanted.
+      levels: grey levels of stored uint8 images.
+      mesh: that of `variables`.
+      driving: how the members are driven.
+
+    Yields:
+      The gallery of each member, in order.
+    """
+    drawn = jax.device_get(_lifted(model.clone(axis_name=None), levels, mesh, driving)(variables, images, keys))
+    for member in range(members):
+        yield Gallery(*drawn) if driving == "loop" else Gallery(*(leaf[member] for leaf in drawn))

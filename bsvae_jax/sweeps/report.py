@@ -1,0 +1,506 @@
+"""The report of a sweep: table, figures and one self-contained page, from the files in its folder alone."""
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bsvae_jax import theory
+from bsvae_jax._io.files import write_atomically
+from bsvae_jax.config import Linear, StandardNormal, to_dict
+from bsvae_jax.evaluation.plots import save
+from bsvae_jax.objective.elbo import Constant, Optimal, quantization_variance
+from bsvae_jax.sweeps import plots
+from bsvae_jax.sweeps.plots import Curve, Line
+from bsvae_jax.sweeps.results import (
+    HEADINGS,
+    SPLITS,
+    Family,
+    MemberResult,
+    SweepResults,
+    as_csv,
+    as_markdown,
+    collapse_constants,
+    display,
+    display_rows,
+    families,
+    has_several_priors,
+    mean_and_deviation,
+    members_csv,
+    prior_label,
+    read_results,
+    tabled_quantities,
+    variance_label,
+)
+
+
+class Picture(NamedTuple):
+    """A figure with what it shows."""
+
+    figure: Figure
+    caption: str
+
+
+def write_report(folder: str | Path) -> list[Path]:
+    """Write `table.csv`, `table.md`, `members.csv`, `figures/*.png` and `report.html` into a sweep's folder.
+
+    Works on what has finished so far and says what has not.
+
+    Returns:
+      The files written.
+
+    Raises:
+      UserError: not a sweep, or nothing has finished yet.
+    """
+    folder = Path(folder)
+    results = read_results(folder)
+    pictures = draw(results)
+    texts = {
+        "table.csv": as_csv(results),
+        "members.csv": members_csv(results),
+        "table.md": f"{status(results)}\n\n{as_markdown(results)}",
+    }
+    paths = []
+    for name, text in texts.items():
+        paths.append(folder / name)
+        write_atomically(paths[-1], text.encode())
+    for name, picture in pictures.items():
+        paths.append(folder / "figures" / f"{name}.png")
+        save(picture.figure, paths[-1])
+    images = {name: (folder / "figures" / f"{name}.png").read_bytes() for name in pictures}
+    captions = {name: picture.caption for name, picture in pictures.items()}
+    paths.append(folder / "report.html")
+    write_atomically(paths[-1], page(results, images, captions).encode())
+    return paths
+
+
+def status(results: SweepResults) -> str:
+    """How much of the sweep the report covers."""
+    total = len(results.members) + len(results.failures) + len(results.unfinished)
+    text = f"{len(results.members)} of {total} members finished"
+    if results.failures:
+        text += f", {len(results.failures)} diverged"
+    if results.unfinished:
+        text += f"; {len(results.unfinished)} are still to be trained (`bsvae sweep` continues)"
+    return text + "."
+
+
+def best_beta(results: SweepResults) -> list[str]:
+    """A sentence per model: where its calibrated likelihood on the test set is best."""
+    sentences = []
+    for family in families(results):
+        cells = [mean_and_deviation(own, "calibrated_elbo", "test") for own in family.members]
+        index = int(np.argmax([mean for mean, _ in cells]))
+        value, beta = display(*cells[index]), family.betas[index]
+        sentences.append(f"{family.label}: best calibrated ELBO on the test set at β = {beta:g}, {value} nats.")
+    return sentences
+
+
+def findings(results: SweepResults) -> list[str]:
+    """A sentence per ailment: which members have it."""
+    found: dict[str, list[str]] = {}
+    for member in results.members:
+        for name in member.findings:
+            found.setdefault(name, []).append(member.name)
+    return [f"{name.capitalize()} in {len(own)} members: {', '.join(own)}." for name, own in found.items()]
+
+
+# --- Curves -----------------------------------------------------------------------------------------------------------
+
+
+def _spread(values: np.ndarray) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def _curve(label: str, points: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str] = ()) -> Curve:
+    """A curve through the means over seeds of (x values, y values)."""
+    x, y = (np.array([float(pair[axis].mean()) for pair in points]) for axis in (0, 1))
+    x_deviation, y_deviation = (np.array([_spread(pair[axis]) for pair in points]) for axis in (0, 1))
+    return Curve(label, x, y, x_deviation, y_deviation, tuple(names))
+
+
+def _values(members: Sequence[MemberResult], quantity: str, split: str) -> np.ndarray:
+    return np.array([member.value(quantity, split) for member in members])
+
+
+def _names(betas: Sequence[float]) -> list[str]:
+    """Labels of the points of a curve; the figure leaves out those for which it has no room."""
+    return [f"β={beta:g}" for beta in betas]
+
+
+def readings(results: SweepResults, split: str) -> list[Curve]:
+    """Distortion against rate: the four readings of the paper, and every other model's own.
+
+    A constant variance v with weight beta trains SSE + b * KL with b = 2 v beta, which says nothing of sigma^2. Read with
+    sigma^2 = 1/2 its distortion is `D/2 log(pi) + SSE`, with sigma^2 = b/2 `D/2 log(pi b) + SSE/b`, with the optimal sigma^2 of
+    each image the closed form. BS-VAE is read as trained.
+    """
+    found = families(results)
+    pixels = math.prod(results.info.image_shape)
+    curves = []
+    for family in found:
+        if not isinstance(family.decoder_variance, Constant):
+            points = [(_values(own, "rate", split), _values(own, "distortion", split)) for own in family.members]
+            names = _names(family.betas.tolist()) if family.prior == found[0].prior else []  # other priors lie close by
+            curves.append(_curve(family.label, points, names))
+    for prior in dict.fromkeys(family.prior for family in found):
+        constants = collapse_constants([family for family in found if family.prior == prior])
+        if not constants:
+            continue
+        suffix = f", prior: {prior_label(prior)}" if has_several_priors(results) else ""
+        rates = [_values(own, "rate", split) for _, own in constants]
+        errors = [pixels * _values(own, "mse", split) for _, own in constants]
+        optimal = [_values(own, "profile_distortion", split) for _, own in constants]
+        curves.append(_curve(f"β-VAE read with optimal σ² per image{suffix}", list(zip(rates, optimal, strict=True))))
+        half = [0.5 * pixels * math.log(math.pi) + error for error in errors]
+        curves.append(_curve(f"β-VAE read with σ² = 1/2{suffix}", list(zip(rates, half, strict=True))))
+        positive = [index for index, (b, _) in enumerate(constants) if b > 0]
+        scaled = [(b, error) for (b, _), error in zip(constants, errors, strict=True)]
+        by_beta = [(rates[i], 0.5 * pixels * math.log(math.pi * scaled[i][0]) + scaled[i][1] / scaled[i][0]) for i in positive]
+        if by_beta:
+            curves.append(_curve(f"β-VAE read with σ² = β/2{suffix}", by_beta))
+    return curves
+
+
+def shannon(results: SweepResults, largest_rate: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """Shannon's R(D) of the Gaussian with the training data's covariance, from rate 0 to `largest_rate`.
+
+    Returns:
+      `(rates [n] in nats, mean squared errors [n])`; None for images too large to know the spectrum.
+    """
+    eigenvalues = results.info.eigenvalues
+    if eigenvalues is None or eigenvalues[0] <= 0:
+        return None
+    total = float(eigenvalues.sum())
+    errors = total * np.geomspace(1.0, 1e-6, 400)
+    rates = np.array([theory.gaussian_rate_distortion(eigenvalues, float(error)) for error in errors])
+    kept = rates <= 1.05 * largest_rate + 1e-9
+    return rates[kept], errors[kept] / len(eigenvalues)
+
+
+def _rate_distortion(results: SweepResults) -> Picture:
+    split = "test"
+    curves = readings(results, split)
+    errors = [
+        _curve(
+            family.label,
+            [(_values(own, "rate", split), _values(own, "mse", split)) for own in family.members],
+            _names(family.betas.tolist()) if index == 0 else (),
+        )
+        for index, family in enumerate(families(results))
+    ]
+    reference = shannon(results, max(float(curve.x.max()) for curve in curves))
+    nats, squares = [], []
+    if reference is not None:
+        rates, mse = reference
+        variance = mse + quantization_variance(1.0 / (results.info.levels - 1))
+        pixels = math.prod(results.info.image_shape)
+        label = "Gaussian of the data's covariance, Shannon's R(D)"
+        nats = [Line(label, rates, 0.5 * pixels * (np.log(2 * np.pi * variance) + 1))]
+        squares = [Line(label, rates, mse)]
+    caption = (
+        "Test set, mean over seeds, bars of one standard deviation. Left: a β-VAE with a constant variance has another "
+        "likelihood under each reading of its σ²; BS-VAE has one. Right: squared error, for which no reading is needed. The "
+        "dashed line is the best that any model could do on Gaussian data of the same covariance, with one variance for all "
+        "images; structure beyond the covariance and a variance per image may pass below it. Lines between points guide the "
+        "eye only."
+    )
+    title = f"Rate and distortion on {results.info.data_name}, test set"
+    return Picture(plots.rate_distortion(curves, errors, nats, squares, title), caption)
+
+
+def _metrics(results: SweepResults) -> Picture:
+    panels: dict[str, list[Curve]] = {}
+    for quantity in tabled_quantities(results):
+        panels[HEADINGS[quantity]] = [
+            _curve(
+                f"{family.label}, {'test' if split == 'test' else 'training'}",
+                [(np.full(len(own), beta), _values(own, quantity, split)) for beta, own in _points(family)],
+            )._replace(family=index, dashed=split == "train")
+            for index, family in enumerate(families(results))
+            for split in SPLITS
+        ]
+    caption = (
+        "Every quantity of the table against β. Objective and distortion are each model's own and cannot be compared between "
+        "models; profile and calibrated likelihood can, each among its kind."
+    )
+    return Picture(plots.metrics_against_beta(panels, f"Metrics against β on {results.info.data_name}"), caption)
+
+
+def _points(family: Family) -> list[tuple[float, list[MemberResult]]]:
+    return list(zip(family.betas.tolist(), family.members, strict=True))
+
+
+def _galleries(results: SweepResults) -> dict[str, Picture]:
+    drawn = {}
+    for family in families(results):
+        first = [own[0] for own in family.members]
+        pictures = {
+            name: np.stack([member.pictures[name] for member in first]).astype(np.float32) / 255.0
+            for name in ("originals", "reconstructions", "samples")
+        }
+        labels = [f"β = {beta:g}" for beta in family.betas]
+        figure = plots.pictures_by_beta(
+            pictures["originals"][0], pictures["reconstructions"], pictures["samples"], labels, family.label
+        )
+        caption = f"{family.label}: one posterior sample per held-out image (left), samples of the prior (right), first seed."
+        drawn[f"pictures_{family.name}"] = Picture(figure, caption)
+    return drawn
+
+
+def _latent_rates(results: SweepResults) -> Picture:
+    rates = {}
+    for family in families(results):
+        sorted_rates = [
+            np.mean([np.sort(member.pictures["latent_rate"])[::-1] for member in own], axis=0) for own in family.members
+        ]
+        rates[family.label] = (family.betas, np.stack(sorted_rates))
+    caption = (
+        "Rate of each latent on the test set, sorted within a model and averaged over seeds: how many latents β leaves active."
+    )
+    if any(not isinstance(family.prior, StandardNormal) for family in families(results)):
+        caption += (
+            " The rate of a prior that is not standard normal does not fall into latents; there it is KL(q(z|x) ‖ N) with the "
+            "mean and variance that each latent has over the set, which bounds what it says of the image from above."
+        )
+    return Picture(plots.latent_rates(rates, f"Rate per latent on {results.info.data_name}"), caption)
+
+
+# --- The grid of beta and sigma^2 -------------------------------------------------------------------------------------
+
+
+def _of_one_prior(results: SweepResults) -> list[Family]:
+    """The families with the first of the sweep's priors, the standard normal one where it is among them."""
+    found = families(results)
+    return [family for family in found if family.prior == found[0].prior]
+
+
+def constant_grid(results: SweepResults, quantity: str) -> tuple[list[float], list[float], np.ndarray]:
+    """`(betas, variances, values [variances, betas])` of the constant model, test set, means over seeds, NaN if absent."""
+    found = [
+        (float(family.decoder_variance.variance), family)
+        for family in _of_one_prior(results)
+        if isinstance(family.decoder_variance, Constant)
+    ]
+    variances = [variance for variance, _ in found]
+    betas = sorted({beta for _, family in found for beta in family.betas.tolist()})
+    values = np.full((len(variances), len(betas)), np.nan)
+    for row, (_, family) in enumerate(found):
+        for beta, own in _points(family):
+            values[row, betas.index(beta)] = mean_and_deviation(own, quantity, "test")[0]
+    return betas, variances, values
+
+
+def largest_disagreement(betas: Sequence[float], variances: Sequence[float], values: np.ndarray) -> tuple[float, int]:
+    """Among cells of equal beta * sigma^2: the largest relative difference `(max - min) / mean`, and how many groups there are.
+
+    Cells whose group mean is below 1% of the grid's largest value are left out: a collapsed model's rate is noise.
+    """
+    groups: dict[float, list[float]] = {}
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            groups.setdefault(float(f"{betas[column] * variances[row]:.9g}"), []).append(float(value))
+    least = 0.01 * float(np.nanmax(np.abs(values)))
+    shared = [group for group in groups.values() if len(group) > 1 and abs(np.mean(group)) > least]
+    return max((float(np.ptp(group) / abs(np.mean(group))) for group in shared), default=math.nan), len(shared)
+
+
+def _beta_variance(results: SweepResults) -> dict[str, Picture]:
+    quantities = {"rate": "rate [nats per image]", "psnr": "PSNR [dB]"}
+    betas, variances, rates = constant_grid(results, "rate")
+    if len(variances) < 2 or len(betas) < 2:
+        return {}
+    values = {label: constant_grid(results, quantity)[2] for quantity, label in quantities.items()}
+    others: dict[str, Mapping[str, np.ndarray]] = {}
+    collapse = []
+    for family in _of_one_prior(results):
+        positive = [(beta, own) for beta, own in _points(family) if beta > 0]
+        if isinstance(family.decoder_variance, Constant):
+            products = [np.full(len(own), beta * family.decoder_variance.variance) for beta, own in positive]
+            label = f"σ² = {family.decoder_variance.variance:g}"
+        else:
+            products = [beta * _values(own, "variance", "train") for beta, own in positive]
+            label = variance_label(family.decoder_variance)
+            by_beta = dict(_points(family))
+            others[family.label.split(",")[0] + " σ²*"] = {
+                name: np.array([mean_and_deviation(by_beta.get(beta, []), quantity, "test")[0] for beta in betas])
+                for quantity, name in quantities.items()
+            }
+        rates_of = [_values(own, "rate", "test") for _, own in positive]
+        collapse.append(_curve(label, list(zip(products, rates_of, strict=True))))
+    worst, count = largest_disagreement(betas, variances, rates)
+    caption = "A constant σ² and β act through their product alone: cells of equal β·σ² agree along the diagonals. "
+    if count:
+        caption += f"In the {count} groups of equal β·σ² the rates differ by at most {100 * worst:.2g}%. "
+    caption += "The optimal variance has no such trade: β alone decides, and σ² follows the data."
+    figure = plots.beta_variance_grid(
+        betas, variances, values, others, collapse, f"β against σ² on {results.info.data_name}, test set"
+    )
+    return {"beta_variance": Picture(figure, caption)}
+
+
+# --- Linear models against theory -------------------------------------------------------------------------------------
+
+
+class LinearComparison(NamedTuple):
+    """Trained linear models with one optimal variance beside `theory.linear_optimum`, training set, means over seeds."""
+
+    betas: np.ndarray
+    active: np.ndarray
+    """Latents that theory leaves active."""
+    measured: dict[str, np.ndarray]
+    """rate, mse, objective."""
+    expected: dict[str, np.ndarray]
+    """The same by theory."""
+
+
+def compare_with_theory(results: SweepResults) -> LinearComparison | None:
+    """Linear members with `Optimal('batch')` against the exact optimum; None where there are none."""
+    info = results.info
+    floor = quantization_variance(1.0 / (info.levels - 1))
+    linear = [
+        family
+        for family in families(results)
+        if isinstance(family.decoder_variance, Optimal)
+        and isinstance(family.prior, StandardNormal)
+        and family.decoder_variance.over == "batch"
+        and family.decoder_variance.floor in (None, floor)
+    ]
+    if info.eigenvalues is None or not isinstance(info.config.network, Linear) or not linear:
+        return None
+    points = [(beta, own) for beta, own in _points(linear[0]) if beta > 0]
+    optima = [theory.linear_optimum(info.eigenvalues, info.config.latent_size, beta, floor) for beta, _ in points]
+    measured = {
+        name: np.array([mean_and_deviation(own, name, "train")[0] for _, own in points])
+        for name in ("rate", "mse", "objective")
+    }
+    expected = {
+        "rate": np.array([optimum.rate for optimum in optima]),
+        "mse": np.array([optimum.variance - floor for optimum in optima]),
+        "objective": np.array([optimum.objective for optimum in optima]),
+    }
+    active = np.array([optimum.active for optimum in optima])
+    return LinearComparison(np.array([beta for beta, _ in points]), active, measured, expected)
+
+
+def _linear_theory(results: SweepResults) -> dict[str, Picture]:
+    comparison = compare_with_theory(results)
+    if comparison is None:
+        return {}
+    betas, active, measured, expected = comparison
+    live = active > 0
+    deviations = {name: np.abs(measured[name][live] / expected[name][live] - 1) for name in ("rate", "mse")}
+    eigenvalues = results.info.eigenvalues
+    reference = shannon(results, float(expected["rate"].max()))
+    assert eigenvalues is not None, "there is a comparison only with a spectrum"
+    assert reference is not None, "and data of no variance have no active latent"
+    dense = np.geomspace(betas.min(), betas.max(), 200)
+    floor = quantization_variance(1.0 / (results.info.levels - 1))
+    latents = results.info.config.latent_size
+    optima = [theory.linear_optimum(eigenvalues, latents, float(beta), floor) for beta in dense]
+    lines = [
+        Line("Shannon's R(D)", *reference),
+        Line(
+            f"optimum with {latents} latents",
+            np.array([optimum.rate for optimum in optima]),
+            np.array([optimum.variance - floor for optimum in optima]),
+        ),
+    ]
+    nothing = np.zeros(len(betas))
+    curve = Curve("trained", measured["rate"], measured["mse"], nothing, nothing, tuple(_names(betas.tolist())))
+    figure = plots.linear_theory(
+        [curve],
+        lines,
+        {"rate": (betas[live], deviations["rate"]), "mean squared error": (betas[live], deviations["mse"])},
+        f"Linear models on {results.info.data_name}, training set, against the exact optimum",
+    )
+    caption = "Linear members with one optimal variance against theory. "
+    if live.any():
+        caption += (
+            f"Largest deviation where theory has an active latent ({int(live.sum())} of {len(betas)} β): rate "
+            f"{100 * deviations['rate'].max():.2g}%, mean squared error {100 * deviations['mse'].max():.2g}%; objective "
+            f"{np.abs(measured['objective'] - expected['objective']).max():.2g} nats over all β."
+        )
+    return {"linear_theory": Picture(figure, caption)}
+
+
+def draw(results: SweepResults) -> dict[str, Picture]:
+    """Every figure of the report by its file name."""
+    return {
+        "rate_distortion": _rate_distortion(results),
+        "metrics": _metrics(results),
+        **_beta_variance(results),
+        **_linear_theory(results),
+        **_galleries(results),
+        "latent_rates": _latent_rates(results),
+    }
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; max-width: 70rem; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; display: block; }
+figcaption { color: #555; font-size: .9rem; margin-top: .4rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums; }
+th { border-bottom: 2px solid #888; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+td.failed { color: #b00; text-align: left; white-space: normal; }
+pre { overflow-x: auto; background: #f5f5f5; padding: .6rem; font-size: .8rem; }
+@media (max-width: 40rem) {
+  th:first-child, td:first-child { max-width: 8.5rem; white-space: normal; }
+  figure img { max-width: none; width: 46rem; }
+}
+"""
+
+
+def page(results: SweepResults, images: Mapping[str, bytes], captions: Mapping[str, str]) -> str:
+    """`report.html`: one file that needs nothing else, readable on a phone."""
+    info = results.info
+    title = f"{info.data_name}: {len(results.members)} models over β"
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts += [f"<p>{html.escape(sentence)}</p>" for sentence in (status(results), *best_beta(results), *findings(results))]
+    for name, picture in images.items():
+        data, caption = base64.b64encode(picture).decode(), html.escape(captions[name])
+        parts.append(
+            f'<figure><div class="scroll"><img src="data:image/png;base64,{data}" alt="{html.escape(name)}"></div>'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    for split, heading in (("test", "Test set"), ("train", "Training set")):
+        headings, rows = display_rows(results, split)
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in headings)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        parts.append(f"<h2>{heading}</h2><p>Mean ± standard deviation over seeds.</p>")
+        parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+    if results.failures:
+        rows_of = "".join(
+            f'<tr><td>{html.escape(name)}</td><td class="failed">{html.escape(error)}</td></tr>'
+            for name, error in results.failures.items()
+        )
+        parts.append(f'<h2>Diverged</h2><div class="scroll"><table>{rows_of}</table></div>')
+    settings = html.escape("\n".join(_lines(to_dict(info.config))))
+    parts.append(f"<h2>Base config</h2><pre>{settings}</pre>")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def _lines(values: Mapping[str, object], prefix: str = "") -> list[str]:
+    """`optimizer.learning_rate = 0.001`, a line per field, without what the sweep varies."""
+    lines = []
+    for name, value in values.items():
+        if not prefix and name in ("beta", "seed", "decoder_variance", "prior"):
+            continue
+        dotted = f"{prefix}{name}"
+        lines += _lines(value, f"{dotted}.") if isinstance(value, Mapping) else [f"{dotted} = {value}"]
+    return lines

@@ -1,0 +1,276 @@
+"""Checkpoints: the latest and the best training state of a run, saved and restored through Orbax.
+
+A checkpoint holds plain arrays only, so it restores onto any number of devices: the caller gives the target shapes.
+"""
+
+import contextlib
+import gc
+import itertools
+import json
+import logging
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from bsvae_jax._io.files import digest
+from bsvae_jax.errors import UserError
+
+Warn = Callable[[str], None]
+
+FORMAT = 1
+"""Version of what a checkpoint holds."""
+
+
+class DamagedCheckpointError(UserError):
+    """The checkpoint asked for does not load; it was moved aside."""
+
+
+class NewerCheckpointError(UserError):
+    """The checkpoint was written by a newer version, which may have meant something else by it."""
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written; those before it are still there, and another may be saved later."""
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps with a checkpoint under `folder`, oldest first; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.steps()
+
+
+@contextlib.contextmanager
+def _leftovers_unheard() -> Iterator[None]:
+    """Of a checkpoint that does not load, Orbax asks for the first error only; what else it had begun complains at length.
+
+    TensorStore's threads do of an event loop that is closed, tasks that nobody asked when they are collected: collect them
+    within the block.
+    """
+    log, complain = logging.getLogger("asyncio"), sys.unraisablehook
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
+            yield
+    finally:
+        log.setLevel(level)
+        sys.unraisablehook = complain
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For the process that asks alone: of several processes one saves, and the others need not take part."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+
+
+class Checkpoints:
+    """The checkpoints under `folder`, one per step; keeps the latest two and the one of the least objective.
+
+    Two, so that a damaged newest one leaves another. Saving is asynchronous; `wait` (or the end of the `with` block) makes it
+    final. Orbax writes to a temporary folder and renames it, so a kill never leaves a half-written step. A digest of the arrays
+    is saved with them and compared when they are restored: a flipped bit is a damaged checkpoint, not another result.
+    """
+
+    def __init__(self, folder: Path, read_only: bool = False, description: dict[str, Any] | None = None):
+        """`folder` is made if absent, unless `read_only`; `description` (plain JSON values) travels with every checkpoint."""
+        self._description = description or {}
+        self._saving: int | None = None
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every step, and errors that it raises too
+        self._folder, self._read_only = folder.resolve(), read_only
+        damaged = self._damaged_metrics()
+        if damaged and not read_only:
+            self._set_aside(damaged)
+        try:
+            self._manager = self._open_beside_a_writer() if read_only else self._open()
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            named = f" of step {', '.join(map(str, damaged))}" if damaged else ""
+            raise UserError(
+                f"{self._folder} does not open: the metrics{named} are damaged ({type(error).__name__}: {error}). Repeat "
+                "the command that trained it: it moves that step aside and continues from another."
+            ) from error
+
+    def _open_beside_a_writer(self) -> ocp.CheckpointManager:
+        """A run that goes on meanwhile may delete an old step while it is being read: looked at again, it is not there."""
+        for _ in range(4):
+            with contextlib.suppress(FileNotFoundError):
+                return self._open()
+            time.sleep(0.25)
+        return self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        best = BestN(get_metric_fn=lambda metrics: -metrics["objective"], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics["objective"],  # Orbax writes metrics only where this is set
+            best_mode="min",
+            preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
+            create=False,  # with several processes Orbax does not
+            read_only=self._read_only,
+            cleanup_tmp_directories=not self._read_only,
+            multiprocessing_options=_alone(),
+        )
+        if not self._read_only:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(epath.Path(self._folder), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        """Nothing to open."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Finish pending writes; raises as `wait`."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps saved, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step of the least held-out objective, None when none was evaluated."""
+        step = self._manager.best_step()
+        return None if step is None or math.isinf(self._manager.metrics(step)["objective"]) else step
+
+    def save(self, step: int, state: Any, objective: float | None) -> None:
+        """Save a pytree of arrays; `objective` (held-out, nats; None: not evaluated) ranks it.
+
+        Raises:
+          SaveError: the disk did not take it, or the one before it (see `wait`).
+        """
+        self.wait()
+        if jax.process_count() > 1:  # every process has all of it: this one saves its own copies
+            state = jax.device_get(state)
+        metadata = {"format": FORMAT, "sha256": digest(state), **self._description}
+        metrics = {"objective": math.inf if objective is None else objective}  # Orbax wants one
+        self._saving = step
+        with self._explained():
+            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, custom_metadata=metadata)
+
+    def wait(self) -> None:
+        """Block until everything saved is on disk.
+
+        Raises:
+          SaveError: it cannot be; what was written of it is deleted, and saving may be tried again.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # the system's word for a full disk, and TensorStore's
+            step, self._saving = self._saving, None
+            # A manager that has failed keeps its error for the next save, and its unfinished files on the disk.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._manager = self._open()
+            reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0][:200] or type(error).__name__
+            reason = "No space left on device" if "No space left" in str(error) else reason
+            raise SaveError(f"The checkpoint of step {step} could not be written to {self._folder} ({reason}).") from error
+
+    def path(self, step: int) -> Path:
+        """Folder of a step."""
+        return self._folder / str(step)
+
+    def restore(self, target: Any, step: int | None = None, warn: Warn = lambda message: None) -> tuple[int, Any]:
+        """The state saved at `step`, or the newest that loads.
+
+        Args:
+          target: pytree of arrays or `ShapeDtypeStruct` with the shapes, types and shardings to restore to.
+          step: None: the newest; one that does not load is reported through `warn`, and the one before is used. Unless
+            opened `read_only`, what does not load is moved to `damaged_checkpoints` beside the folder, so that training can
+            save that step again.
+
+        Returns:
+          `(step, state)`.
+
+        Raises:
+          DamagedCheckpointError: the `step` asked for does not load; unless `read_only`, it was moved aside as well.
+          NewerCheckpointError: a version that is not known wrote it.
+          UserError: nothing is saved, or no checkpoint loads.
+        """
+        candidates = self.steps()[::-1] if step is None else [step]
+        if not candidates:
+            raise UserError(f"There is no checkpoint in {self._folder}.")
+        target = jax.tree.map(ocp.tree.to_shape_dtype_struct, target)
+        failures = []
+        for candidate in candidates:
+            with _leftovers_unheard():
+                try:
+                    state = self._restore(candidate, target)
+                    if not self._read_only:
+                        self._move_aside(candidates[: candidates.index(candidate)])
+                    return candidate, state
+                except NewerCheckpointError:
+                    raise
+                except Exception as error:  # a damaged file surfaces as any of Orbax's, TensorStore's or JSON's errors
+                    reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+                    failures.append(f"{self.path(candidate)} does not load ({reason})")
+                gc.collect()  # the error as well is gone by now, and holds nothing
+            if candidate != candidates[-1] and self.path(candidate).is_dir():
+                warn(f"{failures[-1]}; using the checkpoint before it.")
+        if step is not None and not self._read_only and self.path(step).is_dir():
+            self._move_aside(candidates)
+            raise DamagedCheckpointError(f"{failures[0]}; it was moved to {self._folder.parent / 'damaged_checkpoints'}.")
+        if step is None and self._read_only:
+            self._manager.reload()
+            if self.steps()[::-1] != candidates:  # a run goes on meanwhile, and has saved later steps and deleted these
+                return self.restore(target, None, warn)
+        raise UserError(f"No checkpoint loads: {'; '.join(failures)}. Move the folder away to start again.")
+
+    def _restore(self, step: int, target: Any) -> Any:
+        metadata = self._manager.metadata(step).custom_metadata or {}
+        if metadata.get("format", FORMAT) > FORMAT:
+            raise NewerCheckpointError(
+                f"{self.path(step)} was written by a newer bsvae_jax (format {metadata['format']}, this one knows {FORMAT})."
+            )
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        if metadata.get("sha256") != digest(state):
+            raise ValueError("its arrays are not those that were saved")
+        return state
+
+    def _damaged_metrics(self) -> list[int]:
+        """Steps whose metrics do not read; Orbax opens no folder that has one."""
+        damaged = []
+        for path in self._folder.glob("[0-9]*/metrics/metrics"):
+            if not path.parts[-3].isdigit():  # being written, or left by a kill; Orbax takes no notice
+                continue
+            try:
+                valid = isinstance(json.loads(path.read_bytes())["objective"], float | int)
+            except (ValueError, TypeError, KeyError, OSError):
+                valid = False
+            if not valid:
+                damaged.append(int(path.parts[-3]))
+        return damaged
+
+    def _move_aside(self, steps: list[int]) -> None:
+        self._set_aside(steps)
+        if steps:
+            self._manager.reload()
+
+    def _set_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            damaged = self._folder.parent / "damaged_checkpoints"
+            damaged.mkdir(exist_ok=True)
+            number = next(n for n in itertools.count() if not (damaged / f"{step}_{n}").exists())
+            self.path(step).rename(damaged / f"{step}_{number}")

@@ -1,0 +1,242 @@
+"""What is compiled: the training program of one model, or of a stack of models, and the data on the devices that it runs on.
+
+Everything a program is made from but the pixels is a `DataShape`, so that it can be compiled for devices that are not there.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
+
+from bsvae_jax.config import CONVOLUTIONAL, Config
+from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder
+from bsvae_jax.data.prefetch import AHEAD, DeviceImages, Stream, fits, streamed_window
+from bsvae_jax.data.shuffle import steps_through
+from bsvae_jax.distributed.hardware import memory_sizes
+from bsvae_jax.distributed.mesh import (
+    DATA_AXIS,
+    MEMBER_AXIS,
+    REPLICATED,
+    Driving,
+    P,
+    lift,
+    member_slots,
+    replicate,
+    stack,
+)
+from bsvae_jax.evaluation.scores import EVALUATION_BATCH, SplitScores, score_members, split_key
+from bsvae_jax.models.vae import VAE
+from bsvae_jax.objective import elbo
+from bsvae_jax.random import arranged
+from bsvae_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    build_knobs,
+    build_model,
+    create_state,
+    run_steps,
+    run_streamed_steps,
+    steps_per_dispatch,
+)
+
+
+def program_config(config: Config) -> Config:
+    """The config with a fixed value for every number that a compiled program takes as an array.
+
+    Configs that agree in it can be trained by one program.
+    """
+    model = config.decoder_variance
+    return dataclasses.replace(
+        config,
+        beta=1.0,
+        seed=0,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0),
+        decoder_variance=elbo.Constant() if isinstance(model, elbo.Constant) else model,
+    )
+
+
+def program_model(config: Config, data: DataShape) -> VAE:
+    """The model inside the program."""
+    return build_model(config, data.image_shape, data.step, DATA_AXIS)
+
+
+def lift_training(config: Config, data: DataShape, mesh: Mesh, driving: Driving, resident: bool) -> Any:
+    """The training program, not compiled yet: `run_steps` or, unless the images are `resident`, `run_streamed_steps`.
+
+    Args:
+      config: of any member.
+      data: of the images.
+      mesh: of `data_mesh` for driving 'loop', else of `sweep_mesh`.
+      driving: 'loop' for one model; 'scan' or 'vmap' for a stack.
+      resident: whether the images lie on the devices.
+    """
+    where = (REPLICATED, P(None, DATA_AXIS)) if resident else (P(None, DATA_AXIS),)
+    run = run_steps if resident else run_streamed_steps
+    return lift(
+        functools.partial(run, levels=data.levels, augmentation=config.augmentation),
+        mesh,
+        (REPLICATED, *where, REPLICATED, REPLICATED),
+        REPLICATED,
+        donate=(0,),
+        driving=driving,
+        shared=(1, 3) if resident else (2,),
+        convolutional=isinstance(config.network, CONVOLUTIONAL),
+    )
+
+
+def abstract_arguments(
+    config: Config, data: DataShape, mesh: Mesh, driving: Driving, members: int, window: int, resident: bool
+) -> tuple[Any, ...]:
+    """Shapes, types and shardings of what the program of `lift_training` is called with; no array is made.
+
+    Args:
+      config: of any member.
+      data: of the images.
+      mesh: as for `lift_training`.
+      driving: the same.
+      members: of the stack; 1 for driving 'loop'.
+      window: steps in a call.
+      resident: as for `lift_training`.
+    """
+    stacked = driving != "loop"
+    slots = (member_slots(mesh, members),) if stacked else ()
+    member = (MEMBER_AXIS,) if stacked else ()
+
+    def abstract(shape: tuple[int, ...], dtype: Any, *spec: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    program = program_config(config)
+    total = steps_through(config.epochs, data.train, config.batch_size)
+    one = jax.eval_shape(lambda: (create_state(program, program_model(program, data), total), build_knobs(program)))
+    state, knobs = jax.tree.map(lambda leaf: abstract((*slots, *leaf.shape), leaf.dtype, *member), one)
+    count = abstract((), jnp.int32)
+    if resident:
+        images = abstract((data.train, math.prod(data.image_shape)), data.dtype)
+        order = abstract((*slots, window, config.batch_size), jnp.int32, *member, None, DATA_AXIS)
+        return state, images, order, count, knobs
+    shape = (*slots, window, config.batch_size, *data.image_shape)
+    return state, abstract(shape, data.dtype, *member, None, DATA_AXIS), count, knobs
+
+
+class Program:
+    """The compiled programs of one model, or of a stack of models that differ only in numbers, with the data they run on."""
+
+    def __init__(self, config: Config, images: ImageSet, mesh: Mesh, driving: Driving = "loop", members: int = 1):
+        """Of all members whose `program_config` is that of `config`; compiled at the first use.
+
+        Args:
+          config: of any member.
+          images: the data.
+          mesh: of `data_mesh` for driving 'loop', else of `sweep_mesh`.
+          driving: 'loop' for one model at a time; 'scan' or 'vmap' for a stack.
+          members: of the stack.
+        """
+        self.config, self.images, self.mesh, self.driving = program_config(config), images, mesh, driving
+        self.data = images.shape
+        self.total = steps_through(config.epochs, len(images.train), config.batch_size)
+        self.model = program_model(self.config, self.data)
+        resident = fits(self.data.nbytes, mesh, config.resident_memory)
+        self.splits = {
+            split: DeviceImages(stored, mesh, resident) for split, stored in (("train", images.train), ("test", images.test))
+        }
+        self.window = steps_per_dispatch(config, mesh.devices.flat[0].platform)
+        if not resident:
+            self.window = streamed_window(self.data.image_bytes, config.batch_size, members, self.window)
+        self._run_steps: Any = lift_training(self.config, self.data, mesh, driving, resident)
+        # Equal slices of a batch are the shares of the devices.
+        self._arrangement = arranged(config.batch_size, mesh.shape[DATA_AXIS], config.gradient_accumulation)
+
+    @property
+    def resident(self) -> bool:
+        """Whether the images lie on the devices; they are streamed otherwise."""
+        return self.splits["train"].resident is not None
+
+    def pack(self, trees: Sequence[Any]) -> Any:
+        """The arrays of all members in the form in which they are driven; never aliases them."""
+        return replicate(trees[0], self.mesh) if self.driving == "loop" else stack(list(trees), self.mesh)
+
+    def unpack(self, tree: Any, members: int) -> list[Any]:
+        """The arrays of each member, the inverse of `pack`."""
+        if self.driving == "loop":
+            return [tree]
+        host = jax.device_get(tree)
+        return [jax.tree.map(lambda leaf: jnp.asarray(leaf[member]), host) for member in range(members)]  # noqa: B023
+
+    @contextlib.contextmanager
+    def batches(self, orders: Sequence[ShuffledOrder], starts: Iterator[int]) -> Iterator[Callable[[int], Any]]:
+        """What `take_steps` is given: a function of the step that a window begins with.
+
+        Args:
+          orders: of each member.
+          starts: the steps that will be asked for, in order.
+        """
+        if self.resident:
+            yield lambda step: self._place_order(_windows(orders, step, self.window))
+            return
+        spec = P(None, DATA_AXIS)
+        if self.driving != "loop":
+            orders = [*orders, *[orders[-1]] * (member_slots(self.mesh, len(orders)) - len(orders))]
+            spec = P(MEMBER_AXIS, None, DATA_AXIS)
+        with Stream(self.images.train, orders, self.mesh, spec, self.window, starts, self._arrangement) as stream:
+            yield stream.take
+
+    def _place_order(self, windows: list[Array]) -> Any:
+        if self.config.gradient_accumulation > 1:
+            windows = [window[:, self._arrangement] for window in windows]
+        return self.pack(windows)
+
+    def take_steps(self, state: TrainState, batches: Any, count: int, knobs: Any) -> tuple[TrainState, StepMetrics]:
+        """The first `count` steps of a window of `batches`; the state's memory is reused."""
+        train = self.splits["train"].resident
+        data = (batches,) if train is None else (train, batches)
+        return self._run_steps(state, *data, np.int32(count), knobs)
+
+    def _arguments(self, members: int) -> tuple[Any, ...]:
+        data, window = self.data, self.window
+        return abstract_arguments(self.config, data, self.mesh, self.driving, members, window, self.resident)
+
+    def compile(self) -> Any:
+        """The compiled training program of one model, which `take_steps` runs from now on."""
+        self._run_steps = self._run_steps.lower(*self._arguments(1)).compile()
+        return self._run_steps
+
+    def needed_bytes(self, members: int) -> int:
+        """Memory per device for training a stack of `members`, as the compiler counts it; compiles the training program.
+
+        Arguments, results and temporary arrays, with the images of both splits where they are resident. A 'vmap' needs
+        temporary arrays for every member, a 'scan' for one.
+        """
+        arguments = self._arguments(members)
+        besides = self.images.test.nbytes
+        if not self.resident:  # the pieces on their way
+            piece = arguments[1]
+            besides = AHEAD * math.prod(piece.shape) * piece.dtype.itemsize // self.mesh.devices.size
+        return sum(memory_sizes(self._run_steps.lower(*arguments).compile())) + besides
+
+    def score(self, state: TrainState, split: str, configs: Sequence[Config]) -> Iterator[SplitScores]:
+        """Scores of each member on a split, with the posterior samples that every evaluation of it takes."""
+        return score_members(
+            self.model,
+            state.variables(),
+            self.splits[split],
+            self.pack([split_key(config.seed, split) for config in configs]),
+            [build_model(config, self.images.image_shape, self.images.step).decoder_variance for config in configs],
+            levels=self.images.levels,
+            mesh=self.mesh,
+            batch_size=EVALUATION_BATCH,
+            driving=self.driving,
+        )
+
+
+def _windows(orders: Sequence[ShuffledOrder], step: int, window: int) -> list[Array]:
+    """Indices of each member's batches; members of one seed share their order, which is asked once."""
+    indices = {id(order): order(step, window) for order in set(orders)}
+    return [indices[id(order)] for order in orders]

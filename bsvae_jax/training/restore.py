@@ -1,0 +1,85 @@
+"""Opening a run that `fit` wrote: its model, variables and config, ready to use."""
+
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from bsvae_jax._io.files import as_path, digest
+from bsvae_jax._io.terminal import warn
+from bsvae_jax.errors import UserError
+from bsvae_jax.evaluation.trained import Restored
+from bsvae_jax.training.checkpoints import Checkpoints
+from bsvae_jax.training.fitted_prior import FILE, read_fitted
+from bsvae_jax.training.step import PRIOR, build_model, create_state
+from bsvae_jax.training.workdir import read_calibration, read_info
+
+
+def restore(
+    workdir: str | Path, checkpoint: Literal["latest", "best"] = "latest", prior: Literal["model", "fitted"] = "model"
+) -> Restored:
+    """Open a run.
+
+    Args:
+      workdir: the folder given to `fit` or `bsvae train`.
+      checkpoint: 'latest' (the end of training), or 'best' (least held-out objective: chosen on the test split, so its test
+        numbers are slightly optimistic). A damaged latest one is reported on stderr, and the one before is used.
+      prior: 'model' (as it was trained), or 'fitted': the density that `fit_prior` fitted to this checkpoint takes its place,
+        in `model.prior` and among the variables; `config` still says how the model was trained.
+
+    >>> import tempfile
+    >>> import bsvae_jax as bv
+    >>> from bsvae_jax.config import MLP
+    >>> config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = bv.fit(config, folder, progress=False)
+    ...     restore(folder, "best").step  # 1,500 images in batches of 500
+    3
+
+    Raises:
+      UserError: another `checkpoint` or `prior`, not a run, no checkpoint yet, or none that loads; no fitted prior, or one of
+        other parameters.
+    """
+    folder = as_path(workdir, "workdir")
+    if prior not in ("model", "fitted"):
+        raise UserError(f"prior must be 'model' or 'fitted', got {prior!r}.")
+    if checkpoint not in ("latest", "best"):
+        raise UserError(f"checkpoint must be 'latest' or 'best', got {checkpoint!r}.")
+    info = read_info(folder)
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder} has no checkpoint yet; train it with bsvae train.")
+    model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
+    target = jax.eval_shape(lambda: create_state(info.config, model, 1).arrays())
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device()), target)
+    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        step, arrays = checkpoints.restore(target, checkpoints.best_step() if checkpoint == "best" else None, warn)
+    params = arrays["ema_params"] or arrays["params"]
+    calibration = read_calibration(folder)
+    if calibration is not None and calibration.step != step:
+        calibration = None
+    variables = {"params": params, "batch_stats": arrays["batch_stats"]}
+    run = Restored(model, variables, info.config, step, info.image_shape, info.levels, calibration)
+    return run if prior == "model" else _with_fitted_prior(folder, run, checkpoint)
+
+
+def _with_fitted_prior(folder: Path, run: Restored, checkpoint: str) -> Restored:
+    fitted = read_fitted(folder)
+    again = f"bsvae fit-prior {folder}" + (f" --checkpoint {checkpoint}" if checkpoint != "latest" else "")
+    if fitted is None:
+        raise UserError(f"{folder} has no fitted prior; {again} fits one.")
+    if fitted.latent_size != run.config.latent_size:
+        raise UserError(
+            f"{folder / FILE} is of {fitted.latent_size} latents, this model has {run.config.latent_size}: it was fitted to "
+            f"another run. {again} --overwrite True fits one to this."
+        )
+    if fitted.checkpoint != digest(run.variables):
+        raise UserError(
+            f"{folder / FILE} was fitted to other parameters (of step {fitted.step}) than those of the {checkpoint} checkpoint "
+            f"(step {run.step}). {again} --overwrite True fits one to these."
+        )
+    params = {**run.variables["params"], PRIOR: fitted.parameters}
+    return run._replace(model=run.model.clone(prior=fitted.prior), variables={**run.variables, "params": params})
+
+
+def _one_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

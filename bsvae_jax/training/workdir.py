@@ -1,0 +1,399 @@
+"""The folder of one run: what it holds, who may write to it, and what is shown while it is written.
+
+config.json        the config, the data it met, the versions of the libraries; for imported weights, the file they are from
+metrics.jsonl      a row per line, training and test terms in nats per example
+tensorboard/       the same as TensorBoard events
+checkpoints/       Orbax, the latest two and the best
+calibration.npz    optimal variance of the training set (at the end)
+evaluation.json    every reported number of both splits (at the end, or by `bsvae evaluate`)
+failure.json       why training stopped, where it did; failure.npz has the state and the batch of that step
+prior.npz          a density fitted to the latents (by `bsvae fit-prior`)
+prior_training/    checkpoints of one that is being trained (flow matching), until it is
+row.npz            steps of the next row of metrics.jsonl, where a signal stopped training between two rows
+figures/           written by the command line
+"""
+
+import errno
+import io
+import json
+import os
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from bsvae_jax import config as configs
+from bsvae_jax._io.disk import MARGIN, check_room, free_bytes, mebibytes, tree_bytes
+from bsvae_jax._io.files import read_arrays, read_metrics, take_folder, write_atomically
+from bsvae_jax._io.terminal import warn
+from bsvae_jax.config import Config
+from bsvae_jax.data import ImageSet
+from bsvae_jax.errors import UserError
+from bsvae_jax.evaluation.metrics import Report, as_json, from_json
+from bsvae_jax.evaluation.scores import Calibration
+from bsvae_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, SaveError
+from bsvae_jax.training.events import EventFile
+
+FORMAT = 1
+"""Version of the layout of a run folder."""
+
+State = TypeVar("State")
+
+
+class RunInfo(NamedTuple):
+    """What `config.json` says."""
+
+    config: Config
+    image_shape: tuple[int, int, int]
+    levels: int
+    fingerprint: str
+    """Of the images trained on, `ImageSet.fingerprint`."""
+
+
+def read_info(folder: Path) -> RunInfo:
+    """Read `config.json`.
+
+    Raises:
+      UserError: not a run folder, a damaged file, or one written by a newer version.
+    """
+    path = folder / "config.json"
+    if (folder / "sweep.json").is_file():
+        raise UserError(f"{folder} is a sweep, not a run: give one of its members, {folder}/members/NAME.")
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run: it has no config.json. Give the folder that `bsvae train` wrote.")
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] > FORMAT:
+            raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
+        height, width, channels = values["data"]["image_shape"]
+        config, data = configs.from_dict(values["config"]), values["data"]
+        return RunInfo(config, (height, width, channels), int(data["levels"]), str(data["fingerprint"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON's and Unicode's errors are ValueErrors
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def describe_run(config: Config, images: ImageSet, **also: Any) -> bytes:
+    """What `config.json` holds of a run; `also` are further entries, plain JSON values, for people to read."""
+    values = {
+        "format": FORMAT,
+        "config": configs.to_dict(config),
+        "data": {
+            "name": images.name,
+            "image_shape": images.image_shape,
+            "levels": images.levels,
+            "train": len(images.train),
+            "test": len(images.test),
+            "fingerprint": images.fingerprint(),
+        },
+        "versions": {name: version(name) for name in ("bsvae_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")},
+        **also,
+    }
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def check_same_data(folder: Path, info: RunInfo, images: ImageSet) -> None:
+    """Raise a UserError if `images` are not those that the run in `folder` was trained on."""
+    if (info.image_shape, info.levels) != (images.image_shape, images.levels):
+        raise UserError(
+            f"{folder} was trained on images {info.image_shape} with {info.levels} levels; "
+            f"the data are now {images.image_shape} with {images.levels}."
+        )
+    if info.fingerprint != images.fingerprint():
+        raise UserError(
+            f"{folder} was trained on other images of {images.name}: their content has changed since. "
+            "Restore the data, or choose another --workdir."
+        )
+
+
+def read_calibration(folder: Path) -> Calibration | None:
+    """Read `calibration.npz`; None before the run has ended."""
+    path = folder / "calibration.npz"
+    if not path.is_file():
+        return None
+    remedy = "delete it, and `bsvae train` or `bsvae evaluate` measures it again"
+    values = read_arrays(path, remedy)
+    try:
+        per_pixel = values["variance_per_pixel"]
+        return Calibration(int(values["step"]), float(values["variance"]), per_pixel, float(values["floor"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}.") from error
+
+
+class Evaluation(NamedTuple):
+    """What `evaluation.json` says."""
+
+    step: int
+    checkpoint: str
+    report: Report
+    findings: dict[str, str]
+    """What is wrong with the model, by the name of the ailment (`diagnosis`)."""
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """Read `evaluation.json`; None before anything was evaluated.
+
+    Raises:
+      UserError: a damaged file.
+    """
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        findings = {str(name): str(sentence) for name, sentence in values.get("findings", {}).items()}
+        return Evaluation(int(values["step"]), str(values["checkpoint"]), from_json(values["splits"]), findings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and evaluate again.") from error
+
+
+def evaluation_at(folder: Path, step: int, checkpoint: str = "latest") -> Report:
+    """The report of `evaluation.json` for the parameters of a step; empty where it is of others."""
+    evaluation = read_evaluation(folder)
+    same = evaluation is not None and (evaluation.step, evaluation.checkpoint) == (step, checkpoint)
+    return evaluation.report if evaluation is not None and same else {}
+
+
+def write_evaluation(
+    folder: Path, step: int, report: Report, checkpoint: str = "latest", findings: Mapping[str, str] | None = None
+) -> None:
+    """Write `evaluation.json`; splits, quantities and findings from before, for the same parameters, stay."""
+    known = read_evaluation(folder)
+    same = known is not None and (known.step, known.checkpoint) == (step, checkpoint)
+    before, found = (known.report, known.findings) if known is not None and same else ({}, {})
+    findings = found if findings is None else findings
+    report = before | {split: before.get(split, {}) | quantities for split, quantities in report.items()}
+    _write(folder, Evaluation(step, checkpoint, report, dict(findings)))
+
+
+def _write(folder: Path, evaluation: Evaluation) -> None:
+    step, checkpoint, report, findings = evaluation
+    values = {"step": step, "checkpoint": checkpoint, "findings": findings, "splits": as_json(report)}
+    write_atomically(folder / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())
+
+
+def forget_quantities(folder: Path, prefix: str) -> None:
+    """Leave out of `evaluation.json`, where there is one, the quantities whose names begin with `prefix`."""
+    known = read_evaluation(folder)
+    if known is None or not any(name.startswith(prefix) for quantities in known.report.values() for name in quantities):
+        return
+    kept = {s: {name: q for name, q in own.items() if not name.startswith(prefix)} for s, own in known.report.items()}
+    _write(folder, known._replace(report=kept))
+
+
+def read_failure(folder: Path) -> str | None:
+    """Why training stopped in this folder, None where it did not.
+
+    Raises:
+      UserError: a damaged file.
+    """
+    path = folder / "failure.json"
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text())["error"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it.") from error
+
+
+class RunDirectory:
+    """The open folder of a run that trains; use it in a `with` block."""
+
+    def __init__(self, folder: Path, config: Config, images: ImageSet, progress: bool):
+        """Opens or creates the folder.
+
+        Raises:
+          UserError: it holds another config or other data, it is something else's, or it cannot be written.
+        """
+        self.folder, self._progress = folder, progress
+        self._check_folder(config, images)
+        self._checkpoints = Checkpoints(folder / "checkpoints", description={"config": configs.to_dict(config)})
+        self._events: EventFile | None = None
+        self._first_step = 1
+        self._unwritten: list[str] = []
+        self._paused = False
+        self._said: set[str] = set()
+
+    def _check_folder(self, config: Config, images: ImageSet) -> None:
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; --workdir must name a folder.")
+        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+            if not (folder / "config.json").is_file():
+                raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
+            info = read_info(folder)
+            changed = configs.differences(info.config, configs.elsewhere(config, info.config))
+            if changed:
+                raise UserError(
+                    f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir or that config."
+                )
+            check_same_data(folder, info, images)
+        self._lock = take_folder(folder, "training")
+        if not (folder / "config.json").is_file():
+            write_atomically(folder / "config.json", describe_run(config, images))
+
+    def __enter__(self) -> "RunDirectory":
+        """Nothing more to open."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Finish pending checkpoints and event files."""
+        self.settle()
+        self._checkpoints.__exit__(*exception)
+        if self._events is not None:
+            self._events.close()
+        self._lock.close()
+
+    def say(self, message: str) -> None:
+        """Show a line to the user, above the progress bar."""
+        if self._progress:
+            tqdm.write(message, file=sys.stderr)
+
+    def saved_steps(self) -> list[int]:
+        """Steps with a checkpoint, oldest first."""
+        return self._checkpoints.steps()
+
+    def state_before(self, state: State, step: int) -> State:
+        """The newest checkpoint before `step` that loads, else `state`, the beginning."""
+        self.settle()
+        for saved in reversed([saved for saved in self._checkpoints.steps() if saved < step]):
+            try:
+                return state.with_arrays(self._checkpoints.restore(state.arrays(), saved)[1])  # type: ignore[attr-defined]
+            except DamagedCheckpointError as error:
+                warn(str(error))
+        return state
+
+    def resume(self, state: State, at: int | None = None) -> State:
+        """The checkpoint of step `at`, or the newest that loads, or `state` itself in a new run; later metrics are dropped."""
+        check_room(self.folder, tree_bytes(state.arrays()), saved=len(self._checkpoints.steps()))  # type: ignore[attr-defined]
+        for name in ("failure.json", "failure.npz"):
+            (self.folder / name).unlink(missing_ok=True)
+        metrics = self.folder / "metrics.jsonl"
+        if not self._checkpoints.steps():
+            step = 0
+            if metrics.is_file():
+                self.say(f"{self.folder} has no checkpoint; starting from the beginning")
+        else:
+            step, arrays = self._checkpoints.restore(state.arrays(), at, warn)  # type: ignore[attr-defined]
+            state = state.with_arrays(arrays)  # type: ignore[attr-defined]
+            self.say(f"continuing from step {step} in {self.folder}")
+        if metrics.is_file():
+            kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
+            write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._first_step = step + 1
+        return state
+
+    def log(self, row: dict[str, Any], **clocked: float) -> None:
+        """Append one row to `metrics.jsonl` and to the event file; what depends on the clock, to the event file only.
+
+        Rows that a full disk refuses are kept and written with a later one.
+        """
+        self._unwritten.append(json.dumps(row) + "\n")
+        try:
+            with (self.folder / "metrics.jsonl").open("ab", buffering=0) as file:
+                start = file.tell()
+                content = "".join(self._unwritten).encode()
+                if file.write(content) != len(content):
+                    file.truncate(start)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.warn_once(
+                "metrics", f"{self.folder / 'metrics.jsonl'} cannot be written ({error.strerror}); trying again later."
+            )
+            return
+        self._unwritten.clear()
+        known = {name: value for name, value in (row | clocked).items() if value is not None}
+        values = {f"{row['split']}/{name}": value for name, value in known.items() if name not in ("step", "epoch", "split")}
+        try:
+            if self._events is None:
+                self._events = EventFile(self.folder / "tensorboard", self._first_step)
+            self._events.add(row["step"], values)
+        except OSError as error:
+            why = error.strerror or error
+            self.warn_once("events", f"TensorBoard events could not be written ({why}); metrics.jsonl has the numbers.")
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Show a warning, once for each topic."""
+        if topic not in self._said:
+            self._said.add(topic)
+            warn(message)
+
+    def save(self, step: int, arrays: Any, objective: float | None) -> bool:
+        """Save a checkpoint, ranked by its held-out objective where that is known, unless this step is saved already.
+
+        Returns:
+          False where the disk is too full: the last good checkpoint stays, a warning says so, and later calls try again. True
+          where saving has begun; `settle` says whether it ended well.
+        """
+        self.settle()
+        if step in self._checkpoints.steps():
+            return True
+        needed, free = tree_bytes(arrays) + MARGIN, free_bytes(self.folder)
+        if free < needed:
+            self._pause(f"{mebibytes(free)} are free, a checkpoint takes {mebibytes(needed)}")
+            return False
+        try:
+            self._checkpoints.save(step, arrays, objective)
+        except SaveError as error:
+            self._pause(str(error))
+            return False
+        if self._paused:
+            warn(f"{self.folder}: saving again, from step {step}.")
+            self._paused = False
+        return True
+
+    def settle(self) -> bool:
+        """Wait until what is being saved is on the disk; False, and a warning, where it did not get there."""
+        try:
+            self._checkpoints.wait()
+        except SaveError as error:
+            self._pause(str(error))
+            return False
+        return True
+
+    def _pause(self, why: str) -> None:
+        why = why.removesuffix(".")
+        if not self._paused:
+            warn(f"Saving in {self.folder} is paused ({why}); training goes on. {self.last_checkpoint()} Free some space.")
+        self._paused = True
+
+    def save_row(self, step: int, values: np.ndarray) -> None:
+        """Keep the terms [terms, steps] of a row of metrics that a checkpoint at `step` cuts in two."""
+        content = io.BytesIO()
+        np.savez(content, step=step, values=values)
+        write_atomically(self.folder / "row.npz", content.getvalue())
+
+    def read_row(self, step: int) -> np.ndarray | None:
+        """What `save_row` kept for a checkpoint at `step`, None where it was not cut."""
+        path = self.folder / "row.npz"
+        if not path.is_file():
+            return None
+        arrays = read_arrays(path, "delete it")
+        return arrays["values"] if set(arrays) == {"step", "values"} and arrays["step"] == step else None
+
+    def fail(self, step: int, error: str) -> None:
+        """Record why training stopped."""
+        values = {"step": step, "error": error}
+        write_atomically(self.folder / "failure.json", (json.dumps(values, indent=2) + "\n").encode())
+
+    def last_checkpoint(self) -> str:
+        """A sentence that names the last good checkpoint."""
+        self.settle()
+        steps = self._checkpoints.steps()
+        return f"The last good checkpoint is {self._checkpoints.path(steps[-1])}." if steps else "No checkpoint was saved yet."
+
+    def save_failure(self, arrays: dict[str, np.ndarray]) -> Path:
+        """Keep what `failed_step` needs; the file."""
+        content = io.BytesIO()
+        np.savez(content, **arrays)  # type: ignore[arg-type]
+        write_atomically(self.folder / "failure.npz", content.getvalue())
+        return self.folder / "failure.npz"
+
+    def write_calibration(self, calibration: Calibration) -> None:
+        """Record the optimal variance of the training set."""
+        content = io.BytesIO()
+        np.savez(content, **calibration._asdict())
+        write_atomically(self.folder / "calibration.npz", content.getvalue())

@@ -1,0 +1,136 @@
+"""Reported quantities against float64 NumPy written from the formulas, on scores made by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bsvae_jax.evaluation import plots
+from bsvae_jax.evaluation.metrics import as_json, as_table, from_json, summarize
+from bsvae_jax.evaluation.scores import SplitScores, calibrate, distortion_at, optimal_variance_of_split
+
+N, SHAPE, LATENTS, FLOOR = 40, (3, 2, 1), 3, 1 / (12 * 16**2)
+
+
+@pytest.fixture
+def residuals():
+    return np.random.default_rng(0).normal(size=(N, *SHAPE)) * np.linspace(0.05, 0.3, N).reshape(-1, 1, 1, 1)
+
+
+@pytest.fixture
+def scores(residuals):
+    generator = np.random.default_rng(1)
+    rate = generator.uniform(1, 5, N)
+    posterior_mean = generator.normal(size=(N, LATENTS)) * np.array([1.0, 0.5, 0.01])  # the last one is inactive
+    squared = np.square(residuals)
+    latent_rate = generator.dirichlet(np.ones(LATENTS)) * rate.mean()
+    return SplitScores(
+        squared_error=squared.sum(axis=(1, 2, 3)),
+        rate=rate,
+        pixel_squared_error=squared.mean(axis=0),
+        posterior_mean=posterior_mean,
+        latent_rate=latent_rate,
+        model_distortion=2.0 * rate,
+        model_variance=0.01,
+    )
+
+
+def test_likelihoods_are_gaussian_densities(scores, residuals):
+    calibration = calibrate(scores, 7, FLOOR)
+    summary = summarize(scores, 3.0, calibration)
+    variance = np.square(residuals).mean() + FLOOR
+    assert calibration.variance == pytest.approx(variance)
+    # SciPy's normal density at the residuals, plus the expected dequantisation noise D v0 / (2 v).
+    nll = -stats.norm.logpdf(residuals, scale=np.sqrt(variance)).sum(axis=(1, 2, 3)) + 6 * FLOOR / (2 * variance)
+    assert summary["calibrated_distortion"].value == pytest.approx(nll.mean())
+    assert summary["calibrated_distortion"].value == pytest.approx(3 * (np.log(2 * np.pi * variance) + 1))  # closed form
+    assert summary["calibrated_elbo"].value == pytest.approx(-(nll + scores.rate).mean())
+    assert summary["calibrated_elbo"].standard_error == pytest.approx(stats.sem(nll + scores.rate))
+    per_pixel = np.square(residuals).mean(axis=0) + FLOOR
+    nll = -stats.norm.logpdf(residuals, scale=np.sqrt(per_pixel)).sum(axis=(1, 2, 3)) + (FLOOR / (2 * per_pixel)).sum()
+    assert summary["calibrated_elbo_per_pixel_variance"].value == pytest.approx(-(nll + scores.rate).mean())
+    own = np.square(residuals).mean(axis=(1, 2, 3), keepdims=True) + FLOOR
+    profile = -stats.norm.logpdf(residuals, scale=np.sqrt(own)).sum(axis=(1, 2, 3)) + 3 * FLOOR / own.ravel()
+    assert summary["profile_elbo"].value == pytest.approx(-(profile + scores.rate).mean())
+
+
+def test_bits_per_dimension_and_objective(scores):
+    summary = summarize(scores, 3.0, calibrate(scores, 7, FLOOR))
+    # 6 pixels on a grid of 1/16: -log2 of the probability of one cell.
+    bits = -summary["calibrated_elbo"].value / (6 * np.log(2)) + 4
+    assert summary["calibrated_bits_per_dimension"].value == pytest.approx(bits)
+    assert summary["objective"].value == pytest.approx(5.0 * scores.rate.mean())  # 2 rate (distortion) + 3 rate
+    assert summary["active_units"].value == 2
+
+
+def test_reconstruction_error(scores, residuals):
+    summary = summarize(scores, 3.0, calibrate(scores, 7, FLOOR))
+    mse = np.square(residuals).mean(axis=(1, 2, 3))
+    assert summary["mse"].value == pytest.approx(mse.mean())
+    assert summary["psnr"].value == pytest.approx(np.mean(10 * np.log10(1 / mse)))
+
+
+def test_a_split_shares_its_variance_in_three_ways(scores, residuals):
+    squared = np.square(residuals)
+    np.testing.assert_allclose(optimal_variance_of_split(scores, "example", FLOOR), squared.mean(axis=(1, 2, 3)) + FLOOR)
+    assert optimal_variance_of_split(scores, "batch", FLOOR) == pytest.approx(squared.mean() + FLOOR)
+    np.testing.assert_allclose(optimal_variance_of_split(scores, "pixel", FLOOR), squared.mean(axis=0) + FLOOR)
+    np.testing.assert_allclose(
+        distortion_at(scores, 0.5, 0.0), 3 * np.log(np.pi) + squared.sum(axis=(1, 2, 3)), rtol=1e-12
+    )  # sigma^2 = 1/2: D/2 log(pi) + SSE, the paper's first reading
+
+
+def test_table_and_json_say_the_same(scores):
+    report = {"test": summarize(scores, 1.0, calibrate(scores, 7, FLOOR))}
+    values = json.loads(json.dumps(as_json(report)))
+    assert values["test"]["rate"]["value"] == pytest.approx(scores.rate.mean())
+    assert from_json(values) == report
+    (line,) = [line for line in as_table(report).splitlines() if line.startswith("rate ")]
+    assert f"{scores.rate.mean():.5g} ± " in line
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+
+def _pixels(figure):
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3] / 255.0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_shows_every_image_at_its_place(channels):
+    images = np.zeros((5, 4, 4, channels))
+    images[3] = 1.0  # second row of two columns, right
+    image = _pixels(plots.image_grid(images, "five", columns=2))
+    axes_rows, axes_columns = np.nonzero((image < 0.01).all(axis=-1))
+    top, bottom, left, right = axes_rows.min(), axes_rows.max(), axes_columns.min(), axes_columns.max()
+    tile = image[top:bottom, left:right]
+    height, width = tile.shape[:2]
+    at = lambda row, column: tile[int((row + 0.5) / 3 * height), int((column + 0.5) / 2 * width)].mean()  # noqa: E731
+    assert [round(at(row, column)) for row in range(3) for column in range(2)] == [0, 0, 0, 1, 0, 1]  # last: no image, white
+
+
+def test_training_curves_have_units_and_both_splits():
+    terms = dict(objective=3.0, distortion=2.0, rate=1.0, mse=0.1, variance=0.1)
+    rows = [
+        dict(step=step, epoch=step // 2, split=split, learning_rate=1e-3, **terms)
+        for step in (2, 4, 6)
+        for split in ("train", "test")
+    ]
+    figure = plots.training_curves(rows, "title")
+    labels = " ".join(axes.get_ylabel() for axes in figure.axes)
+    assert labels.count("[nats per image]") == 3
+    assert [axes.get_xlabel() for axes in figure.axes[3:]] == ["epoch"] * 3
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["training batches", "test set"]
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [1, 2, 3])
+
+
+def test_traversals_and_reconstructions_are_labelled():
+    traversals = plots.latent_traversals(np.zeros((2, 3, 4, 4, 1)), [-1.0, 0.0, 1.0], ["z5", "z1"], "title")
+    (axes,) = traversals.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["z5", "z1"]
+    assert "standard deviations" in axes.get_xlabel()
+    pairs = plots.reconstructions(np.zeros((15, 4, 4, 1)), np.ones((15, 4, 4, 1)), "title", columns=10)
+    assert len(pairs.axes) == 2
+    assert [label.get_text() for label in pairs.axes[0].get_yticklabels()] == ["original", "mean"]

@@ -1,0 +1,64 @@
+"""Convolutions of phases against sums written out in float64 NumPy."""
+
+import jax
+import numpy as np
+import pytest
+
+from bsvae_jax.models._subpixel import convolve_phases, join_phases, transposed_phases
+
+RANDOM = np.random.default_rng(0)
+
+
+def float32(*shape):
+    return RANDOM.normal(size=shape).astype(np.float32)
+
+
+def phases_of(joined):
+    """[B, 2h, 2w, C] to [4B, h, w, C], by picking rows and columns."""
+    return np.concatenate([joined[:, rows::2, columns::2] for rows in (0, 1) for columns in (0, 1)])
+
+
+def convolution(x, kernel):
+    """3x3, stride 1, padding 1, in float64."""
+    padded = np.pad(x.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    height, width = x.shape[1:3]
+    return sum(
+        padded[:, i : i + height, j : j + width] @ kernel[i, j].astype(np.float64) for i, j in np.ndindex(kernel.shape[:2])
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 4)])
+@pytest.mark.parametrize("features", [1, 3])
+def test_convolving_phases_is_convolving_the_joined_map(size, features):
+    joined = float32(2, 2 * size[0], 2 * size[1], 5)
+    kernel = float32(3, 3, 5, features)
+    found = convolve_phases(jax.numpy.asarray(phases_of(joined)), jax.numpy.asarray(kernel))
+    np.testing.assert_allclose(found, convolution(joined, kernel), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_convolving_phases_are_those_of_the_joined_map():
+    joined, kernel, cotangent = float32(2, 6, 8, 5), float32(3, 3, 5, 2), float32(2, 6, 8, 2)
+    _, pullback = jax.vjp(convolve_phases, jax.numpy.asarray(phases_of(joined)), jax.numpy.asarray(kernel))
+    of_phases, of_kernel = pullback(jax.numpy.asarray(cotangent))
+    # The transposed map: flipped kernel, inputs and outputs exchanged.
+    expected = phases_of(convolution(cotangent, kernel[::-1, ::-1].swapaxes(2, 3)))
+    np.testing.assert_allclose(of_phases, expected, rtol=1e-5, atol=1e-5)
+    padded = np.pad(joined.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    for i, j in np.ndindex(3, 3):
+        expected = np.einsum("bhwc,bhwf->cf", padded[:, i : i + 6, j : j + 8], cotangent.astype(np.float64))
+        np.testing.assert_allclose(of_kernel[i, j], expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (3, 6), (3, 5)])
+def test_joining_undoes_picking_phases_and_cuts(size):
+    joined = float32(2, 4, 6, 3)
+    np.testing.assert_array_equal(join_phases(jax.numpy.asarray(phases_of(joined)), size), joined[:, : size[0], : size[1]])
+
+
+def test_phases_of_a_transposed_convolution_scatter_each_input_through_the_kernel():
+    x, kernel = float32(2, 3, 4, 5), float32(3, 3, 5, 2)
+    expected = np.zeros((2, 8, 10, 2))  # with a margin that catches what falls off
+    for i, j, k, l in np.ndindex(3, 4, 3, 3):
+        expected[:, 2 * i + k, 2 * j + l] += x[:, i, j].astype(np.float64) @ kernel[k, l].astype(np.float64)
+    found = join_phases(transposed_phases(jax.numpy.asarray(x), jax.numpy.asarray(kernel)), (6, 8))
+    np.testing.assert_allclose(found, expected[:, 1:7, 1:9], rtol=1e-5, atol=1e-5)
