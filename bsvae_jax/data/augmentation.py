@@ -4,15 +4,43 @@ Rotation and random resized crop are composed into one affine map and sampled on
 zeros outside. (torchvision resamples twice, and rotates with nearest-neighbour interpolation by default.)
 """
 
+import math
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from bsvae_jax.config import Augmentation
-from bsvae_jax.errors import UserError, check_kind
+from bsvae_jax.errors import UserError, check_kind, check_number
 from bsvae_jax.random import check_key
 
 Image = Float[Array, "height width channels"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training image, on the device. Evaluation data is never augmented."""
+
+    rotation_degrees: float = 0.0
+    """Rotation uniform in +- this many degrees."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Random resized crop: range of the cropped share of the area."""
+    crop_ratio: tuple[float, float] = (1.0, 1.0)
+    """Random resized crop: range of its width-to-height ratio over that of the image (log-uniform)."""
+    flip: bool = False
+    """Mirror left-right with probability one half."""
+
+    def __post_init__(self) -> None:
+        check_number("augmentation.rotation_degrees", self.rotation_degrees, low=0.0, high=180.0)
+        for name in ("crop_scale", "crop_ratio"):
+            bounds = getattr(self, name)
+            if not isinstance(bounds, tuple) or len(bounds) != 2:
+                raise UserError(f"augmentation.{name} must be a pair (low, high), got {bounds!r}.")
+            low, high = bounds
+            check_number(f"augmentation.{name}", low, low=0.0, open_low=True)
+            check_number(f"augmentation.{name}", high, low=low, high=1.0 if name == "crop_scale" else math.inf)
+        if not isinstance(self.flip, bool):
+            raise UserError(f"augmentation.flip must be True or False, got {self.flip!r}.")
 
 
 def augment(

@@ -32,7 +32,7 @@ from bsvae_jax.evaluation.metrics import Quantity, Report, mean_quantity, summar
 from bsvae_jax.evaluation.sampling import sample_batches, stretch_contrast, to_8_bits
 from bsvae_jax.evaluation.scores import EVALUATION_BATCH, Calibration, SplitScores, calibrate, score_split, split_key
 from bsvae_jax.evaluation.trained import Restored
-from bsvae_jax.objective.elbo import bits_per_dimension
+from bsvae_jax.objective import bits_per_dimension
 
 PAPER_SAMPLES = 25_600
 """Images drawn for FID by the code of Kim & Lee (2024)."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from bsvae_jax.config import Config
 from bsvae_jax.evaluation.scores import Calibration
 from bsvae_jax.models.vae import VAE
-from bsvae_jax.objective.elbo import quantization_variance
+from bsvae_jax.objective import quantization_variance
 
 
 class Restored(NamedTuple):

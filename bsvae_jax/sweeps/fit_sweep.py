@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from bsvae_jax import config as configs
 from bsvae_jax._io.files import as_path, take_folder, write_atomically
 from bsvae_jax._io.terminal import ProgressBar, warn
-from bsvae_jax.config import CONVOLUTIONAL, Config
+from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed import multihost
@@ -68,7 +68,7 @@ def choose_driving(config: Config, platform: str) -> Driving:
     depend on how many there are. Accelerators are filled by batched products.
     """
     if platform == "cpu":
-        return "loop" if isinstance(config.network, CONVOLUTIONAL) else "scan"
+        return "loop" if config.network.convolutional else "scan"
     return "vmap"
 
 

@@ -24,8 +24,8 @@ from bsvae_jax.config import FlowMatching, to_dict
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, data_mesh, lift, replicate
 from bsvae_jax.distributed.preemption import stop_on_signals
 from bsvae_jax.errors import DivergenceError, UserError, check_count
-from bsvae_jax.models.flow_matching import flow_matching_loss
-from bsvae_jax.models.velocity import VelocityNetwork
+from bsvae_jax.models.priors.flow_matching import flow_matching_loss
+from bsvae_jax.models.priors.velocity import VelocityNetwork
 from bsvae_jax.random import example_keys, example_positions
 from bsvae_jax.training.checkpoints import Checkpoints
 from bsvae_jax.training.step import averaged

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsvae_jax._io.files import as_path, digest, take_folder
-from bsvae_jax.config import FlowMatching, Spatial
+from bsvae_jax.config import FlowMatching
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages, fits
@@ -21,7 +21,6 @@ from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, lift, pad
 from bsvae_jax.errors import UserError, check_count
 from bsvae_jax.evaluation.scores import EVALUATION_BATCH
 from bsvae_jax.evaluation.trained import Restored
-from bsvae_jax.models.latent_map import latent_map
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.training import fitted_prior
 from bsvae_jax.training.checkpoints import saved_steps
@@ -146,10 +145,7 @@ def fit_prior(
 
 def map_positions(run: Restored) -> tuple[int, int]:
     """Rows and columns of the latent map; latents that are no map are one position."""
-    network = run.config.network
-    if not isinstance(network, Spatial):
-        return 1, 1
-    return latent_map(network, run.config.latent_size, *run.image_shape[:2])[:2]
+    return run.config.network.positions(run.config.latent_size, run.image_shape)
 
 
 def _check_trained(folder: Path, run: Restored, images: ImageSet) -> None:

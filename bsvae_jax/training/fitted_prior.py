@@ -26,7 +26,6 @@ from jaxtyping import Array, Float, Key
 from bsvae_jax import config as configs
 from bsvae_jax._io.files import read_arrays, write_atomically
 from bsvae_jax.errors import UserError, check_count, nearest
-from bsvae_jax.models import priors
 
 Kind = Literal["gaussian", "mixture", "flow", "flow_matching"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
@@ -100,7 +99,7 @@ class FittedPrior:
           UserError: a count below 1.
         """
         check_count("count", count)
-        module = priors.build(self.prior, self.latent_size)
+        module = self.prior.build(self.latent_size)
         drawn: Any = module.apply({"params": self.parameters}, key, count, method="sample")
         return drawn
 
@@ -113,7 +112,7 @@ class FittedPrior:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _log_prob(prior: configs.Prior, latent_size: int, parameters: Any, z: Array) -> Array:
-    density: Any = priors.build(prior, latent_size).apply({"params": parameters}, z, method="log_prob")
+    density: Any = prior.build(latent_size).apply({"params": parameters}, z, method="log_prob")
     return density
 
 
@@ -207,7 +206,7 @@ def _fit_mixture(latents: np.ndarray, components: int, key: Key[Array, ""]) -> d
 
 
 def _fit_flow(prior: configs.Flow, latents: np.ndarray, held_out: np.ndarray, key: Key[Array, ""]) -> Any:
-    module = priors.build(prior, latents.shape[1])
+    module = prior.build(latents.shape[1])
     init_key, order_key = jax.random.split(key)
     z, other = jnp.asarray(latents, jnp.float32), jnp.asarray(held_out, jnp.float32)
     mean, scale = _scale(latents)
@@ -290,7 +289,7 @@ def read_fitted(folder: Path) -> FittedPrior | None:
 
 
 def _check_parameters(fitted: FittedPrior) -> None:
-    module = priors.build(fitted.prior, fitted.latent_size)
+    module = fitted.prior.build(fitted.latent_size)
     like: Any = jax.eval_shape(
         lambda: module.init(jax.random.key(0), jnp.zeros((1, fitted.latent_size)), method="log_prob")["params"]
     )

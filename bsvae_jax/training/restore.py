@@ -1,5 +1,6 @@
 """Opening a run that `fit` wrote: its model, variables and config, ready to use."""
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +79,10 @@ def _with_fitted_prior(folder: Path, run: Restored, checkpoint: str) -> Restored
             f"(step {run.step}). {again} --overwrite True fits one to these."
         )
     params = {**run.variables["params"], PRIOR: fitted.parameters}
-    return run._replace(model=run.model.clone(prior=fitted.prior), variables={**run.variables, "params": params})
+    return run._replace(
+        model=run.model.clone(prior=dataclasses.replace(fitted.prior, latent_size=fitted.latent_size)),
+        variables={**run.variables, "params": params},
+    )
 
 
 def _one_device() -> jax.sharding.Sharding:

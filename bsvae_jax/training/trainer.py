@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bsvae_jax import objective
 from bsvae_jax._io.files import as_path
 from bsvae_jax._io.terminal import ProgressBar
 from bsvae_jax.config import Config, to_dict
@@ -30,7 +31,6 @@ from bsvae_jax.errors import DivergenceError, UserError, check_kind
 from bsvae_jax.evaluation.diagnosis import diagnose
 from bsvae_jax.evaluation.metrics import Report, summarize
 from bsvae_jax.evaluation.scores import SplitScores, calibrate
-from bsvae_jax.objective import elbo
 from bsvae_jax.training.failed_step import failing_step
 from bsvae_jax.training.follower import Follower
 from bsvae_jax.training.program import Program
@@ -38,7 +38,7 @@ from bsvae_jax.training.step import (
     LOG_EVERY,
     StepMetrics,
     TrainState,
-    build_knobs,
+    build_hyperparameters,
     check_against_data,
     create_state,
     data_order,
@@ -92,7 +92,7 @@ class Trainer:
         }
         state = program.pack(states)
         del states
-        knobs = program.pack([build_knobs(config) for config in self.configs])
+        hyperparameters = program.pack([build_hyperparameters(config) for config in self.configs])
         config, count = program.config, len(program.images.train)
         finished = next(e for e in range(config.epochs, -1, -1) if steps_through(e, count, config.batch_size) <= step)
         ends = [steps_through(e, count, config.batch_size) for e in range(finished + 1, config.epochs + 1)]
@@ -100,7 +100,7 @@ class Trainer:
         saved = True
         with program.batches([orders[config.seed] for config in self.configs], starts) as batches:
             for epoch, end in enumerate(ends, finished + 1):
-                state, step = self._epoch(state, batches, knobs, step, end, epoch)
+                state, step = self._epoch(state, batches, hyperparameters, step, end, epoch)
                 stopping = self._stopping()
                 if step == end and (epoch % config.evaluate_every == 0 or epoch == config.epochs):
                     saved = self._evaluate_and_save(state, step, epoch)
@@ -134,7 +134,7 @@ class Trainer:
         return stopping  # what was agreed: a signal may have come in the meantime
 
     def _epoch(
-        self, state: TrainState, batches: Callable[[int], Any], knobs: Any, step: int, end: int, epoch: int
+        self, state: TrainState, batches: Callable[[int], Any], hyperparameters: Any, step: int, end: int, epoch: int
     ) -> tuple[TrainState, int]:
         """To step `end`, or to where a signal asks to stop; the state and its step."""
         program = self.program
@@ -148,7 +148,7 @@ class Trainer:
             while going and step < end and len(in_flight) < 2:
                 count = min(program.window, end - step)
                 # The whole window, whatever is left of the epoch: one program.
-                state, metrics = program.take_steps(state, batches(step), count, knobs)
+                state, metrics = program.take_steps(state, batches(step), count, hyperparameters)
                 step += count
                 in_flight.append((step, count, metrics))
             last, count, metrics = in_flight.popleft()
@@ -274,7 +274,7 @@ class Trainer:
         """
         step = self.program.total
         test = self._test_scores.get(step) or self.program.score(state, "test", self.configs)
-        floor = elbo.quantization_variance(self.program.images.step)
+        floor = objective.quantization_variance(self.program.images.step)
         reports: list[Report] = [{} for _ in self.members]
         for member, (train_scores, test_scores) in enumerate(
             zip(self.program.score(state, "train", self.configs), test, strict=True)

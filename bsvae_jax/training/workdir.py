@@ -225,7 +225,7 @@ class RunDirectory:
             if not (folder / "config.json").is_file():
                 raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
             info = read_info(folder)
-            changed = configs.differences(info.config, configs.elsewhere(config, info.config))
+            changed = configs.differences(info.config, configs.with_execution_of(config, info.config))
             if changed:
                 raise UserError(
                     f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir or that config."

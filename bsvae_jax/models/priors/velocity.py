@@ -4,12 +4,13 @@ Blocks of attention and MLP whose layer norms take scale and shift from the time
 start at zero: adaLN-Zero (Peebles & Xie 2023, section 3.2). A fresh network is the zero field. All in float32.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from bsvae_jax.config import FlowMatching
 from bsvae_jax.models.layers import HIGHEST, ZEROS, dense
 
 Latents = Float[Array, "batch latent"]
@@ -56,7 +57,8 @@ class Block(nn.Module):
 class VelocityNetwork(nn.Module):
     """u(x, t) of latents in row-major order of their map."""
 
-    prior: FlowMatching
+    prior: Any
+    """The settings: `FlowMatching`."""
 
     @nn.compact
     def __call__(self, x: Latents, time: Float[Array, " batch"]) -> Latents:
