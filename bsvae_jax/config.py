@@ -214,11 +214,14 @@ def load_module(path: Path, *also: type) -> ModuleType:
     location = path.resolve()
     # The path takes part, so that two files of one name in two folders stay apart.
     name = f"{_LOADED}{path.stem}_{hashlib.sha256(str(location).encode()).hexdigest()[:8]}"
+    before, content = sys.modules.get(name), location.read_bytes()
+    if before is not None and getattr(before, "_bsvae_content", None) == content:
+        return before  # so that a class of it is one class
     spec = importlib.util.spec_from_file_location(name, location)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file; a config is a .py file with get_config().")
     module = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(name)
+    module._bsvae_content = content  # type: ignore[attr-defined]
     sys.modules[name] = module  # dataclasses look their module up there while they are made
     sys.path.insert(0, str(location.parent))
     try:
@@ -277,8 +280,13 @@ def kind_name(kind: type) -> str:
     return f"{module}:{kind.__qualname__}"
 
 
-def _find_kind(name: str, base: type) -> type:
-    """The class that `kind_name` calls so, among the library's and in modules that are loaded already; none is imported.
+def kinds_of(config: Config | None) -> tuple[type, ...]:
+    """The classes that a config is made of."""
+    return () if config is None else tuple(type(getattr(config, name)) for name in KINDS)
+
+
+def _find_kind(name: str, base: type, given: tuple[type, ...]) -> type:
+    """The class that `kind_name` calls so: of the library, of those `given`, or of a loaded module; none is imported.
 
     Raises:
       UserError: it is not there.
@@ -289,6 +297,9 @@ def _find_kind(name: str, base: type) -> type:
     module_name, _, class_name = name.partition(":")
     if not class_name:
         raise UserError(f"Unknown kind {name!r}{nearest(name, options)}; known: {', '.join(options)}.")
+    for own in given:
+        if issubclass(own, base) and kind_name(own) == name:
+            return own
     for module in reversed(list(sys.modules.values())):  # of config files of one name, the one loaded last
         kind = getattr(module, class_name, None) if isinstance(module, ModuleType) else None
         if isinstance(kind, type) and issubclass(kind, base) and kind_name(kind) == name:
@@ -314,8 +325,8 @@ def to_dict(config: Any) -> Any:
     return {"kind": kind_name(type(config)), **fields} if isinstance(config, Kind) else fields
 
 
-def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
-    """The inverse of `to_dict`.
+def from_dict(values: dict[str, Any], kind: Any = Config, given: tuple[type, ...] = ()) -> Any:
+    """The inverse of `to_dict`; `given`: classes that need not be looked for.
 
     Raises:
       UserError: a field is unknown, or a kind is, or the class of one is not loaded.
@@ -325,14 +336,14 @@ def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
     if isinstance(kind, type) and issubclass(kind, Kind):
         if not isinstance(name, str):
             raise UserError(f"One kind of {kind.__name__} is wanted, but 'kind' does not say which.")
-        kind = _find_kind(name, kind)
+        kind = _find_kind(name, kind, given)
     known = typing.get_type_hints(kind)
     result = {}
     for name, value in values.items():
         if name not in known:
             raise UserError(_unknown_field(kind.__name__, name))
         if isinstance(value, dict):
-            value = from_dict(value, known[name])
+            value = from_dict(value, known[name], given)
         result[name] = _as_tuple(value)
     return kind(**result)
 

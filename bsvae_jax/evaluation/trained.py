@@ -27,8 +27,8 @@ class Restored(NamedTuple):
     config: Config
     step: int
     """Steps that the run had taken."""
-    image_shape: tuple[int, int, int]
-    """(H, W, C)"""
+    image_shape: tuple[int, ...]
+    """Of one example: (H, W, C) of images."""
     levels: int
     """Grey levels of the data."""
     calibration: Calibration | None

@@ -8,6 +8,7 @@ import jax
 
 from bsvae_jax._io.files import as_path, digest
 from bsvae_jax._io.terminal import warn
+from bsvae_jax.config import Config, load_module
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.training.checkpoints import Checkpoints
@@ -17,7 +18,10 @@ from bsvae_jax.training.workdir import read_calibration, read_info
 
 
 def restore(
-    workdir: str | Path, checkpoint: Literal["latest", "best"] = "latest", prior: Literal["model", "fitted"] = "model"
+    workdir: str | Path,
+    checkpoint: Literal["latest", "best"] = "latest",
+    prior: Literal["model", "fitted"] = "model",
+    config: str | Path | Config | None = None,
 ) -> Restored:
     """Open a run.
 
@@ -26,7 +30,9 @@ def restore(
       checkpoint: 'latest' (the end of training), or 'best' (least held-out objective: chosen on the test split, so its test
         numbers are slightly optimistic). A damaged latest one is reported on stderr, and the one before is used.
       prior: 'model' (as it was trained), or 'fitted': the density that `fit_prior` fitted to this checkpoint takes its place,
-        in `model.prior` and among the variables; `config` still says how the model was trained.
+        in `model.prior` and among the variables; the run's `config` still says how the model was trained.
+      config: where the classes are that the run was trained with and the library does not have: the Python file that defines
+        them, or a `Config` made of them. A run folder never imports code by itself. Not needed once they are imported.
 
     >>> import tempfile
     >>> import bsvae_jax as bv
@@ -46,7 +52,9 @@ def restore(
         raise UserError(f"prior must be 'model' or 'fitted', got {prior!r}.")
     if checkpoint not in ("latest", "best"):
         raise UserError(f"checkpoint must be 'latest' or 'best', got {checkpoint!r}.")
-    info = read_info(folder)
+    if config is not None and not isinstance(config, Config):
+        load_module(as_path(config, "config"))
+    info = read_info(folder, config if isinstance(config, Config) else None)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} has no checkpoint yet; train it with bsvae train.")
     model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))

@@ -23,7 +23,7 @@ from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder, augment
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.models.vae import VAE, build_vae
-from bsvae_jax.random import example_keys, example_positions
+from bsvae_jax.random import check_key, example_keys, example_positions
 
 LOG_EVERY = 50
 """Steps over which one training row of the metrics is averaged, at most."""
@@ -63,6 +63,44 @@ class TrainState(struct.PyTreeNode):
     """Whether a step whose loss or gradient is not finite changes nothing but the count of steps."""
     parts: int = struct.field(pytree_node=False, default=1)
     """Parts of a batch that follow one another (`Config.gradient_accumulation`)."""
+
+    @classmethod
+    def create(cls, model: VAE, optimizer: optax.GradientTransformation, key: Key[Array, ""], example: Array) -> "TrainState":
+        """The state of any `VAE` before its first step, for `train_step` without a `Config`.
+
+        Args:
+          model: the VAE.
+          optimizer: any of optax, with its own learning rate.
+          key: decides the initial parameters, and all randomness of the run.
+          example: a batch of the data, [B, ...]; only its shape and type are looked at.
+
+        >>> from bsvae_jax.models import MLP, build_vae
+        >>> x = jnp.ones((4, 8, 8, 1))
+        >>> state = TrainState.create(build_vae(MLP((8,)), 2, (8, 8, 1)), optax.adamw(1e-3), jax.random.key(0), x)
+        >>> state, metrics = jax.jit(train_step)(state, x, jax.random.key(1), beta=1.0)
+        >>> int(state.step)
+        1
+
+        Raises:
+          UserError: something that is no VAE, no optimizer or no key, or modules that do not fit the example.
+        """
+        check_kind("model", model, VAE, "bsvae_jax.VAE(encoder, decoder, prior)")
+        check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-3), say")
+        check_key(key)
+        init_key, run_key = jax.random.split(key)
+        variables = jax.jit(model.clone(axis_name=None).init)(init_key, jnp.zeros(jnp.shape(example), example.dtype), init_key)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        return cls(
+            jnp.zeros((), jnp.int32),
+            params,
+            batch_stats,
+            optimizer.init(params),
+            None,
+            run_key,
+            jnp.float32(1.0),
+            model,
+            optimizer,
+        )
 
     def variables(self) -> dict[str, Any]:
         """The variables to evaluate with: the averaged parameters where there are any."""

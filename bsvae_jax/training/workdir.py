@@ -48,14 +48,14 @@ class RunInfo(NamedTuple):
     """What `config.json` says."""
 
     config: Config
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     levels: int
     fingerprint: str
     """Of the images trained on, `ImageSet.fingerprint`."""
 
 
-def read_info(folder: Path) -> RunInfo:
-    """Read `config.json`.
+def read_info(folder: Path, like: Config | None = None) -> RunInfo:
+    """Read `config.json`; classes that the library does not have are those of `like`, or of modules that are loaded already.
 
     Raises:
       UserError: not a run folder, a damaged file, or one written by a newer version.
@@ -69,9 +69,9 @@ def read_info(folder: Path) -> RunInfo:
         values = json.loads(path.read_text())
         if values["format"] > FORMAT:
             raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
-        height, width, channels = values["data"]["image_shape"]
-        config, data = configs.from_dict(values["config"]), values["data"]
-        return RunInfo(config, (height, width, channels), int(data["levels"]), str(data["fingerprint"]))
+        config, data = configs.from_dict(values["config"], given=configs.kinds_of(like)), values["data"]
+        shape = tuple(int(size) for size in data["image_shape"])
+        return RunInfo(config, shape, int(data["levels"]), str(data["fingerprint"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 
