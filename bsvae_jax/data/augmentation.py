@@ -78,7 +78,7 @@ def _augment_one(image: Image, key: Key[Array, ""], config: Augmentation) -> Ima
     if config.rotation_degrees or config.crop_scale != (1.0, 1.0) or config.crop_ratio != (1.0, 1.0):
         image = _rotate_and_crop(image, affine_key, config)
     if config.flip:
-        image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+        image = jnp.where(jax.random.bernoulli(flip_key, jnp.float32(0.5)), image[:, ::-1], image)
     return image
 
 
@@ -86,15 +86,15 @@ def _rotate_and_crop(image: Image, key: Key[Array, ""], config: Augmentation) ->
     height, width, _ = image.shape
     angle_key, scale_key, ratio_key, row_key, column_key = jax.random.split(key, 5)
     limit = jnp.deg2rad(config.rotation_degrees)
-    angle = jax.random.uniform(angle_key, minval=-limit, maxval=limit)
-    scale = jax.random.uniform(scale_key, minval=config.crop_scale[0], maxval=config.crop_scale[1])
+    angle = jax.random.uniform(angle_key, dtype=jnp.float32, minval=-limit, maxval=limit)
+    scale = jax.random.uniform(scale_key, dtype=jnp.float32, minval=config.crop_scale[0], maxval=config.crop_scale[1])
     low, high = (jnp.log(jnp.asarray(bound)) for bound in config.crop_ratio)
-    ratio = jnp.exp(jax.random.uniform(ratio_key, minval=low, maxval=high))
+    ratio = jnp.exp(jax.random.uniform(ratio_key, dtype=jnp.float32, minval=low, maxval=high))
     # Height and width of the crop as shares of the image's, at most all of it.
     crop_height, crop_width = jnp.minimum(jnp.sqrt(scale / ratio), 1.0), jnp.minimum(jnp.sqrt(scale * ratio), 1.0)
-    top = jax.random.uniform(row_key) * (1.0 - crop_height) * height
-    left = jax.random.uniform(column_key) * (1.0 - crop_width) * width
-    rows, columns = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
+    top = jax.random.uniform(row_key, dtype=jnp.float32) * (1.0 - crop_height) * height
+    left = jax.random.uniform(column_key, dtype=jnp.float32) * (1.0 - crop_width) * width
+    rows, columns = jnp.meshgrid(*(jnp.arange(size, dtype=jnp.float32) + 0.5 for size in (height, width)), indexing="ij")
     # Output pixel -> pixel of the rotated image (crop) -> pixel of the source (rotation about the centre).
     rows, columns = top + crop_height * rows - height / 2, left + crop_width * columns - width / 2
     source_rows = jnp.cos(angle) * rows - jnp.sin(angle) * columns + height / 2 - 0.5

@@ -96,7 +96,9 @@ def _add_samples(
 
     def noise_of(own: Key[Array, ""]) -> Array:  # [chunk, L]
         # 0 is the key of the dequantisation noise
-        return jax.vmap(lambda number: jax.random.normal(jax.random.fold_in(own, number + 1), mean.shape[1:]))(numbers)
+        return jax.vmap(lambda number: jax.random.normal(jax.random.fold_in(own, number + 1), mean.shape[1:], jnp.float32))(
+            numbers
+        )
 
     noise = jnp.swapaxes(jax.vmap(noise_of)(keys), 0, 1)  # [chunk, B, L]
     z = (mean[None] + jnp.exp(0.5 * log_variance)[None] * noise).reshape(-1, mean.shape[-1])  # [chunk * B, L]

@@ -20,7 +20,7 @@ from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, Driving, 
 from bsvae_jax.models.priors import StandardNormal
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.objective import LOG_2PI, DecoderVariance, elbo_terms
-from bsvae_jax.random import example_keys
+from bsvae_jax.random import example_keys, make_key
 
 EVALUATION_BATCH = 512
 """Images per device call, where the caller has no reason for another number."""
@@ -32,7 +32,7 @@ SPLIT_SALT = {"train": 0x65760001, "test": 0x65760002}
 
 def split_key(seed: int, split: str) -> Key[Array, ""]:
     """The key of the posterior samples of a split ('train' or 'test') in every evaluation of a run of this seed."""
-    return jax.random.fold_in(jax.random.key(seed), SPLIT_SALT[split])
+    return jax.random.fold_in(make_key(seed), SPLIT_SALT[split])
 
 
 class SplitScores(NamedTuple):

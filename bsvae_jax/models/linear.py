@@ -46,8 +46,8 @@ class LatentFrame(nn.Module):
     def __call__(self) -> tuple[Float[Array, "1 latent"], Float[Array, "1 latent"]]:
         """Origin and logarithm of the scale, [1, L] each."""
         shape = (self.latent_size,)
-        origin = self.param("origin", nn.initializers.zeros, shape)
-        return origin[None], self.param("log_scale", nn.initializers.zeros, shape)[None]
+        origin = self.param("origin", nn.initializers.zeros, shape, jnp.float32)
+        return origin[None], self.param("log_scale", nn.initializers.zeros, shape, jnp.float32)[None]
 
 
 class LinearEncoder(nn.Module):
@@ -64,7 +64,8 @@ class LinearEncoder(nn.Module):
         origin, log_scale = self.frame()
         projected = as_float32(dense(self.latent_size, self.dtype, use_bias=False, name="mean")(flat))
         # In units of sqrt(D), because weights are of size 1 / sqrt(D), log-variances of size 1, and Adam moves both by as much.
-        own = math.sqrt(flat.shape[1]) * self.param("log_variance", nn.initializers.zeros, (self.latent_size,))[None]
+        log_variance = self.param("log_variance", nn.initializers.zeros, (self.latent_size,), jnp.float32)
+        own = math.sqrt(flat.shape[1]) * log_variance[None]
         mean = jnp.exp(log_scale) * (projected + origin)
         return mean, jnp.broadcast_to(own + 2.0 * log_scale, mean.shape)
 

@@ -82,8 +82,8 @@ class NormalizedConvolution(nn.Module):
     def __call__(self, x: Images) -> FeatureMaps:
         """Maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
         side = (self.kernel_size // 2, self.kernel_size // 2)
-        kernel = self.param("kernel", KERNELS, (self.kernel_size, self.kernel_size, x.shape[-1], self.features))
-        bias = self.param("bias", ZEROS, (self.features,))
+        kernel = self.param("kernel", KERNELS, (self.kernel_size, self.kernel_size, x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", ZEROS, (self.features,), jnp.float32)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, idle(bias), dtype=self.dtype)
         return convolve(x, kernel, (side, side), self.stride) + bias.reshape(1, 1, 1, -1)
 
@@ -105,8 +105,8 @@ class TransposedConvolution(nn.Module):
     @nn.compact
     def __call__(self, x: Images, size: tuple[int, int]) -> Float[Array, "maps map_height map_width features"]:
         """Maps [B, h, w, C] to [B, *size, features]; in phases, [4B, h, w, C] or [4B, h, w, features]."""
-        kernel = self.param("kernel", KERNELS, (3, 3, x.shape[-1], self.features))
-        bias = self.param("bias", ZEROS, (self.features,))
+        kernel = self.param("kernel", KERNELS, (3, 3, x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", ZEROS, (self.features,), jnp.float32)
         bias = idle(bias) if self.normalized else bias
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         if self.stride == 2:

@@ -107,7 +107,9 @@ class VAE(nn.Module):
         self._check()
         self.prior_model = self.prior.build(self.latent_size, self.encoder, self.data_shape)
         initial = self.decoder_variance.initial_log_variance()
-        self.log_variance = None if initial is None else self.param("log_variance", nn.initializers.constant(initial), ())
+        self.log_variance = (
+            None if initial is None else self.param("log_variance", nn.initializers.constant(initial), (), jnp.float32)
+        )
 
     @property
     def latent_size(self) -> int:

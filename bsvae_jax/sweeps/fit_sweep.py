@@ -32,9 +32,10 @@ from bsvae_jax.distributed.mesh import Driving, available_bytes, data_mesh, desc
 from bsvae_jax.distributed.preemption import Stop, stop_on_signals
 from bsvae_jax.errors import DivergenceError, UserError, check_count, check_kind
 from bsvae_jax.evaluation.scores import SplitScores
+from bsvae_jax.random import make_key
 from bsvae_jax.sweeps.gallery import PICTURES, Gallery, draw_members
 from bsvae_jax.sweeps.grid import GridMember, Sweep, base_config
-from bsvae_jax.training.checkpoints import DamagedCheckpointError, saved_steps
+from bsvae_jax.training.checkpoints import DamagedCheckpointError, check_place, saved_steps
 from bsvae_jax.training.program import Program, program_config
 from bsvae_jax.training.step import check_against_data
 from bsvae_jax.training.trainer import Member, Trainer
@@ -247,7 +248,7 @@ def _train_turn(
         ]
         trainer = Trainer(program, members, bar, stop)
         state = trainer.train(at)
-        keys = program.pack([jax.random.fold_in(jax.random.key(own.config.seed), 0x70696373) for own in turn])
+        keys = program.pack([jax.random.fold_in(make_key(own.config.seed), 0x70696373) for own in turn])
         galleries = list(
             draw_members(
                 program.model,
@@ -285,6 +286,7 @@ class _SweepDirectory:
           UserError: it holds another sweep or something else.
         """
         self.folder, self._config, self._images, self._progress = folder, config, images, progress
+        check_place(folder, "choose another --workdir")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
         if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):

@@ -14,6 +14,7 @@ from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.prefetch import gather
 from bsvae_jax.errors import UserError
+from bsvae_jax.random import wrap_key
 from bsvae_jax.training.step import (
     TrainState,
     build_hyperparameters,
@@ -106,7 +107,7 @@ def failed_step(workdir: str | Path) -> FailedStep:
             lambda path, leaf: jnp.asarray(arrays[f"state{jax.tree_util.keystr(path)}"]), state.arrays()
         )
         hyperparameters = build_hyperparameters(info.config)
-        key = jax.random.wrap_key_data(jnp.asarray(arrays["key"]))
+        key = wrap_key(jnp.asarray(arrays["key"]))
         return FailedStep(
             state.with_arrays(restored), jnp.asarray(arrays["images"]), key, hyperparameters.beta, hyperparameters.variance
         )

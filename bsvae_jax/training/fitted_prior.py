@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Key
 from bsvae_jax import config as configs
 from bsvae_jax._io.files import read_arrays, write_atomically
 from bsvae_jax.errors import UserError, check_count, nearest
+from bsvae_jax.random import make_key
 
 Kind = Literal["gaussian", "mixture", "flow", "flow_matching"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
@@ -196,7 +197,7 @@ def _fit_mixture(latents: np.ndarray, components: int, key: Key[Array, ""]) -> d
         components,
         reg_covar=LEAST_VARIANCE,
         max_iter=MOST_ITERATIONS,
-        random_state=int(jax.random.bits(key)) % 2**31,
+        random_state=int(jax.random.bits(key, dtype=jnp.uint32)) % 2**31,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # what it has reached by then is a density all the same
@@ -229,7 +230,7 @@ def _fit_flow(prior: configs.Flow, latents: np.ndarray, held_out: np.ndarray, ke
             updates, state = optimizer.update(jax.grad(loss)(params, z[chosen]), state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        order = jax.random.permutation(key, len(z))[: steps * batch].reshape(steps, batch)
+        order = jax.random.permutation(key, jnp.arange(len(z), dtype=jnp.int32))[: steps * batch].reshape(steps, batch)
         (params, state), _ = jax.lax.scan(step, (params, state), order)
         return params, state
 
@@ -291,7 +292,7 @@ def read_fitted(folder: Path) -> FittedPrior | None:
 def _check_parameters(fitted: FittedPrior) -> None:
     module = fitted.prior.build(fitted.latent_size)
     like: Any = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), jnp.zeros((1, fitted.latent_size)), method="log_prob")["params"]
+        lambda: module.init(make_key(0), jnp.zeros((1, fitted.latent_size)), method="log_prob")["params"]
     )
     wanted: Mapping[Any, Any] = {name: leaf.shape for name, leaf in flatten_dict(like).items()}
     if wanted != {name: leaf.shape for name, leaf in flatten_dict(fitted.parameters).items()}:

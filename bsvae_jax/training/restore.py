@@ -14,7 +14,7 @@ from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.training.checkpoints import Checkpoints
 from bsvae_jax.training.fitted_prior import FILE, read_fitted
 from bsvae_jax.training.step import PRIOR, build_model, create_state
-from bsvae_jax.training.workdir import read_calibration, read_info
+from bsvae_jax.training.workdir import check_switches, read_calibration, read_info
 
 
 def restore(
@@ -57,6 +57,7 @@ def restore(
     info = read_info(folder, config if isinstance(config, Config) else None)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} has no checkpoint yet; train it with bsvae train.")
+    check_switches(folder, info)
     model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
     target = jax.eval_shape(lambda: create_state(info.config, model, 1).arrays())
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device()), target)

@@ -23,7 +23,7 @@ from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder, augment
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.models.vae import VAE, build_vae
-from bsvae_jax.random import check_key, example_keys, example_positions
+from bsvae_jax.random import check_key, example_keys, example_positions, make_key, wrap_key
 
 LOG_EVERY = 50
 """Steps over which one training row of the metrics is averaged, at most."""
@@ -123,7 +123,7 @@ class TrainState(struct.PyTreeNode):
         """The inverse of `arrays`."""
         ema = None if self.ema_params is None else arrays["ema_params"]
         rest = {name: arrays[name] for name in ("step", "params", "batch_stats", "optimizer_state")}
-        return self.replace(**rest, ema_params=ema, key=jax.random.wrap_key_data(arrays["key"]))
+        return self.replace(**rest, ema_params=ema, key=wrap_key(arrays["key"]))
 
 
 class Hyperparameters(NamedTuple):
@@ -449,7 +449,7 @@ def create_state(
 
     The pseudo-inputs of a `VampPrior` are training images of `images`, chosen by the seed; without them noise around grey.
     """
-    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    init_key, run_key = jax.random.split(make_key(config.seed))
     optimizer = build_optimizer(config.optimizer, steps, not isinstance(config.prior, configs.StandardNormal))
     if variables is None:
         params, batch_stats, optimizer_state = _initial_arrays(model.clone(axis_name=None), optimizer, init_key)

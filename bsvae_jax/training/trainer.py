@@ -83,6 +83,11 @@ class Trainer:
           Interrupted: a signal asked to stop; the step in flight is finished and saved.
           UserError: the disk is full, so that the last step could not be saved.
         """
+        # What is not finite is looked for here, and its step is kept; JAX's own check would end the run before that.
+        with jax.debug_nans(False), jax.debug_infs(False):
+            return self._train(at)
+
+    def _train(self, at: int | None) -> TrainState:
         program = self.program
         states = [self._begin(member, at) for member in self.members]
         step = int(states[0].step)

@@ -75,8 +75,8 @@ class FlowModule(PriorModule):
 
     def setup(self) -> None:
         """The parts; called by Flax."""
-        self.origin = self.param("origin", nn.initializers.zeros, (self.latent_size,))
-        self.log_scale = self.param("log_scale", nn.initializers.zeros, (self.latent_size,))
+        self.origin = self.param("origin", nn.initializers.zeros, (self.latent_size,), jnp.float32)
+        self.log_scale = self.param("log_scale", nn.initializers.zeros, (self.latent_size,), jnp.float32)
         self.couplings = [Coupling(self.width) for _ in range(self.layers)]
 
     def _changed(self, layer: int) -> Float[Array, "1 latent"]:
@@ -110,4 +110,4 @@ class FlowModule(PriorModule):
 
     def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
         """`count` samples, [count, L]."""
-        return self.from_noise(jax.random.normal(key, (count, self.latent_size)))
+        return self.from_noise(jax.random.normal(key, (count, self.latent_size), jnp.float32))

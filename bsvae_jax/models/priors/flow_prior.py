@@ -12,6 +12,7 @@ from bsvae_jax.errors import UserError, check_count
 from bsvae_jax.models.priors.flow_matching import Velocity, integrate, log_density
 from bsvae_jax.models.priors.prior import Latents, Prior, PriorModule
 from bsvae_jax.models.priors.velocity import VelocityNetwork
+from bsvae_jax.random import make_key
 
 EXACT_LATENTS = 32
 """Up to so many, the density of flow matching takes every derivative; beyond, it is estimated with `PROBES` probes."""
@@ -64,8 +65,8 @@ class FlowMatchingModule(PriorModule):
     def setup(self) -> None:
         """The parameters; called by Flax."""
         channels = (self.latent_size // (self.settings.rows * self.settings.columns),)
-        self.origin = self.param("origin", nn.initializers.zeros, channels)
-        self.log_scale = self.param("log_scale", nn.initializers.zeros, channels)
+        self.origin = self.param("origin", nn.initializers.zeros, channels, jnp.float32)
+        self.log_scale = self.param("log_scale", nn.initializers.zeros, channels, jnp.float32)
         # As plain arrays, so that the velocity is a pure function, which is what derivatives and loops are taken of.
         network, latents = VelocityNetwork(self.settings, parent=None), jnp.zeros((1, self.latent_size))
         self.velocity = self.param("velocity", lambda key: network.init(key, latents, jnp.zeros(1))["params"])
@@ -92,13 +93,13 @@ class FlowMatchingModule(PriorModule):
         probes = None
         if self.latent_size > EXACT_LATENTS:
             bits = jax.lax.bitcast_convert_type(z[:, 0].astype(jnp.float32), jnp.uint32)
-            keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(0), number))(bits)
+            keys = jax.vmap(lambda number: jax.random.fold_in(make_key(0), number))(bits)
             signs = lambda key: jax.random.rademacher(key, (PROBES, self.latent_size), jnp.float32)  # noqa: E731
             probes = jnp.swapaxes(jax.vmap(signs)(keys), 0, 1)
         return log_density(self._field(), standard, self.settings.steps, probes=probes) - jnp.sum(scale)
 
     def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
         """`count` samples, [count, L]."""
-        noise = jax.random.normal(key, (count, self.latent_size))
+        noise = jax.random.normal(key, (count, self.latent_size), jnp.float32)
         standard = integrate(self._field(), noise, self.settings.steps)
         return standard * jnp.exp(self._per_latent(self.log_scale)) + self._per_latent(self.origin)

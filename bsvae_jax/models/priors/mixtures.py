@@ -111,8 +111,8 @@ def mixture_log_prob(z: Latents, components: Components) -> Float[Array, " batch
 def mixture_sample(key: Key[Array, ""], components: Components, count: int) -> Float[Array, "count latent"]:
     """`count` samples of the mixture, [count, L]."""
     which_key, noise_key = jax.random.split(key)
-    which = jax.random.categorical(which_key, components.log_weight, shape=(count,))
-    noise = jax.random.normal(noise_key, (count, components.mean.shape[1]))
+    which = jax.random.categorical(which_key, components.log_weight.astype(jnp.float32), shape=(count,))
+    noise = jax.random.normal(noise_key, (count, components.mean.shape[1]), jnp.float32)
     return components.mean[which] + jnp.exp(0.5 * components.log_variance[which]) * noise
 
 
@@ -127,9 +127,9 @@ class MixtureModule(PriorModule):
     def setup(self) -> None:
         """The parameters; called by Flax."""
         shape = (self.components, self.latent_size)
-        self.logits = self.param("logits", nn.initializers.zeros, (self.components,))
-        self.mean = self.param("mean", nn.initializers.normal(math.sqrt(0.5)), shape)
-        self.log_variance = self.param("log_variance", nn.initializers.constant(math.log(0.5)), shape)
+        self.logits = self.param("logits", nn.initializers.zeros, (self.components,), jnp.float32)
+        self.mean = self.param("mean", nn.initializers.normal(math.sqrt(0.5)), shape, jnp.float32)
+        self.log_variance = self.param("log_variance", nn.initializers.constant(math.log(0.5)), shape, jnp.float32)
 
     def parts(self) -> Components:
         """The Gaussians."""
@@ -155,10 +155,10 @@ class FullMixtureModule(PriorModule):
     def setup(self) -> None:
         """The parameters; called by Flax."""
         shape = (self.components, self.latent_size)
-        self.logits = self.param("logits", nn.initializers.zeros, (self.components,))
-        self.mean = self.param("mean", nn.initializers.normal(math.sqrt(0.5)), shape)
-        self.log_diagonal = self.param("log_diagonal", nn.initializers.constant(-0.5 * math.log(0.5)), shape)
-        self.upper = self.param("upper", nn.initializers.zeros, (*shape, self.latent_size))
+        self.logits = self.param("logits", nn.initializers.zeros, (self.components,), jnp.float32)
+        self.mean = self.param("mean", nn.initializers.normal(math.sqrt(0.5)), shape, jnp.float32)
+        self.log_diagonal = self.param("log_diagonal", nn.initializers.constant(-0.5 * math.log(0.5)), shape, jnp.float32)
+        self.upper = self.param("upper", nn.initializers.zeros, (*shape, self.latent_size), jnp.float32)
 
     def factors(self) -> Float[Array, "components latent latent"]:
         """`F_k`; of `upper`, what lies above the diagonal counts."""
@@ -175,7 +175,7 @@ class FullMixtureModule(PriorModule):
         """`count` samples, [count, L]."""
         which_key, noise_key = jax.random.split(key)
         which = jax.random.categorical(which_key, self.logits, shape=(count,))
-        noise = jax.random.normal(noise_key, (count, self.latent_size))
+        noise = jax.random.normal(noise_key, (count, self.latent_size), jnp.float32)
         solve = functools.partial(jax.scipy.linalg.solve_triangular, trans=1)
         return self.mean[which] + jax.vmap(solve)(self.factors()[which], noise)
 
@@ -195,7 +195,7 @@ class VampPriorModule(PriorModule):
     def setup(self) -> None:
         """The parameters; called by Flax."""
         # A run puts training images in their place (`training.create_state`).
-        initial = lambda key, shape: 0.5 + 0.05 * jax.random.normal(key, shape)  # noqa: E731
+        initial = lambda key, shape: 0.5 + 0.05 * jax.random.normal(key, shape, jnp.float32)  # noqa: E731
         self.pseudo_inputs = self.param("pseudo_inputs", initial, (self.count, *self.data_shape))
 
     def parts(self) -> Components:

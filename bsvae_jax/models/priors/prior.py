@@ -113,7 +113,7 @@ class StandardNormalModule(PriorModule):
 
     def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
         """`count` samples, [count, L]."""
-        return jax.random.normal(key, (count, self.latent_size))
+        return jax.random.normal(key, (count, self.latent_size), jnp.float32)
 
     def rate(
         self, mean: Latents, log_variance: Latents, z: Latents, density: LogDensity | None = None

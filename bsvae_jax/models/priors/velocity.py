@@ -66,7 +66,7 @@ class VelocityNetwork(nn.Module):
         positions, width = self.prior.rows * self.prior.columns, self.prior.width
         tokens = x.reshape(len(x), positions, -1)
         channels = tokens.shape[-1]
-        places = self.param("places", nn.initializers.normal(0.02), (positions, width))
+        places = self.param("places", nn.initializers.normal(0.02), (positions, width), jnp.float32)
         y = dense(width, name="tokens")(tokens) + places[None]
         condition = dense(width, name="time1")(nn.silu(dense(width, name="time0")(time_features(time, width))))
         for block in range(self.prior.depth):
