@@ -31,6 +31,10 @@ LOG_EVERY = 50
 ORDER_SALT = 2**31 - 1
 """Folded into the key of a run for the order of its data."""
 
+LOG_VARIANCE_RATE = 10.0
+"""Learning rate of the trained log-variance of `Learned`, in units of the others'. Adam moves it by no more than the rate a
+step, and it has to fall by 3 to 8: at the rate of weights, which move by tenths, it arrives after training has ended."""
+
 PRIOR = "prior_model"
 """Where the parameters of a prior lie among those of a `VAE`."""
 
@@ -204,13 +208,16 @@ def train_step(
         else:
             terms, updates = model.apply(variables, images, key, train=True, method="elbo_terms", mutable=["batch_stats"])
             batch_stats = updates.get("batch_stats", {})
-        return objective.mean_objective(terms, beta), (terms, batch_stats)
+        # The average over the devices, so that gradients are right where JAX sums them itself (shard_map's check_vma).
+        return objective.mean_objective(terms, beta, axis_name), (terms, batch_stats)
 
     (value, (terms, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     means = {name: jnp.mean(term) for name, term in terms._asdict().items()} | {"objective": value}
     gradient, means = objective.mean_over_devices((gradient, means), axis_name)
     updates, optimizer_state = state.optimizer.update(gradient, state.optimizer_state, state.params)
     updates = jax.tree.map(lambda update: state.learning_rate * update, updates)
+    if "log_variance" in updates:
+        updates = {**updates, "log_variance": LOG_VARIANCE_RATE * updates["log_variance"]}
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None and state.ema_decay is not None:

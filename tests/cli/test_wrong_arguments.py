@@ -122,6 +122,8 @@ ROWS = [
     ("optimal_gaussian_nll", lambda: bv.optimal_gaussian_nll(X, MEAN, "images"), "over must be one of"),
     ("optimal_gaussian_nll", lambda: bv.optimal_gaussian_nll(X, MEAN, floor="0"), "floor must be a number, got '0'"),
     ("kl_to_standard_normal", lambda: bv.kl_to_standard_normal(jnp.ones((3, 2)), jnp.ones((3, 4))), "one shape, got"),
+    ("kl_per_latent", lambda: bv.kl_per_latent(jnp.ones((3, 2)), jnp.ones((3, 4))), "one shape, got"),
+    ("kl_gaussians", lambda: bv.kl_gaussians(jnp.ones((3, 2)), *[jnp.ones((3, 4))] * 3), "one shape, got"),
     ("kl_to_standard_normal", lambda: bv.kl_to_standard_normal("mean", jnp.ones((3, 4))), "mean must be of type"),
     ("elbo_terms", lambda: bv.elbo_terms(X, MEAN, RATE, "optimal"), "decoder_variance must be of type .* got 'optimal'"),
     ("elbo_terms", lambda: bv.elbo_terms(X, MEAN, RATE, bv.Optimal), "decoder_variance must be .* as in bsvae_jax.Optimal()"),
