@@ -11,7 +11,7 @@ from bsvae_jax.models._subpixel import Convolution
 from bsvae_jax.models.latent_map import _group_norm
 from bsvae_jax.models.layers import dense
 from bsvae_jax.models.residual import TransposedConvolution, batch_norm
-from bsvae_jax.models.vae import VAE
+from bsvae_jax.models.vae import build_vae
 from bsvae_jax.objective import Constant, Learned, Optimal, Predicted, mean_objective
 
 SHAPE, LATENT, BATCH = (4, 6, 1), 6, 5
@@ -38,7 +38,7 @@ def test_every_gradient_is_a_finite_difference(name, train):
     network, prior, variance = CASES[name]
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
-        model = VAE(SHAPE, LATENT, network, variance, prior, dtype=jnp.float64)
+        model = build_vae(network, LATENT, SHAPE, variance, prior, dtype=jnp.float64)
         x, key = jnp.asarray(rng.uniform(size=(BATCH, *SHAPE))), jax.random.key(1)
         shapes = jax.eval_shape(model.init, key, x, key)
         # Away from where training starts: a zero kernel or a unit scale would hide a missing term.

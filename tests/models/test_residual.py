@@ -15,7 +15,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import normal, random_variables, relative_error
 
 from bsvae_jax.config import MLP, Linear, Residual, Spatial
-from bsvae_jax.models import residual
 from bsvae_jax.models.layers import stage_size
 from bsvae_jax.models.residual import TransposedConvolution
 from bsvae_jax.models.vae import build_vae
@@ -387,7 +386,7 @@ def test_any_height_width_and_channels(network, shape, train):
 def test_a_free_batch_size_can_be_exported(network):
     latent = 30
     (count,) = jax.export.symbolic_shape("count")
-    modules = residual.build(network, latent, SHAPE)
+    modules = network.build(latent, SHAPE)
     for module, shape in zip(modules, (SHAPE, (latent,)), strict=True):
         variables = random_variables(module, jnp.zeros((2, *shape)))
         exported = jax.export.export(jax.jit(module.apply))(variables, jax.ShapeDtypeStruct((count, *shape), jnp.float32))
