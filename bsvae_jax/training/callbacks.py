@@ -7,6 +7,7 @@ add themselves; `EarlyStopping` and `WandbTracker` are for whoever asks.
 import contextlib
 import math
 import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -322,7 +323,7 @@ class WandbTracker(Callback):
         known = run.workdir / "wandb" / "run_id.txt"
         known.parent.mkdir(exist_ok=True)
         if not known.is_file():
-            write_atomically(known, self._wandb.util.generate_id().encode())
+            write_atomically(known, secrets.token_hex(4).encode())
         settings = {"name": run.name, "dir": str(run.workdir), "reinit": "create_new", "resume": "allow"} | self._options
         self._runs[run.name] = self._wandb.init(id=known.read_text(), config=configs.to_dict(run.config), **settings)
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import struct
+import sys
 
 import chex
 import numpy as np
@@ -294,28 +296,38 @@ def test_progress_shows_what_is_logged_once(tmp_path, capsys):
 # --- Weights & Biases -------------------------------------------------------------------------------------------------
 
 
+def records(path):
+    """The records of wandb's transaction log: 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
+    content, position, whole = path.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        if 2**15 - position % 2**15 < 7:
+            position += 2**15 - position % 2**15
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        whole += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # full, or the last part
+            yield whole
+            whole = b""
+
+
 def test_weights_and_biases_gets_every_row(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal import datastore
+    from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_SILENT", "true")
     result = bv.fit(CONFIG, tmp_path / "run", False, [bv.WandbTracker("digits", mode="offline")])
     (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    store, logged = datastore.DataStore(), {}
-    store.open_for_scan(str(path))
-    while (content := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(content)
+    logged = {}
+    for record in map(Record.FromString, records(path)):
         for item in record.history.item:
-            name = item.key or ".".join(item.nested_key)
-            logged.setdefault(name, []).append(json.loads(item.value_json))
-    rows = [row for row in read_metrics(result.workdir) if row["split"] == "test"]
-    assert logged["test/objective"] == [row["objective"] for row in rows]
+            logged.setdefault(item.key or ".".join(item.nested_key), []).append(json.loads(item.value_json))
+    rows = read_metrics(result.workdir)
+    for split in ("train", "test"):
+        assert logged[f"{split}/objective"] == [row["objective"] for row in rows if row["split"] == split]
     assert sorted(set(logged["_step"])) == [3, 6, 9, 12]
 
 
 def test_without_wandb_a_sentence_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'bsvae_jax\[wandb\]'"):
         bv.WandbTracker()
