@@ -418,7 +418,7 @@ def interrupted(monkeypatch, folder, saves, **settings):
         if count == saves:
             raise KeyboardInterrupt
         count += 1
-        save(self, *arguments)
+        return save(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "save", stop)
