@@ -71,7 +71,7 @@ def join(
         if process == 0:
             _gather(int(port), processes, timeout)
         else:
-            _report_to(host, int(port), processes, process, timeout)
+            _report_to(host.strip("[]"), int(port), processes, process, timeout)
     elif processes is not None or process is not None:
         raise UserError("A number of processes is for a coordinator, HOST:PORT of process 0; give that as well.")
     _explain_sudden_end(process)
@@ -160,8 +160,8 @@ def _report_to(host: str, port: int, processes: int, process: int, timeout: floa
         answer = _read_line(line, max(0.1, end - time.monotonic()) + 5.0)  # process 0, begun later, says who is missing
     if answer != "all there":
         raise UserError(
-            f"Process 0 at {host}:{port} did not let process {process} join: it has stopped, and its own output says why, or "
-            "another program has this port."
+            f"Process 0 at {host}:{port} did not let process {process} join within {timeout:g} s: it waits for others, it has "
+            "stopped (its own output says why), or another program has this port."
         )
 
 

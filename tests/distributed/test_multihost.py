@@ -285,7 +285,7 @@ def test_processes_that_were_not_started_are_named():
     begun = time.monotonic()
     first, second = meet(free_port(), 4, [0, 2], timeout=2.0)
     assert "Of 4 processes, these were not heard of within 2 s: 1, 3. Were they started" in first
-    assert "did not let process 2 join: it has stopped, and its own output says why" in second
+    assert "did not let process 2 join within 2 s: it waits for others, it has stopped (its own output says why)" in second
     assert time.monotonic() - begun < 20
 
 
@@ -322,7 +322,7 @@ def test_a_port_that_another_program_has():
 
         answering = threading.Thread(target=answer)
         answering.start()
-        assert "did not let process 1 join: it has stopped" in meet(port, 2, [1], timeout=1.0)[0]
+        assert "did not let process 1 join within 1 s" in meet(port, 2, [1], timeout=1.0)[0]
         answering.join()
 
 
