@@ -14,7 +14,7 @@ from bsvae_jax.errors import BsvaeError, DivergenceError, UserError
 from bsvae_jax.evaluation.evaluate import Fid, evaluate
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.models.vae import VAE
-from bsvae_jax.objective.elbo import (
+from bsvae_jax.objective import (
     PAPER_FLOOR,
     QUANTIZATION_VARIANCE,
     Constant,

@@ -16,7 +16,7 @@ from bsvae_jax._io.terminal import messages_shown
 from bsvae_jax.config import Config
 from bsvae_jax.distributed.preemption import Interrupted
 from bsvae_jax.errors import BsvaeError, DivergenceError, UserError, check_count
-from bsvae_jax.objective.elbo import Optimal
+from bsvae_jax.objective import Optimal
 from bsvae_jax.sweeps.grid import Sweep, choose_priors, choose_variances, load_sweep
 
 DATA = Literal["digits", "mnist", "arrays", "folder", "tfds"]
@@ -89,7 +89,7 @@ def prepare(
       manual_dir: Folder with the published files of a set, where they cannot be downloaded.
       skip_corrupt: Leave out images that cannot be decoded, and list them.
     """
-    from bsvae_jax.data import datasets
+    from bsvae_jax.data import sources
     from bsvae_jax.data.cache import prepared
 
     chosen: configs.Folder | configs.TFDS
@@ -101,8 +101,8 @@ def prepare(
         if source.endswith((".zip", "/")) or source.startswith((".", "/")):
             raise UserError(f"There is no folder or .zip {source!r}.")
         chosen = configs.TFDS(source, data_dir, manual_dir, train_split, test_split, crop, size, channels)
-        datasets.prepare_tfds(chosen)
-    recipe = datasets.recipe(chosen)
+        sources.prepare_tfds(chosen)
+    recipe = sources.recipe(chosen)
     images = prepared(recipe, skip_corrupt)
     print(f"{len(images.train):,} training and {len(images.test):,} test images {images.image_shape}: {recipe.folder()}")
     options = [
@@ -526,7 +526,7 @@ def _finished_members(folder: Path) -> list[Path]:
 
 def _evaluate_run(
     folder: Path,
-    load: Callable[[configs.DataSource], Any],
+    load: Callable[[configs.Dataset], Any],
     split: tuple[str, ...],
     checkpoint: Literal["latest", "best"],
     samples: int | None,

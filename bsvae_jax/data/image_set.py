@@ -26,8 +26,8 @@ class DataShape(NamedTuple):
     54880000
     """
 
-    image_shape: tuple[int, int, int]
-    """(H, W, C)"""
+    image_shape: tuple[int, ...]
+    """Of one example: (H, W, C) of images."""
     levels: int
     """Grey levels of stored uint8 images."""
     dtype: Any
@@ -68,7 +68,7 @@ class ImageSet:
 
     name: str
     train: np.ndarray
-    """[N, H, W, C], uint8 with values 0 ... levels - 1, or float32 in [0, 1]; may be a memory map."""
+    """Images [N, H, W, C], or examples of another shape: uint8, values 0 ... levels - 1, or float32; may be a memory map."""
     test: np.ndarray
     """Held-out images of the same kind."""
     levels: int = 256
@@ -86,8 +86,10 @@ class ImageSet:
         for name in ("train", "test"):
             images = getattr(self, name)
             check_kind(name, images, np.ndarray, "data.check_images makes one of your own images")
-            if images.ndim != 4 or 0 in images.shape:
-                raise UserError(f"{name} must hold images [N, H, W, C], at least one, got shape {images.shape}.")
+            if images.ndim < 2 or 0 in images.shape:
+                raise UserError(
+                    f"{name} must hold examples [N, ...], images [N, H, W, C] say, at least one, got shape {images.shape}."
+                )
             if images.dtype not in (np.uint8, np.float32):
                 raise UserError(f"{name} must be uint8 or float32 in [0, 1], got {images.dtype}; see data.check_images.")
         if self.train.shape[1:] != self.test.shape[1:] or self.train.dtype != self.test.dtype:
@@ -96,10 +98,9 @@ class ImageSet:
         check_count("levels", self.levels, low=2)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)"""
-        height, width, channels = self.train.shape[1:]
-        return height, width, channels
+    def image_shape(self) -> tuple[int, ...]:
+        """Of one example: (H, W, C) of images, (T, C) of sequences, (D,) of vectors."""
+        return self.train.shape[1:]
 
     @property
     def shape(self) -> DataShape:

@@ -8,7 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array
+from jaxtyping import Array, Float
+
+Latents = Float[Array, "batch latent"]
+PosteriorParameters = tuple[Latents, Latents]
 
 HIGHEST = jax.lax.Precision.HIGHEST
 """Full float32 products; by default TPUs and recent GPUs round their factors."""
@@ -61,3 +64,9 @@ def convolution(
     return nn.Conv(
         features, (kernel, kernel), stride, (side, side), dtype=dtype, precision=exact(dtype), kernel_init=start, name=name
     )
+
+
+def split_posterior(parameters: Float[Array, "batch twice_latent"]) -> PosteriorParameters:
+    """Mean and log-variance, [B, L] each, of what one layer gives, [B, 2L], in at least float32."""
+    mean, log_variance = jnp.split(as_float32(parameters), 2, axis=-1)
+    return mean, log_variance

@@ -21,7 +21,7 @@ import numpy as np
 from bsvae_jax import config as configs
 from bsvae_jax._io.files import as_path, take_folder, write_atomically
 from bsvae_jax._io.terminal import ProgressBar, log, messages_shown
-from bsvae_jax.config import CONVOLUTIONAL, Config
+from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed import multihost
@@ -30,18 +30,19 @@ from bsvae_jax.distributed.mesh import Driving, available_bytes, data_mesh, desc
 from bsvae_jax.distributed.preemption import Stop, stop_on_signals
 from bsvae_jax.errors import DivergenceError, UserError, check_count, check_kind
 from bsvae_jax.evaluation.scores import SplitScores
+from bsvae_jax.random import make_key
 from bsvae_jax.sweeps.gallery import PICTURES, Gallery, draw_members
 from bsvae_jax.sweeps.grid import GridMember, Sweep, base_config
 from bsvae_jax.training.callbacks import Callback, Callbacks, Progress, TensorBoard
-from bsvae_jax.training.checkpoints import DamagedCheckpointError, saved_steps
+from bsvae_jax.training.checkpoints import DamagedCheckpointError, check_place, saved_steps
 from bsvae_jax.training.program import Program, program_config
 from bsvae_jax.training.step import TrainState, check_against_data
+from bsvae_jax.training.stopped import final_step
 from bsvae_jax.training.trainer import Member, Trainer
 from bsvae_jax.training.workdir import (
     RunDirectory,
     check_same_data,
     evaluation_at,
-    final_step,
     read_failure,
     read_info,
 )
@@ -74,7 +75,7 @@ def choose_driving(config: Config, platform: str) -> Driving:
     depend on how many there are. Accelerators are filled by batched products.
     """
     if platform == "cpu":
-        return "loop" if isinstance(config.network, CONVOLUTIONAL) else "scan"
+        return "loop" if config.network.convolutional else "scan"
     return "vmap"
 
 
@@ -262,7 +263,7 @@ def _train_turn(
             Member(own.config, runs.enter_context(RunDirectory(directory.member(own), own.config, program.images)))
             for own in turn
         ]
-        keys = program.pack([jax.random.fold_in(jax.random.key(own.config.seed), 0x70696373) for own in turn])
+        keys = program.pack([jax.random.fold_in(make_key(own.config.seed), 0x70696373) for own in turn])
 
         def pictures(state: TrainState) -> Callable[[int, SplitScores], None]:
             galleries = list(
@@ -300,6 +301,7 @@ class _SweepDirectory:
           UserError: it holds another sweep or something else.
         """
         self.folder, self._config, self._images = folder, config, images
+        check_place(folder, "choose another --workdir")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
         if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):

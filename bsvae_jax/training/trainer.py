@@ -3,6 +3,7 @@
 From `fit` to the arithmetic: `fit` -> `Trainer.train` -> `Program.take_steps` -> `step.run_steps` -> `step.train_step`.
 """
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bsvae_jax import objective
 from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config
 from bsvae_jax.data.shuffle import steps_through
@@ -23,7 +25,6 @@ from bsvae_jax.errors import DivergenceError, UserError
 from bsvae_jax.evaluation.diagnosis import diagnose
 from bsvae_jax.evaluation.metrics import Report, summarize
 from bsvae_jax.evaluation.scores import SplitScores, calibrate
-from bsvae_jax.objective import elbo
 from bsvae_jax.training.callbacks import Callback, Callbacks, Run
 from bsvae_jax.training.failed_step import failing_step
 from bsvae_jax.training.metrics_log import MetricsRow
@@ -32,7 +33,7 @@ from bsvae_jax.training.step import (
     LOG_EVERY,
     StepMetrics,
     TrainState,
-    build_knobs,
+    build_hyperparameters,
     create_state,
     data_order,
     learning_rate_schedule,
@@ -107,18 +108,21 @@ class Trainer:
           UserError: the disk is full, so that the last step could not be saved.
         """
         program, config, count = self.program, self.program.config, len(self.program.images.train)
-        states = [self._begin(member, at) for member in self.members]
-        step, saved = int(states[0].step), True
-        orders = [data_order(state, program.images, config.batch_size) for state in states]
-        shared = {member.config.seed: order for member, order in zip(self.members, orders, strict=True)}
-        state, hyperparameters = program.pack(states), program.pack([build_knobs(config) for config in self.configs])
-        del states
-        finished = next(e for e in range(config.epochs, -1, -1) if steps_through(e, count, config.batch_size) <= step)
-        ends = [steps_through(e, count, config.batch_size) for e in range(finished + 1, config.epochs + 1)]
-        starts = _window_starts(step, ends, program.window)
-        try:
+        # What is not finite is looked for here, and its step is kept; JAX's own check would end the run before that.
+        with jax.debug_nans(False), jax.debug_infs(False), self._told_the_end():
+            states = [self._begin(member, at) for member in self.members]
+            step, saved = int(states[0].step), True
+            orders = {
+                own.seed: data_order(state, program.images, own.batch_size)
+                for own, state in zip(self.configs, states, strict=True)
+            }
+            state, hyperparameters = program.pack(states), program.pack([build_hyperparameters(own) for own in self.configs])
+            del states
+            finished = next(e for e in range(config.epochs, -1, -1) if steps_through(e, count, config.batch_size) <= step)
+            ends = [steps_through(e, count, config.batch_size) for e in range(finished + 1, config.epochs + 1)]
             self._start(state, step)
-            with program.batches([shared[config.seed] for config in self.configs], starts) as batches:
+            starts = _window_starts(step, ends, program.window)
+            with program.batches([orders[own.seed] for own in self.configs], starts) as batches:
                 for epoch, end in enumerate(ends, finished + 1):
                     while step < end and self._active():
                         state, step = self._epoch(state, batches, hyperparameters, step, end, epoch)
@@ -132,9 +136,6 @@ class Trainer:
                     "Free some space and repeat the command; it continues from the last good checkpoint."
                 )
             self._finish(state, step, self._active())
-        finally:
-            for member, run in zip(self.members, self._runs, strict=False):
-                self.callbacks.call("on_end", run, member.report or {})
         self.callbacks.raise_error("The run has come to its end.")
         return state
 
@@ -154,6 +155,15 @@ class Trainer:
         if self._requests().raised:
             self.callbacks.raise_error("Nothing was trained.")
             raise multihost.primary_has_stopped()
+
+    @contextlib.contextmanager
+    def _told_the_end(self) -> Iterator[None]:
+        """After the block, however it ends, callbacks are told so of every run whose start they were told."""
+        try:
+            yield
+        finally:
+            for member, run in zip(self.members, self._runs, strict=False):
+                self.callbacks.call("on_end", run, member.report or {})
 
     def _active(self) -> list[int]:
         """Indices of the members that are still trained."""
@@ -351,7 +361,7 @@ class Trainer:
         if not missing:
             return
         test = self._test_scores.get(step) or list(self.program.score(state, "test", self.configs))
-        floor = elbo.quantization_variance(self.program.images.step)
+        floor = objective.quantization_variance(self.program.images.step)
         extra = self.extras(state) if self.extras is not None else None
         for index, train_scores in enumerate(self.program.score(state, "train", self.configs)):
             if index not in missing:

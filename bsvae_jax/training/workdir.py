@@ -1,6 +1,6 @@
 """The folder of one run: what it holds, who may write to it, and what is shown while it is written.
 
-config.json        the config, the data it met, the versions of the libraries; for imported weights, the file they are from
+config.json        the config, the data it met, versions of the libraries, switches of JAX; of imported weights, the file
 metrics.jsonl      a row per line, training and test terms in nats per example
 tensorboard/       the same as TensorBoard events
 checkpoints/       Orbax, the latest two and the best
@@ -20,8 +20,10 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 
 from bsvae_jax import config as configs
@@ -33,10 +35,14 @@ from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report, as_json, from_json
 from bsvae_jax.evaluation.scores import Calibration
-from bsvae_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, SaveError
+from bsvae_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, SaveError, check_place
+from bsvae_jax.training.stopped import Stopped, read_stopped
 
 FORMAT = 1
 """Version of the layout of a run folder."""
+
+SWITCHES = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
+"""Of JAX, by which the same run comes to other numbers."""
 
 State = TypeVar("State")
 
@@ -45,14 +51,16 @@ class RunInfo(NamedTuple):
     """What `config.json` says."""
 
     config: Config
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     levels: int
     fingerprint: str
     """Of the images trained on, `ImageSet.fingerprint`."""
+    switches: Mapping[str, Any] = MappingProxyType({})
+    """The `SWITCHES` under which the run began; empty where they were not recorded."""
 
 
-def read_info(folder: Path) -> RunInfo:
-    """Read `config.json`.
+def read_info(folder: Path, like: Config | None = None) -> RunInfo:
+    """Read `config.json`; classes that the library does not have are those of `like`, or of modules that are loaded already.
 
     Raises:
       UserError: not a run folder, a damaged file, or one written by a newer version.
@@ -66,11 +74,30 @@ def read_info(folder: Path) -> RunInfo:
         values = json.loads(path.read_text())
         if values["format"] > FORMAT:
             raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
-        height, width, channels = values["data"]["image_shape"]
-        config, data = configs.from_dict(values["config"]), values["data"]
-        return RunInfo(config, (height, width, channels), int(data["levels"]), str(data["fingerprint"]))
+        config, data = configs.from_dict(values["config"], given=configs.kinds_of(like)), values["data"]
+        shape = tuple(int(size) for size in data["image_shape"])
+        switches = dict(values.get("switches", {}))
+        return RunInfo(config, shape, int(data["levels"]), str(data["fingerprint"]), switches)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _switches() -> dict[str, Any]:
+    return {name: getattr(jax.config, name) for name in SWITCHES}
+
+
+def check_switches(folder: Path, info: RunInfo) -> None:
+    """Warn if JAX does not draw and round as it did when the run in `folder` began."""
+    changed = [
+        f"{name.upper()} was {info.switches[name]} and is {now}"
+        for name, now in _switches().items()
+        if info.switches.get(name, now) != now
+    ]
+    if changed:
+        log.warning(
+            f"{folder} began under other switches of JAX ({'; '.join(changed)}): random numbers and rounding differ. Set them "
+            "back for the numbers that it would have come to."
+        )
 
 
 def describe_run(config: Config, images: ImageSet, **also: Any) -> bytes:
@@ -86,6 +113,7 @@ def describe_run(config: Config, images: ImageSet, **also: Any) -> bytes:
             "test": len(images.test),
             "fingerprint": images.fingerprint(),
         },
+        "switches": _switches(),
         "versions": {name: version(name) for name in ("bsvae_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")},
         **also,
     }
@@ -196,36 +224,6 @@ def read_failure(folder: Path) -> str | None:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it.") from error
 
 
-class Stopped(NamedTuple):
-    """What `stopped.json` says."""
-
-    step: int
-    """The last one taken."""
-    reason: str
-
-
-def read_stopped(folder: Path) -> Stopped | None:
-    """Where and why a callback ended training before the last step; None where none did.
-
-    Raises:
-      UserError: a damaged file.
-    """
-    path = folder / "stopped.json"
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text())
-        return Stopped(int(values["step"]), str(values["reason"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it, and training goes on.") from error
-
-
-def final_step(folder: Path, total: int) -> int:
-    """The step at which the run ends: its last of `total`, or that at which a callback stopped it."""
-    stopped = read_stopped(folder)
-    return total if stopped is None else stopped.step
-
-
 class RunDirectory:
     """The open folder of a run that trains; use it in a `with` block.
 
@@ -248,18 +246,20 @@ class RunDirectory:
 
     def _check_folder(self, config: Config, images: ImageSet) -> None:
         folder = self.folder
+        check_place(folder, "choose another --workdir")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
         if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
             if not (folder / "config.json").is_file():
                 raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
             info = read_info(folder)
-            changed = configs.differences(info.config, configs.elsewhere(config, info.config))
+            changed = configs.differences(info.config, configs.with_execution_of(config, info.config))
             if changed:
                 raise UserError(
                     f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir or that config."
                 )
             check_same_data(folder, info, images)
+            check_switches(folder, info)
         self._lock = take_folder(folder, "training")
         if not (folder / "config.json").is_file():
             write_atomically(folder / "config.json", describe_run(config, images))

@@ -26,9 +26,9 @@ from bsvae_jax.data import _workers as workers_module
 from bsvae_jax.data import cache as prepared_module
 from bsvae_jax.data._workers import Decoders, decode_all
 from bsvae_jax.data.cache import prepared, read_manifest
-from bsvae_jax.data.datasets import recipe
 from bsvae_jax.data.decoding import CorruptImageError, Preprocessing, decode, read_header
 from bsvae_jax.data.image_files import find_images
+from bsvae_jax.data.sources import recipe
 from bsvae_jax.errors import UserError
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from bsvae_jax import objective
 from bsvae_jax.config import MLP, Config, Linear, Residual
 from bsvae_jax.distributed.mesh import (
     DATA_AXIS,
@@ -25,8 +26,7 @@ from bsvae_jax.distributed.mesh import (
     sweep_mesh,
 )
 from bsvae_jax.errors import UserError
-from bsvae_jax.objective import elbo
-from bsvae_jax.objective.elbo import Constant, Learned, Optimal, Predicted
+from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
 from bsvae_jax.training.step import StepMetrics, TrainState, build_model, create_state, train_step
 
 BATCH = 16
@@ -113,8 +113,8 @@ def test_a_variance_per_device_gives_other_gradients(images, key):
     def wrong(state, share, key, beta):
         def loss(params):
             output = state.model.apply({"params": params}, share, key)
-            terms = elbo.elbo_terms(share, output.decoded.mean, output.rate, state.model.decoder_variance)
-            return elbo.mean_objective(terms, beta)
+            terms = objective.elbo_terms(share, output.decoded.mean, output.rate, state.model.decoder_variance)
+            return objective.mean_objective(terms, beta)
 
         return jax.lax.pmean(jax.grad(loss)(state.params), DATA_AXIS)
 

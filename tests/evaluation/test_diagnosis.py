@@ -13,7 +13,7 @@ from bsvae_jax.config import MLP, Config, Linear
 from bsvae_jax.distributed import mesh
 from bsvae_jax.evaluation.diagnosis import diagnose
 from bsvae_jax.evaluation.scores import SplitScores
-from bsvae_jax.objective.elbo import Constant, Optimal
+from bsvae_jax.objective import Constant, Optimal
 
 IMAGES = data.load(Config().data)
 VARIANCE = (IMAGES.test / 16.0).var(axis=0).mean()

@@ -28,7 +28,7 @@ from bsvae_jax.data import load
 from bsvae_jax.distributed.mesh import member_slots, stack, sweep_mesh
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import scores
-from bsvae_jax.objective.elbo import Constant, Learned, Optimal
+from bsvae_jax.objective import Constant, Learned, Optimal
 from bsvae_jax.sweeps import fit_sweep as sweeps
 from bsvae_jax.sweeps import gallery
 from bsvae_jax.sweeps.fit_sweep import choose_driving, fit_sweep, read_sweep

@@ -22,7 +22,7 @@ from bsvae_jax.errors import DivergenceError, UserError
 from bsvae_jax.evaluation.evaluate import evaluate
 from bsvae_jax.evaluation.metrics import as_json
 from bsvae_jax.evaluation.scores import score_split
-from bsvae_jax.objective.elbo import Constant, Learned, Optimal, quantization_variance
+from bsvae_jax.objective import Constant, Learned, Optimal, quantization_variance
 from bsvae_jax.training import step as training
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
@@ -33,7 +33,6 @@ from bsvae_jax.training.step import (
     learning_rate_schedule,
     steps_per_dispatch,
     train_step,
-    with_data_floor,
 )
 from bsvae_jax.training.workdir import read_calibration, read_failure, read_info
 
@@ -232,9 +231,9 @@ def test_clipping_bounds_the_gradient_that_adam_sees():
 
 
 def test_the_floor_comes_from_the_data_unless_given():
-    assert with_data_floor(Optimal(), 1 / 16).floor == pytest.approx(1 / (12 * 256))
-    assert with_data_floor(Optimal(floor=0.5), 1 / 16).floor == 0.5
-    assert with_data_floor(Constant(0.1), 1 / 16) == Constant(0.1)
+    assert Optimal().with_floor(1 / 16).floor == pytest.approx(1 / (12 * 256))
+    assert Optimal(floor=0.5).with_floor(1 / 16).floor == 0.5
+    assert Constant(0.1).with_floor(1 / 16) == Constant(0.1)
 
 
 def test_steps_per_dispatch_is_one_only_for_convolutions_on_cpu():

@@ -16,8 +16,7 @@ from bsvae_jax.config import Config, Digits, FlowMatching, Optimizer, Spatial, S
 from bsvae_jax.distributed.mesh import data_mesh
 from bsvae_jax.distributed.preemption import Interrupted, Stop
 from bsvae_jax.errors import UserError
-from bsvae_jax.models import priors
-from bsvae_jax.models.velocity import Block, VelocityNetwork, time_features
+from bsvae_jax.models.priors.velocity import Block, VelocityNetwork, time_features
 from bsvae_jax.training import fit_flow
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.fit_flow import fit_flow_matching, map_moments
@@ -85,7 +84,7 @@ def test_a_fresh_network_is_the_zero_field():
 
 
 def prior_and_parameters(settings, latents, scale):
-    module = priors.build(settings, latents)
+    module = settings.build(latents)
     made = module.init(jax.random.key(0), jnp.zeros((1, latents)), method="log_prob")["params"]
     return module, random_parameters(made, scale)
 

@@ -20,7 +20,7 @@ from bsvae_jax.config import MLP, Config, Flow, Linear, Mixture, Optimizer
 from bsvae_jax.distributed.mesh import data_mesh
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import evaluate
-from bsvae_jax.objective.elbo import Optimal
+from bsvae_jax.objective import Optimal
 from bsvae_jax.training import fitted_prior
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.fit_prior import fit_prior

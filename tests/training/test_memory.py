@@ -10,7 +10,7 @@ import pytest
 from bsvae_jax.config import MLP, Config, Optimizer, Residual
 from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, lift, replicate
 from bsvae_jax.errors import UserError
-from bsvae_jax.objective.elbo import Constant, Learned, Optimal, Predicted
+from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
 from bsvae_jax.random import arranged
 from bsvae_jax.training import step as training
 from bsvae_jax.training.fit import fit

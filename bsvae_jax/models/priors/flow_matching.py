@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bsvae_jax.errors import UserError, check_count
-from bsvae_jax.objective.elbo import LOG_2PI
+from bsvae_jax.objective import LOG_2PI
 
 States = Float[Array, "batch latent"]
 Times = Float[Array, " batch"]
