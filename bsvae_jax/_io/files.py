@@ -7,7 +7,6 @@ import json
 import os
 import re
 import struct
-import sys
 import tempfile
 import tokenize
 import zipfile
@@ -18,8 +17,8 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
+from bsvae_jax._io.terminal import log
 from bsvae_jax.errors import UserError, check_kind
 
 DAMAGE: tuple[type[Exception], ...] = (
@@ -85,7 +84,7 @@ def locked(path: Path, name: str, remedy: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            tqdm.write(f"another process is preparing {name}; waiting for it", file=sys.stderr)
+            log.info(f"another process is preparing {name}; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
