@@ -35,14 +35,15 @@ from bsvae_jax.objective import (
 )
 from bsvae_jax.sweeps.fit_sweep import SweepResult, fit_sweep
 from bsvae_jax.sweeps.grid import Sweep
+from bsvae_jax.training.callbacks import Callback, CallbackError, EarlyStopping, WandbTracker
 from bsvae_jax.training.export import export_safetensors
 from bsvae_jax.training.failed_step import FailedStep, failed_step
+from bsvae_jax.training.fit import FitResult, fit
 from bsvae_jax.training.fit_prior import fit_prior
 from bsvae_jax.training.fitted_prior import FittedPrior
 from bsvae_jax.training.import_torch import Imported, import_torch
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.step import TrainState, train_step
-from bsvae_jax.training.trainer import FitResult, fit
 
 __version__ = "0.1.0"
 
@@ -51,9 +52,12 @@ __all__ = [
     "QUANTIZATION_VARIANCE",
     "VAE",
     "BsvaeError",
+    "Callback",
+    "CallbackError",
     "Config",
     "Constant",
     "DivergenceError",
+    "EarlyStopping",
     "ElboTerms",
     "FailedStep",
     "Fid",
@@ -69,6 +73,7 @@ __all__ = [
     "SweepResult",
     "TrainState",
     "UserError",
+    "WandbTracker",
     "bits_per_dimension",
     "data",
     "elbo_terms",

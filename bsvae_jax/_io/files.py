@@ -8,7 +8,6 @@ import lzma
 import os
 import re
 import struct
-import sys
 import tempfile
 import tokenize
 import zipfile
@@ -19,8 +18,8 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
+from bsvae_jax._io.terminal import log
 from bsvae_jax.errors import UserError, check_kind
 
 DAMAGE: tuple[type[Exception], ...] = (
@@ -86,7 +85,7 @@ def locked(path: Path, name: str, remedy: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            tqdm.write(f"another process is preparing {name}; waiting for it", file=sys.stderr)
+            log.info(f"another process is preparing {name}; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

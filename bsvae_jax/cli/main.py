@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 from bsvae_jax import config as configs
+from bsvae_jax._io.terminal import messages_shown
 from bsvae_jax.config import Config
 from bsvae_jax.distributed.preemption import Interrupted
 from bsvae_jax.errors import BsvaeError, DivergenceError, UserError, check_count
@@ -170,15 +171,15 @@ def _train_command(default: Config) -> Callable[..., None]:
         from bsvae_jax.distributed import multihost
         from bsvae_jax.evaluation import figures as pictures
         from bsvae_jax.evaluation import metrics
+        from bsvae_jax.training.fit import fit
         from bsvae_jax.training.restore import restore
-        from bsvae_jax.training.trainer import fit
 
         if distributed or coordinator is not None or processes is not None or process is not None:
             multihost.join(coordinator, processes, process)
         _keep_compiled_programs()
         folder = Path("runs") / config_file.stem if workdir is None else workdir
         result = fit(config, folder)
-        if not multihost.is_writer():
+        if not multihost.is_primary():
             return
         print(metrics.as_table(result.report))
         pictures.draw(restore(folder), result.images, folder)
@@ -702,6 +703,7 @@ def _refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
+@messages_shown()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
@@ -31,6 +30,7 @@ from tqdm.auto import tqdm
 
 from bsvae_jax._io.disk import MARGIN, free_bytes, mebibytes
 from bsvae_jax._io.files import cache_folder, locked, sha256_of, write_atomically
+from bsvae_jax._io.terminal import log
 from bsvae_jax.data._workers import Decoders
 from bsvae_jax.data.decoding import CorruptImageError, Header, Preprocessing, read_header
 from bsvae_jax.data.image_files import Encoded, EncodedImages
@@ -110,7 +110,7 @@ def prepared(recipe: Recipe, skip_corrupt: bool = False, progress: bool = True) 
         if (images := _open(recipe, progress)) is not None:
             return images
         if folder.exists():
-            tqdm.write(f"{folder} is damaged; it is made again", file=sys.stderr)
+            log.warning(f"{folder} is damaged; it is made again")
             shutil.rmtree(folder, ignore_errors=True)
         manifest = _Preparation(recipe, folder, skip_corrupt, progress).run()
         return _map(folder, manifest)
@@ -153,9 +153,9 @@ def _map(folder: Path, manifest: dict[str, Any]) -> ImageSet:
     """The images of a finished set, mapped into memory."""
     if manifest["skipped"]:
         count = len(manifest["skipped"])
-        tqdm.write(f"{manifest['name']}: {count} corrupt images were left out, see {folder / 'manifest.json'}", file=sys.stderr)
+        log.warning(f"{manifest['name']}: {count} corrupt images were left out, see {folder / 'manifest.json'}")
     for note, count in manifest["notes"].items():
-        tqdm.write(f"{manifest['name']}: {count:,} images {note}", file=sys.stderr)
+        log.info(f"{manifest['name']}: {count:,} images {note}")
     images = np.load(folder / "images.npy", mmap_mode="r")
     labels = np.load(folder / "labels.npy") if "labels.npy" in manifest["files"] else None
     count = manifest["splits"]["train"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bsvae_jax._io.terminal import messages_shown
 from bsvae_jax.data.image_set import DataShape, ImageSet
 from bsvae_jax.errors import UserError, check_count, check_kind, check_number, check_path
 from bsvae_jax.objective import Kind, check_kind_of
@@ -222,7 +223,8 @@ def load(source: Dataset, progress: bool = True) -> ImageSet:
     """
     check_kind_of("source", source, Dataset)
     loads: Any = source.load
-    images = loads(progress) if "progress" in inspect.signature(loads).parameters else loads()
+    with messages_shown(progress):
+        images = loads(progress) if "progress" in inspect.signature(loads).parameters else loads()
     check_kind(f"what load of {type(source).__name__} returns", images, ImageSet, "bsvae_jax.data.ImageSet(name, train, test)")
     return images
 

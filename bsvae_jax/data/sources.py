@@ -3,15 +3,14 @@
 import contextlib
 import importlib.util
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from bsvae_jax._io.files import DAMAGE, read_arrays
+from bsvae_jax._io.terminal import log
 from bsvae_jax.data.cache import Recipe
 from bsvae_jax.data.datasets import TFDS, Folder
 from bsvae_jax.data.decoding import CorruptImageError, Header, Preprocessing
@@ -145,10 +144,7 @@ def read_arrays_file(path: Path, holdout: float, seed: int, levels: int | None) 
     levels, sentence = _levels([train, test], levels, path, precision)
     notes.append(f"{height} pixels high, {width} wide, {channels} channel{'s' * (channels > 1)}, {levels:,} levels")
     left_out = [repr(name) for name in held if name not in roles.values()]
-    tqdm.write(
-        f"{printable(path.name)}: {', '.join(notes)}{'; left out: ' if left_out else ''}{', '.join(left_out)}.{sentence}",
-        file=sys.stderr,
-    )
+    log.info(f"{printable(path.name)}: {', '.join(notes)}{'; left out: ' if left_out else ''}{', '.join(left_out)}.{sentence}")
     return ImageSet(printable(path.stem), train, test, levels, labels.get("train"), labels.get("test"), names)
 
 
@@ -226,7 +222,7 @@ def _folder(source: Folder) -> Recipe:
     if not source.path:
         raise UserError("data.path must name a folder, or a .zip, of images.")
     found = find_images(path)
-    tqdm.write(found.division, file=sys.stderr)
+    log.info(found.division)
     if found.test is not None:
         train, test, division = found.train, found.test, None
     else:

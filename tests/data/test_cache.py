@@ -789,7 +789,7 @@ def test_a_finished_set_is_not_decoded_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut", "no manifest", "manifest of nonsense", "newer format", "gone"])
-def test_a_damaged_set_is_made_again(tmp_path, damage, capsys):
+def test_a_damaged_set_is_made_again(tmp_path, damage, caplog):
     write_images(tmp_path / "photos", 5)
     first = load(tmp_path / "photos")
     expected = first.train.copy()
@@ -811,7 +811,7 @@ def test_a_damaged_set_is_made_again(tmp_path, damage, capsys):
         case "gone":
             file.unlink()
     np.testing.assert_array_equal(load(tmp_path / "photos").train, expected)
-    assert "is damaged; it is made again" in capsys.readouterr().err
+    assert "is damaged; it is made again" in caplog.text
 
 
 def changed(value):
@@ -908,7 +908,7 @@ def test_labels_of_training_images_alone(tmp_path, capsys):
         ]
 
 
-def test_what_another_process_has_made_again_is_not_deleted(tmp_path, monkeypatch, capsys):
+def test_what_another_process_has_made_again_is_not_deleted(tmp_path, monkeypatch, caplog):
     """Both see the damage, the other has the lock first: nothing is deleted without the lock, and nothing good with it."""
     write_images(tmp_path / "photos", 5)
     expected = load(tmp_path / "photos").train.copy()
@@ -928,7 +928,7 @@ def test_what_another_process_has_made_again_is_not_deleted(tmp_path, monkeypatc
     monkeypatch.setattr(prepared_module, "locked", after_the_other)
     monkeypatch.setattr(prepared_module, "Decoders", lambda *_: pytest.fail("decoded again"))
     np.testing.assert_array_equal(load(tmp_path / "photos").train, expected)
-    assert "damaged" not in capsys.readouterr().err
+    assert "damaged" not in caplog.text
 
 
 def test_a_set_that_vanishes_while_it_is_checked_is_made_again(tmp_path, monkeypatch):
@@ -946,7 +946,7 @@ def test_a_set_that_vanishes_while_it_is_checked_is_made_again(tmp_path, monkeyp
     np.testing.assert_array_equal(load(tmp_path / "photos").train, expected)
 
 
-def test_corrupt_images_are_left_out_and_listed(tmp_path, capsys):
+def test_corrupt_images_are_left_out_and_listed(tmp_path, caplog):
     arrays = write_images(tmp_path / "photos" / "train", 300, (4, 4, 3))
     write_images(tmp_path / "photos" / "test", 3, (4, 4, 3), seed=1)
     bad = [0, 17, 255, 256, 299]
@@ -962,7 +962,7 @@ def test_corrupt_images_are_left_out_and_listed(tmp_path, capsys):
     skipped = read_manifest(wanted.folder())["skipped"]
     assert len(skipped) == 6
     assert [f"{number:04d}.png" in why for number, why in zip(bad, skipped, strict=False)] == [True] * 5
-    assert "6 corrupt images were left out" in capsys.readouterr().err
+    assert "6 corrupt images were left out" in caplog.text
     assert images.fingerprint() == data.ImageSet("x", images.train, images.test).fingerprint()
 
 

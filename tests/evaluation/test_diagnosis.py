@@ -71,10 +71,10 @@ def test_dead_decoder():
     assert diagnose(scores(mse=0.9 * VARIANCE), Config(), IMAGES) == {}
 
 
-def test_a_collapsed_run_says_so_in_its_log_and_its_evaluation(tmp_path, capsys):
+def test_a_collapsed_run_says_so_in_its_log_and_its_evaluation(tmp_path, caplog):
     config = Config(network=MLP((16,)), latent_size=4, beta=1000.0, epochs=40, evaluate_every=20, batch_size=500, devices=1)
     bv.fit(config, tmp_path / "run", progress=False)
-    errors = capsys.readouterr().err
+    errors = caplog.text
     assert errors.count("posterior collapse after step") == 1
     findings = json.loads((tmp_path / "run" / "evaluation.json").read_text())["findings"]
     assert list(findings) == ["posterior collapse"]

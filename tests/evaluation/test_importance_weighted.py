@@ -16,8 +16,8 @@ from bsvae_jax.evaluation.importance_weighted import Density, importance_weighte
 from bsvae_jax.models.vae import build_vae
 from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
 from bsvae_jax.random import example_keys
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
-from bsvae_jax.training.trainer import fit
 
 FROZEN = Density(frozen=True, dequantised=False)
 OWN = Density(frozen=False, dequantised=False)

@@ -22,9 +22,9 @@ from bsvae_jax.models import pytorch
 from bsvae_jax.models.latent_map import Attention, ResidualBlock, SpatialDecoder, SpatialEncoder, doubled, latent_map
 from bsvae_jax.models.layers import stage_size
 from bsvae_jax.objective import Constant, Optimal
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.step import build_model, check_against_data, create_state, train_step
-from bsvae_jax.training.trainer import fit
 
 SMALL = Spatial(widths=(4, 6), blocks=1, groups=2)
 SHAPE, LATENT, BATCH = (6, 5, 2), 18, 8  # a map of 3 x 3 positions and 2 channels

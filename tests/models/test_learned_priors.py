@@ -27,9 +27,10 @@ from bsvae_jax.sweeps.grid import Sweep, base_config, choose_priors
 from bsvae_jax.sweeps.report import draw, readings
 from bsvae_jax.sweeps.results import as_csv, read_results
 from bsvae_jax.training import step as training
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.step import build_model, check_against_data, create_state, train_step
-from bsvae_jax.training.trainer import Trainer, fit
+from bsvae_jax.training.trainer import Trainer
 
 LEARNED = [Mixture(3), Mixture(3, "full"), VampPrior(5), Flow(3, 8)]
 MANY = 50_000

@@ -24,6 +24,7 @@ from bsvae_jax.evaluation.metrics import as_json
 from bsvae_jax.evaluation.scores import score_split
 from bsvae_jax.objective import Constant, Learned, Optimal, quantization_variance
 from bsvae_jax.training import step as training
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.step import (
     build_model,
@@ -33,7 +34,6 @@ from bsvae_jax.training.step import (
     steps_per_dispatch,
     train_step,
 )
-from bsvae_jax.training.trainer import fit
 from bsvae_jax.training.workdir import read_calibration, read_failure, read_info
 
 SMALL = Config(
@@ -326,8 +326,8 @@ def test_an_interrupted_run_continues_to_the_same_numbers(network, tmp_path, mon
 
     log, calls = RunDirectory.log, itertools.count()
 
-    def stop_in_the_third_epoch(self, row, **clocked):
-        log(self, row, **clocked)
+    def stop_in_the_third_epoch(self, row):
+        log(self, row)
         if next(calls) == 4:  # after the row of epoch 3, before its checkpoint
             raise _Stop
 
@@ -430,14 +430,14 @@ def test_best_is_the_least_held_out_objective(tmp_path):
     assert restore(tmp_path / "run").step == 400
 
 
-def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_path, capsys):
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_path, caplog):
     whole = fit(SMALL, tmp_path / "run", progress=False).state
     newest = tmp_path / "run" / "checkpoints" / "6"
     for path in newest.rglob("*"):
         if path.is_file() and "default" in path.parts and path.stat().st_size > 0:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     continued = fit(SMALL, tmp_path / "run", progress=False).state
-    assert "checkpoints/6 does not load" in capsys.readouterr().err
+    assert "checkpoints/6 does not load" in caplog.text
     chex.assert_trees_all_close(continued.params, whole.params, atol=1e-6)
     assert restore(tmp_path / "run").step == 6  # saved anew, the damaged one kept aside
     assert (tmp_path / "run" / "damaged_checkpoints" / "6_0").is_dir()
@@ -475,9 +475,9 @@ def test_a_second_process_is_kept_out(tmp_path):
     from bsvae_jax.training.workdir import RunDirectory
 
     images = load(Digits())
-    with RunDirectory(tmp_path / "run", SMALL, images, False), pytest.raises(UserError, match="Another process is training"):
-        RunDirectory(tmp_path / "run", SMALL, images, False)
-    with RunDirectory(tmp_path / "run", SMALL, images, False):
+    with RunDirectory(tmp_path / "run", SMALL, images), pytest.raises(UserError, match="Another process is training"):
+        RunDirectory(tmp_path / "run", SMALL, images)
+    with RunDirectory(tmp_path / "run", SMALL, images):
         pass  # the lock goes with its holder
 
 

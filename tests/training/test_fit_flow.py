@@ -18,11 +18,11 @@ from bsvae_jax.distributed.preemption import Interrupted, Stop
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.priors.velocity import Block, VelocityNetwork, time_features
 from bsvae_jax.training import fit_flow
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.fit_flow import fit_flow_matching, map_moments
 from bsvae_jax.training.fit_prior import fit_prior
 from bsvae_jax.training.fitted_prior import FittedPrior, fit_density, read_fitted
 from bsvae_jax.training.restore import restore
-from bsvae_jax.training.trainer import fit
 from bsvae_jax.training.workdir import read_evaluation
 
 SMALL = FlowMatching(rows=2, columns=1, width=16, depth=1, heads=2, steps=20)
