@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 CONFIG = """
 from bsvae_jax.config import MLP, Config, Optimizer
 from bsvae_jax.sweeps.grid import Sweep
-from bsvae_jax.objective import Constant, Optimal
+from bsvae_jax.objective.elbo import Constant, Optimal
 def get_config():
     return Config(
         network=MLP((32,)), latent_size=4, epochs={epochs}, batch_size=100, devices=1, evaluate_every=5, steps_per_dispatch=4,
