@@ -108,5 +108,7 @@ def failed_step(workdir: str | Path) -> FailedStep:
         knobs = build_knobs(info.config)
         key = jax.random.wrap_key_data(jnp.asarray(arrays["key"]))
         return FailedStep(state.with_arrays(restored), jnp.asarray(arrays["images"]), key, knobs.beta, knobs.variance)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); train again to get it back.") from error

@@ -72,6 +72,8 @@ def read_info(folder: Path) -> RunInfo:
         height, width, channels = values["data"]["image_shape"]
         config, data = configs.from_dict(values["config"]), values["data"]
         return RunInfo(config, (height, width, channels), int(data["levels"]), str(data["fingerprint"]))
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 

@@ -176,7 +176,7 @@ def test_evaluation_and_sampling_killed_at_random_moments(tmp_path):
     file = config_file(tmp_path, epochs=20)
     seconds_of("train", file, "--workdir", tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
-    evaluating = ("--samples", 2000, "--figures", "False")
+    evaluating = ("--samples", 2000, "--no-figures")
     longest = 0.6 * seconds_of("evaluate", tmp_path / "whole", *evaluating)
     before = (tmp_path / "run" / "evaluation.json").read_bytes()
     lost, tries = [], 0
