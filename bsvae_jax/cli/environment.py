@@ -88,9 +88,10 @@ def commandline_environment() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="bsvae")
-    if isinstance(sys.stderr, io.TextIOWrapper) and isinstance(raw := getattr(sys.stderr.buffer, "raw", None), io.FileIO):
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
         # Stays until the process ends: Python flushes its streams then, and a failure would be the exit status.
-        sys.stderr = io.TextIOWrapper(_Lossy(raw), sys.stderr.encoding, "bsvae", write_through=True)
+        raw = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)
+        sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Lossy(raw)), sys.stderr.encoding, "bsvae", write_through=True)
     set_here = {"MPLBACKEND": "agg"}
     if shutil.get_terminal_size().columns < _NARROWEST:
         set_here["COLUMNS"] = str(_NARROWEST)

@@ -368,6 +368,13 @@ def test_a_wrong_argument_is_answered_in_a_sentence(call, telling, request, tmp_
     assert sorted(tmp_path.rglob("*")) == there, "something was written"
 
 
+def test_a_wrong_argument_is_a_value_error():
+    """As NumPy and JAX raise it: code written for them catches it."""
+    with pytest.raises(ValueError, match="beta must be a finite number"):
+        bv.Config(beta=-1.0)
+    assert issubclass(bv.UserError, bv.BsvaeError)
+
+
 def test_every_public_name_has_a_row():
     called = {row[0] for row in ROWS}
     public = {name: getattr(bv, name) for name in bv.__all__}
