@@ -44,7 +44,7 @@ def _transliterate(error: UnicodeError) -> tuple[str, int]:
 class _Lossy(io.RawIOBase):
     """A file that may be full or closed without harm to who writes there: progress and warnings are no result."""
 
-    def __init__(self, file: io.RawIOBase | io.FileIO):
+    def __init__(self, file: Any):
         self._file = file
 
     def writable(self) -> bool:
