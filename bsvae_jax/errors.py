@@ -1,6 +1,8 @@
 """The errors a user is meant to read: the command line prints their message without a traceback."""
 
 import difflib
+import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -68,3 +70,35 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'beta'?)"`, or `""` when nothing in `known` is close to `name`."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def check_number(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """Raise a UserError unless `value` is a finite number in the interval; `open_low` leaves out its lower end."""
+    wrong_type = isinstance(value, bool) or not isinstance(value, int | float)
+    if wrong_type or not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        lower = f"{'>' if open_low else '>='} {low:g}"
+        upper = "" if high == math.inf else f" and <= {high:g}"
+        raise UserError(f"{name} must be a finite number {lower}{upper}, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise a UserError unless `value` is one of the choices; the nearest one is offered."""
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}.")
+
+
+def check_widths(name: str, widths: tuple[int, ...]) -> None:
+    """Raise a UserError unless `widths` is a tuple of at least one whole number >= 1."""
+    if not isinstance(widths, tuple) or not widths:
+        raise UserError(f"{name} must be a tuple of at least one width, got {widths!r}.")
+    for width in widths:
+        check_count(name, width)
+
+
+def check_path(owner: Any, name: str, optional: bool = False) -> None:
+    """A path may be given as one, and is kept as text, which `config.json` can hold."""
+    value = getattr(owner, name)
+    if isinstance(value, os.PathLike):
+        object.__setattr__(owner, name, os.fspath(value))
+    elif not isinstance(value, str) and not (optional and value is None):
+        raise UserError(f"data.{name} must be a path, got {value!r}.")

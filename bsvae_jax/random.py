@@ -2,6 +2,8 @@
 
 Each example of the global batch has its own key, made from its position in it. One device or eight, `pmap` or `shard_map`,
 draw the same noise for the same example.
+
+Every draw states its type, here and elsewhere: the type that JAX chooses, and with it the numbers, depends on JAX_ENABLE_X64.
 """
 
 from typing import Any
@@ -12,6 +14,24 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from bsvae_jax.errors import UserError
+
+IMPLEMENTATION = "threefry2x32"
+"""Of every key that is made here, whatever `JAX_DEFAULT_PRNG_IMPL` says: another draws other numbers from the same seed."""
+
+
+def make_key(seed: int) -> Key[Array, ""]:
+    """The key of a seed: `jax.random.key` of `IMPLEMENTATION`.
+
+    >>> with jax.default_prng_impl("rbg"):
+    ...     print(jax.random.key_impl(make_key(0)))
+    threefry2x32
+    """
+    return jax.random.key(seed, impl=IMPLEMENTATION)
+
+
+def wrap_key(data: Any) -> Key[Array, "..."]:
+    """The key, or keys, of which a checkpoint or a file holds the `jax.random.key_data`."""
+    return jax.random.wrap_key_data(data, impl=IMPLEMENTATION)
 
 
 def check_key(key: Any, batch: int | None = None) -> None:
@@ -52,9 +72,13 @@ def uniform_per_example(keys: Key[Array, " batch"], number: int, shape: tuple[in
 
     Folded, so that it is apart from the posterior sample, which takes the key itself.
     """
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), shape, minval=-0.5, maxval=0.5))(keys)
+
+    def uniform(key: Key[Array, ""]) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, number), shape, jnp.float32, minval=-0.5, maxval=0.5)
+
+    return jax.vmap(uniform)(keys)
 
 
 def normal_per_example(keys: Key[Array, " batch"], shape: tuple[int, ...]) -> Float[Array, "batch ..."]:
     """Standard normal numbers `[B, *shape]`, each example from its own key."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

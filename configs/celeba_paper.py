@@ -11,7 +11,7 @@ Hardware and time: an accelerator with 3 GB for the resident images; not measure
 """
 
 from bsvae_jax.config import TFDS, Augmentation, Config, Optimizer, Residual
-from bsvae_jax.objective.elbo import PAPER_FLOOR, Optimal
+from bsvae_jax.objective import PAPER_FLOOR, Optimal
 
 
 def get_config() -> Config:

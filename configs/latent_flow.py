@@ -20,7 +20,7 @@ many are not yet.
 """
 
 from bsvae_jax.config import TFDS, Config, Optimizer, Spatial
-from bsvae_jax.objective.elbo import Optimal
+from bsvae_jax.objective import Optimal
 
 
 def get_config() -> Config:

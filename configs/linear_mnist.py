@@ -24,7 +24,7 @@ Hardware and time: 2 CPU cores; the 20 models of the sweep took 25 minutes besid
 import numpy as np
 
 from bsvae_jax.config import TFDS, Config, Linear, Optimizer
-from bsvae_jax.objective.elbo import Optimal
+from bsvae_jax.objective import Optimal
 from bsvae_jax.sweeps.grid import Sweep
 
 

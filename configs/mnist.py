@@ -16,7 +16,7 @@ The 50 epochs of the config have not been measured yet.
 """
 
 from bsvae_jax.config import TFDS, Config, Optimizer, Residual
-from bsvae_jax.objective.elbo import Optimal
+from bsvae_jax.objective import Optimal
 
 
 def get_config() -> Config:

@@ -17,7 +17,7 @@ Hardware and time: an accelerator. One run is 5,860 steps of 512 images; not mea
 """
 
 from bsvae_jax.config import TFDS, Augmentation, Config, Optimizer, Residual
-from bsvae_jax.objective.elbo import PAPER_FLOOR, Constant, Optimal
+from bsvae_jax.objective import PAPER_FLOOR, Constant, Optimal
 from bsvae_jax.sweeps.grid import Sweep
 
 

@@ -26,7 +26,7 @@ training gains 2 to 7 nats.
 """
 
 from bsvae_jax.config import MLP, TFDS, Config, Flow, Mixture, Optimizer, StandardNormal, VampPrior
-from bsvae_jax.objective.elbo import Optimal
+from bsvae_jax.objective import Optimal
 from bsvae_jax.sweeps.grid import Sweep
 
 

@@ -44,7 +44,7 @@ be one of speed. One seed.
 """
 
 from bsvae_jax.config import TFDS, Augmentation, Config, Optimizer, Spatial
-from bsvae_jax.objective.elbo import Constant, Optimal
+from bsvae_jax.objective import Constant, Optimal
 from bsvae_jax.sweeps.grid import Sweep
 
 

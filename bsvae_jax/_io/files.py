@@ -4,27 +4,27 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import lzma
 import os
 import re
 import struct
-import sys
 import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
+from bsvae_jax._io.terminal import log
 from bsvae_jax.errors import UserError, check_kind
 
 DAMAGE: tuple[type[Exception], ...] = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, MemoryError, RuntimeError, SyntaxError),
-    *(struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError),
+    *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tokenize.TokenError, IndexError),
 )
 """What NumPy and the standard library have been seen to raise on damaged archives."""
 
@@ -93,13 +93,15 @@ def locked(path: Path, name: str, remedy: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            tqdm.write(f"another process is preparing {name}; waiting for it", file=sys.stderr)
+            log.info(f"another process is preparing {name}; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, remedy: str, choose: Callable[[list[str]], Iterable[str]] = list) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` or the one of an `.npy` (under the name ''); never runs anything in it.
+
+    `choose` is told the names of all arrays of an `.npz`, and answers with those to be read.
 
     Raises:
       UserError: not such a file, or a damaged one; the sentence ends with `remedy`.
@@ -107,8 +109,10 @@ def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:  # np.load by name would leave a damaged file open
             content = np.load(file, allow_pickle=False)
-            arrays = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else {"": content}
-            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            several = isinstance(content, np.lib.npyio.NpzFile)
+            arrays = {name: content[name] for name in choose(content.files)} if several else {"": content}
+            others = several and content.zip.namelist() and not any(name.endswith(".npy") for name in content.zip.namelist())
+            if others or not all(isinstance(array, np.ndarray) for array in arrays.values()):
                 raise ValueError("an archive of other files")
             return arrays
     except DAMAGE as error:

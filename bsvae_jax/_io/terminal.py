@@ -1,28 +1,85 @@
-"""What is shown to people while work goes on: progress bars and warnings, on standard error."""
+"""What is said while work goes on: a logger, a handler that shows it above a progress bar, and the bar."""
 
+import contextlib
+import logging
 import sys
+import time
+from collections.abc import Iterator
+from typing import Any
 
 from tqdm.auto import tqdm
 
+log = logging.getLogger("bsvae_jax")
+"""Everything the package says. A program that embeds it configures this logger as any other."""
+
+SECONDS_BETWEEN_LINES = 30.0
+"""How often progress is said where it is not shown as a bar: in a file or a pipe."""
+
+
+class _AboveTheBar(logging.Handler):
+    """Shows messages on standard error, above any progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message; warnings and errors say that they are."""
+        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(kind + record.getMessage(), file=sys.stderr)
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    return record.name != log.name
+
+
+@contextlib.contextmanager
+def messages_shown(enabled: bool = True) -> Iterator[None]:
+    """Within the block, what is logged from level INFO is shown on standard error: once, however often blocks are nested.
+
+    Handlers of the root logger that write to the same console (notebooks have one) do not repeat it; others receive it.
+    """
+    if not enabled or any(isinstance(handler, _AboveTheBar) for handler in log.handlers):
+        yield
+        return
+    handler, level = _AboveTheBar(), log.level
+    if log.getEffectiveLevel() > logging.INFO:
+        log.setLevel(logging.INFO)
+    consoles = [other for other in logging.getLogger().handlers if getattr(other, "stream", 0) in (sys.stderr, sys.stdout)]
+    for console in consoles:
+        console.addFilter(_is_of_others)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        for console in consoles:
+            console.removeFilter(_is_of_others)
+
 
 def warn(message: str) -> None:
-    """Show a warning on stderr, above any progress bar."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    """Log a warning."""
+    log.warning(message)
 
 
 class ProgressBar:
-    """Images done, images per second and the terms of the objective, on one line."""
+    """Images done, images per second and the terms of the objective, on one line.
+
+    A bar on a terminal, a widget in a notebook; where standard error is a file or a pipe, a line every half minute.
+    """
 
     def __init__(self, total: int, initial: int, enabled: bool, unit: str = "images"):
         """A bar from `initial` to `total` images, or of another `unit`."""
-        self._bar = tqdm(
+        widget = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+        self._as_lines = enabled and not widget and not sys.stderr.isatty()
+        self._total, self._done, self._unit = total, initial, unit
+        self._begun = self._last_line = time.monotonic()
+        self._initial, self._description = initial, ""
+        self._bar: Any = tqdm(
             total=total,
             initial=initial,
             unit=f" {unit}",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=not enabled,
-            file=sys.stderr,
+            disable=not enabled or self._as_lines,
+            file=None if widget else sys.stderr,
         )
         self._shown: dict[str, str] = {}
 
@@ -37,6 +94,18 @@ class ProgressBar:
     def update(self, images: int) -> None:
         """Advance by `images`."""
         self._bar.update(images)
+        self._done += images
+        now = time.monotonic()
+        if self._as_lines and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            log.info(self._line(now - self._begun))
+
+    def _line(self, seconds: float) -> str:
+        share = 100.0 * self._done / max(self._total, 1)
+        rate = (self._done - self._initial) / max(seconds, 1e-9)
+        terms = "".join(f", {name} {value}" for name, value in self._shown.items())
+        what = f"{self._description}: " if self._description else ""
+        return f"{what}{self._done:,} of {self._total:,} {self._unit} ({share:.0f} %), {rate:,.0f} {self._unit}/s{terms}"
 
     def show(self, **values: str) -> None:
         """Show these beside the bar, until shown anew."""
@@ -45,4 +114,5 @@ class ProgressBar:
 
     def describe(self, description: str) -> None:
         """Name, before the bar, what is being trained."""
+        self._description = description
         self._bar.set_description(description)

@@ -69,6 +69,7 @@ def evaluate(
         if fid_network == "inception":
             options = dataclasses.replace(options, weights=load_weights(inception_weights))
     check_platform()
+    run.load_classes()
     load_once = functools.cache(load)  # members of a sweep share their data
     evaluate_in = functools.partial(_evaluate_run, run, load_once, split, samples, bound_images, options, prior)
     if not (run.workdir / "sweep.json").is_file():
@@ -76,10 +77,10 @@ def evaluate(
         return
     from bsvae_jax.sweeps.results import read_results
 
-    for member in read_results(run.workdir, **run.classes()).members:
+    for member in read_results(run.workdir).members:
         print(f"\n{member.name}")
         evaluate_in(run.workdir / "members" / member.name, False)
-    print_report(run.workdir, **run.classes())
+    print_report(run.workdir)
 
 
 def _evaluate_run(

@@ -17,8 +17,9 @@ def export(run: Merged[Run], out: Path | None = None, overwrite: bool = False) -
     from bsvae_jax.training.export import export_safetensors
 
     check_platform()
+    run.load_classes()
     out = run.workdir / "weights.safetensors" if out is None else out
-    print(f"weights: {export_safetensors(run.workdir, out, run.checkpoint, overwrite, **run.classes())}")
+    print(f"weights: {export_safetensors(run.workdir, out, run.checkpoint, overwrite)}")
 
 
 def main(arguments: list[str]) -> None:

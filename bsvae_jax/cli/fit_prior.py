@@ -39,8 +39,9 @@ def fit_prior(
     from bsvae_jax.training.fitted_prior import FILE
 
     check_platform()
+    run.load_classes()
     workdir, settings = run.workdir, (kind, components, seed, run.checkpoint, overwrite, steps, width, depth)
-    fitted = fitting.fit_prior(workdir, *settings, progress=True, **run.classes())
+    fitted = fitting.fit_prior(workdir, *settings, progress=True)
     before = "" if fitted.held_out_before is None else f", {fitted.held_out_before:.2f} under the model's own prior"
     print(
         f"{fitted.describe()}, fitted to the latents of step {fitted.step}: {workdir / FILE}\n"

@@ -48,7 +48,10 @@ def _command(arguments: Sequence[str]) -> str:
 def _run(arguments: list[str]) -> None:
     name = _command(arguments)
     # Only the file of the command is imported: `bsvae --help` and a wrong option are answered without JAX where they can be.
-    importlib.import_module(f"bsvae_jax.cli.{name.replace('-', '_')}").main(arguments[1:])
+    from bsvae_jax._io.terminal import messages_shown
+
+    with messages_shown():
+        importlib.import_module(f"bsvae_jax.cli.{name.replace('-', '_')}").main(arguments[1:])
     sys.stdout.flush()
 
 

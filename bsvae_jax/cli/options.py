@@ -33,9 +33,12 @@ class Workdir:
     config: Path | None = None
     """Python file with the run's own classes, where its network, prior, variance or data set are not of this package."""
 
-    def classes(self) -> dict[str, Any]:
-        """Arguments of `restore` and its like: where a run's own classes are found."""
-        return {} if self.config is None else {"config": self.config}
+    def load_classes(self) -> None:
+        """Run that file, which a run folder never does by itself; whatever reads the folder afterwards finds the classes."""
+        if self.config is not None:
+            from bsvae_jax.config import load_module
+
+            load_module(self.config)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Run(Workdir):
         """The model; of another `workdir`, a member of a sweep."""
         from bsvae_jax.training.restore import restore
 
-        return restore(workdir or self.workdir, self.checkpoint, prior, **self.classes())
+        return restore(workdir or self.workdir, self.checkpoint, prior)
 
 
 @dataclass(frozen=True)

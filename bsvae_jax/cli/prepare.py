@@ -45,7 +45,7 @@ def prepare(
       skip_corrupt: Leave out images that cannot be decoded, and list them.
     """
     from bsvae_jax.config import TFDS, Folder
-    from bsvae_jax.data import datasets
+    from bsvae_jax.data import sources
     from bsvae_jax.data.cache import prepared
 
     chosen: Folder | TFDS
@@ -57,8 +57,8 @@ def prepare(
         if source.endswith((".zip", "/")) or source.startswith((".", "/")):
             raise UserError(f"There is no folder or .zip {source!r}.")
         chosen = TFDS(source, data_dir, manual_dir, train_split, test_split, crop, size, channels)
-        datasets.prepare_tfds(chosen)
-    recipe = datasets.recipe(chosen)
+        sources.prepare_tfds(chosen)
+    recipe = sources.recipe(chosen)
     images = prepared(recipe, skip_corrupt)
     print(f"{len(images.train):,} training and {len(images.test):,} test images {images.image_shape}: {recipe.folder()}")
     options = [

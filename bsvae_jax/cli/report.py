@@ -1,7 +1,6 @@
 """`bsvae report`: the report of a sweep."""
 
 from pathlib import Path
-from typing import Any
 
 from bsvae_jax.cli.options import Merged, Workdir, call
 
@@ -14,16 +13,17 @@ def report(folder: Merged[Workdir]) -> None:
     Args:
       folder: Folder that bsvae sweep wrote.
     """
-    print_report(folder.workdir, **folder.classes())
+    folder.load_classes()
+    print_report(folder.workdir)
 
 
-def print_report(folder: Path, **classes: Any) -> None:
+def print_report(folder: Path) -> None:
     """Write the report of a sweep, and print its table and what it says."""
     from bsvae_jax.sweeps.report import best_beta, findings, status, write_report
     from bsvae_jax.sweeps.results import as_text, read_results
 
-    *_, page = write_report(folder, **classes)
-    results = read_results(folder, **classes)
+    *_, page = write_report(folder)
+    results = read_results(folder)
     print(f"{status(results)} Test set, mean ± standard deviation over seeds:\n\n{as_text(results)}\n")
     print("\n".join([*best_beta(results), *findings(results)]))
     print(f"\nreport: {page}")

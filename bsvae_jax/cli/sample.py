@@ -40,6 +40,7 @@ def sample(
     if out.suffix in (".npz", ".png") and out.exists() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it.")
     check_platform()
+    run.load_classes()
     restored = run.restore(prior)
     channels = restored.image_shape[2]
     if out.suffix != ".npz" and channels not in (1, 3):

@@ -29,15 +29,15 @@ def train(
     """
     from bsvae_jax.distributed import multihost
     from bsvae_jax.evaluation import figures, metrics
+    from bsvae_jax.training.fit import fit
     from bsvae_jax.training.restore import restore
-    from bsvae_jax.training.trainer import fit
 
     processes.join()
     check_platform()
     keep_compiled_programs()
     folder = Path("runs") / config_file.stem if workdir is None else workdir
     result = fit(experiment.config, folder)
-    if not multihost.is_writer():
+    if not multihost.is_primary():
         return
     print(metrics.as_table(result.report))
     figures.draw(restore(folder), result.images, folder)

@@ -4,15 +4,43 @@ Rotation and random resized crop are composed into one affine map and sampled on
 zeros outside. (torchvision resamples twice, and rotates with nearest-neighbour interpolation by default.)
 """
 
+import math
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from bsvae_jax.config import Augmentation
-from bsvae_jax.errors import UserError, check_kind
+from bsvae_jax.errors import UserError, check_kind, check_number
 from bsvae_jax.random import check_key
 
 Image = Float[Array, "height width channels"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training image, on the device. Evaluation data is never augmented."""
+
+    rotation_degrees: float = 0.0
+    """Rotation uniform in +- this many degrees."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Random resized crop: range of the cropped share of the area."""
+    crop_ratio: tuple[float, float] = (1.0, 1.0)
+    """Random resized crop: range of its width-to-height ratio over that of the image (log-uniform)."""
+    flip: bool = False
+    """Mirror left-right with probability one half."""
+
+    def __post_init__(self) -> None:
+        check_number("augmentation.rotation_degrees", self.rotation_degrees, low=0.0, high=180.0)
+        for name in ("crop_scale", "crop_ratio"):
+            bounds = getattr(self, name)
+            if not isinstance(bounds, tuple) or len(bounds) != 2:
+                raise UserError(f"augmentation.{name} must be a pair (low, high), got {bounds!r}.")
+            low, high = bounds
+            check_number(f"augmentation.{name}", low, low=0.0, open_low=True)
+            check_number(f"augmentation.{name}", high, low=low, high=1.0 if name == "crop_scale" else math.inf)
+        if not isinstance(self.flip, bool):
+            raise UserError(f"augmentation.flip must be True or False, got {self.flip!r}.")
 
 
 def augment(
@@ -50,7 +78,7 @@ def _augment_one(image: Image, key: Key[Array, ""], config: Augmentation) -> Ima
     if config.rotation_degrees or config.crop_scale != (1.0, 1.0) or config.crop_ratio != (1.0, 1.0):
         image = _rotate_and_crop(image, affine_key, config)
     if config.flip:
-        image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+        image = jnp.where(jax.random.bernoulli(flip_key, jnp.float32(0.5)), image[:, ::-1], image)
     return image
 
 
@@ -58,15 +86,15 @@ def _rotate_and_crop(image: Image, key: Key[Array, ""], config: Augmentation) ->
     height, width, _ = image.shape
     angle_key, scale_key, ratio_key, row_key, column_key = jax.random.split(key, 5)
     limit = jnp.deg2rad(config.rotation_degrees)
-    angle = jax.random.uniform(angle_key, minval=-limit, maxval=limit)
-    scale = jax.random.uniform(scale_key, minval=config.crop_scale[0], maxval=config.crop_scale[1])
+    angle = jax.random.uniform(angle_key, dtype=jnp.float32, minval=-limit, maxval=limit)
+    scale = jax.random.uniform(scale_key, dtype=jnp.float32, minval=config.crop_scale[0], maxval=config.crop_scale[1])
     low, high = (jnp.log(jnp.asarray(bound)) for bound in config.crop_ratio)
-    ratio = jnp.exp(jax.random.uniform(ratio_key, minval=low, maxval=high))
+    ratio = jnp.exp(jax.random.uniform(ratio_key, dtype=jnp.float32, minval=low, maxval=high))
     # Height and width of the crop as shares of the image's, at most all of it.
     crop_height, crop_width = jnp.minimum(jnp.sqrt(scale / ratio), 1.0), jnp.minimum(jnp.sqrt(scale * ratio), 1.0)
-    top = jax.random.uniform(row_key) * (1.0 - crop_height) * height
-    left = jax.random.uniform(column_key) * (1.0 - crop_width) * width
-    rows, columns = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
+    top = jax.random.uniform(row_key, dtype=jnp.float32) * (1.0 - crop_height) * height
+    left = jax.random.uniform(column_key, dtype=jnp.float32) * (1.0 - crop_width) * width
+    rows, columns = jnp.meshgrid(*(jnp.arange(size, dtype=jnp.float32) + 0.5 for size in (height, width)), indexing="ij")
     # Output pixel -> pixel of the rotated image (crop) -> pixel of the source (rotation about the centre).
     rows, columns = top + crop_height * rows - height / 2, left + crop_width * columns - width / 2
     source_rows = jnp.cos(angle) * rows - jnp.sin(angle) * columns + height / 2 - 0.5

@@ -1,61 +1,23 @@
-"""Image sources: the embedded digits, MNIST's idx files, arrays, folders and TFDS sets.
+"""The kinds of data sets that a config can hold. Derive `Dataset` for one of your own.
 
-Every source ends in an `ImageSet`: NHWC images, uint8 wherever the source is quantised, with the number of grey levels that
-says how they map to [0, 1].
+Every data set ends in an `ImageSet`: examples of one shape, channels last, uint8 wherever the source is quantized, with the
+number of gray levels that says how they map to [0, 1].
 """
 
-import importlib.util
-import typing
+import abc
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bsvae_jax import config
-from bsvae_jax._io.files import DAMAGE, read_arrays
-from bsvae_jax.data.cache import Recipe, prepared
-from bsvae_jax.data.decoding import CorruptImageError, Header, Preprocessing
-from bsvae_jax.data.idx import read_pair
-from bsvae_jax.data.image_files import Encoded, EncodedImages, find_images
-from bsvae_jax.data.image_set import DataShape, ImageSet, check_images
-from bsvae_jax.errors import UserError, nearest
+from bsvae_jax._io.terminal import messages_shown
+from bsvae_jax.data.image_set import DataShape, ImageSet
+from bsvae_jax.errors import UserError, check_count, check_kind, check_number, check_path
+from bsvae_jax.objective import Kind, check_kind_of
 
-_UNREADABLE: tuple[type[Exception], ...] = (IndexError, *DAMAGE)
-
-DIGITS_TEST = 297
-"""Held-out digits, the last of scikit-learn's 1,797 (their own order, which mixes the writers)."""
-
-
-def load(source: config.DataSource, progress: bool = True) -> ImageSet:
-    """The images of a data config; those of a folder or of TFDS are prepared at the first use (see `prepared`).
-
-    Args:
-      source: of the config.
-      progress: show a bar while images are prepared.
-
-    >>> images = load(config.Digits())
-    >>> images.train.shape, images.test.shape, images.levels
-    ((1500, 8, 8, 1), (297, 8, 8, 1), 17)
-
-    Raises:
-      UserError: a file is missing, truncated or not what it should be; a set cannot be prepared; images of a wrong kind.
-    """
-    match source:
-        case config.Digits():
-            return _digits()
-        case config.MNIST(folder):
-            return _mnist(Path(folder))
-        case config.Arrays(path, holdout, seed):
-            return _arrays(Path(path), holdout, seed)
-        case config.Folder() | config.TFDS():
-            return prepared(recipe(source), progress=progress)
-        case _:
-            kinds = ", ".join(kind.__name__ for kind in typing.get_args(config.DataSource))
-            raise UserError(f"source must be one of {kinds} of bsvae_jax.config, got {source!r}.")
-
-
-_PUBLISHED = {
+PUBLISHED = {
     "mnist": ((28, 28, 1), 60_000, 10_000),
     "fashion_mnist": ((28, 28, 1), 60_000, 10_000),
     "cifar10": ((32, 32, 3), 50_000, 10_000),
@@ -64,9 +26,210 @@ _PUBLISHED = {
 """Image shape, training and test images of TFDS sets whose default splits are those."""
 
 
-def shape_of(
-    source: config.DataSource, image_shape: tuple[int, int, int] | None = None, images: int | None = None
-) -> DataShape:
+@dataclass(frozen=True)
+class Dataset(Kind, abc.ABC):
+    """Base of all data sets: a frozen dataclass whose `load` gives training and test examples.
+
+    >>> @dataclass(frozen=True)
+    ... class Waves(Dataset):
+    ...     "Sequences of 64 steps and 3 channels."
+    ...
+    ...     count: int = 100
+    ...
+    ...     def load(self):
+    ...         phases = np.random.default_rng(0).random((self.count, 1, 3))
+    ...         waves = np.sin(np.arange(64)[None, :, None] / 5 + 6.28 * phases).astype(np.float32)
+    ...         return ImageSet("waves", waves[10:], waves[:10])
+    >>> load(Waves()).image_shape
+    (64, 3)
+    """
+
+    @abc.abstractmethod
+    def load(self) -> ImageSet:
+        """The examples. (Those of the library also take `progress`: whether to show a bar while they prepare.)
+
+        Raises:
+          UserError: they cannot be read.
+        """
+
+    def shape(self) -> DataShape:
+        """Sizes of the examples; override it where they are known without reading them."""
+        return self.load().shape
+
+
+@dataclass(frozen=True)
+class Digits(Dataset):
+    """The 1,797 real handwritten 8x8 digits (17 grey levels) that scikit-learn carries: no download."""
+
+    def load(self, progress: bool = True) -> ImageSet:
+        """The last 297 of scikit-learn's digits are held out."""
+        from bsvae_jax.data import sources
+
+        return sources.read_digits()
+
+
+@dataclass(frozen=True)
+class MNIST(Dataset):
+    """MNIST from its four canonical idx files, gzipped or not, in a folder."""
+
+    folder: str = "data/mnist"
+    """Holds train-images-idx3-ubyte[.gz], train-labels-..., t10k-images-... and t10k-labels-..."""
+
+    def __post_init__(self) -> None:
+        check_path(self, "folder")
+
+    def load(self, progress: bool = True) -> ImageSet:
+        """Read the four files."""
+        from bsvae_jax.data import sources
+
+        return sources.read_mnist(Path(self.folder))
+
+
+@dataclass(frozen=True)
+class Arrays(Dataset):
+    """Images of one's own: a `.npz` with `train` (and optionally `test`), or a `.npy`; see `bsvae_jax.data`.
+
+    Other usual names are known (`x_train`, `train_images`, `images`, `arr_0`; labels `y_train`, `train_labels`).
+    """
+
+    path: str = ""
+    """A `.npz` or `.npy` of shape [N, H, W] or [N, H, W, C]: uint8, or floats in [0, 1]."""
+    holdout: float = 0.1
+    """Share of the images kept for testing, at random, when the file has no `test`."""
+    holdout_seed: int = 0
+    """Decides which; apart from the run's seed, so that runs of different seeds are tested on the same images."""
+    levels: int | None = None
+    """Number of gray levels, on which bits per dimension depend: uint8 values are 0 ... levels - 1, floats multiples of
+    1 / (levels - 1); None: 256 of uint8, and what the values of floats show."""
+
+    def __post_init__(self) -> None:
+        check_path(self, "path")
+        check_number("data.holdout", self.holdout, low=0.0, high=0.9, open_low=True)
+        check_count("data.holdout_seed", self.holdout_seed, low=0)
+        if self.levels is not None:
+            check_count("data.levels", self.levels, low=2)
+
+    def load(self, progress: bool = True) -> ImageSet:
+        """Read the file."""
+        from bsvae_jax.data import sources
+
+        return sources.read_arrays_file(Path(self.path), self.holdout, self.holdout_seed, self.levels)
+
+
+def _check_preprocessing(source: "TFDS | Folder") -> None:
+    for name in ("crop", "size"):
+        if getattr(source, name) is not None:
+            check_count(f"data.{name}", getattr(source, name))
+    if source.channels not in (None, 1, 3):
+        raise UserError(f"data.channels must be 1 (grey), 3 (colour) or None, got {source.channels!r}.")
+
+
+@dataclass(frozen=True)
+class TFDS(Dataset):
+    """A TFDS image set, read as array_record without TensorFlow.
+
+    `mnist`, `fashion_mnist`, `cifar10`, `celeb_a` and `lsun/CATEGORY` are prepared at their first use; any other set of the
+    catalogue once by `bsvae prepare NAME`, which needs TensorFlow.
+    """
+
+    name: str = "mnist"
+    """TFDS name, also `name/config:version`."""
+    data_dir: str | None = None
+    """TFDS data directory; None: TFDS's own default."""
+    manual_dir: str | None = None
+    """Folder with the published files, where they are not to be, or cannot be, downloaded."""
+    train_split: str = "train"
+    """Split trained on."""
+    test_split: str = "test"
+    """Split held out."""
+    crop: int | None = None
+    """Side of the square kept around the centre of an image, in its own pixels; before `size`."""
+    size: int | None = None
+    """Images become size x size: the shorter side is resized to it, and the centre kept; None: as they are."""
+    channels: int | None = None
+    """1: grey, 3: colour; None: as they are."""
+
+    def __post_init__(self) -> None:
+        for name in ("data_dir", "manual_dir"):
+            check_path(self, name, optional=True)
+        for name in ("name", "train_split", "test_split"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise UserError(f"data.{name} must be a name, got {getattr(self, name)!r}.")
+        _check_preprocessing(self)
+
+    def load(self, progress: bool = True) -> ImageSet:
+        """The prepared images; they are prepared at the first use."""
+        from bsvae_jax.data import cache, sources
+
+        return cache.prepared(sources.recipe(self), progress=progress)
+
+    def shape(self) -> DataShape:
+        """Of the sets whose sizes are known without reading them, else of the images."""
+        if self.name not in PUBLISHED or (self.train_split, self.test_split) != ("train", "test"):
+            return self.load().shape
+        (height, width, channels), train, test = PUBLISHED[self.name]
+        side = self.size or self.crop
+        sides = (height, width) if side is None else (side, side)
+        return DataShape((*sides, self.channels or channels), 256, np.dtype(np.uint8), train, test)
+
+
+@dataclass(frozen=True)
+class Folder(Dataset):
+    """Images of one's own: a folder, or a .zip, of image files.
+
+    Folders named train and test in it are those splits, by any usual name (Training, eval, test_set; validation where there is
+    no test); else a share is held out. Folders of the training images are classes. Transparent images are laid on white.
+    """
+
+    path: str = ""
+    """The folder or .zip."""
+    holdout: float = 0.1
+    """Share of the images kept for testing, at random, where there is no folder test."""
+    holdout_seed: int = 0
+    """Decides which; apart from the run's seed, so that runs of different seeds are tested on the same images."""
+    crop: int | None = None
+    """Side of the square kept around the centre of an image, in its own pixels; before `size`."""
+    size: int | None = None
+    """Images become size x size: the shorter side is resized to it, and the centre kept; None: as they are."""
+    channels: int | None = None
+    """1: grey, 3: colour; None: as they are."""
+
+    def __post_init__(self) -> None:
+        check_path(self, "path")
+        check_number("data.holdout", self.holdout, low=0.0, high=0.9, open_low=True)
+        check_count("data.holdout_seed", self.holdout_seed, low=0)
+        _check_preprocessing(self)
+
+    def load(self, progress: bool = True) -> ImageSet:
+        """The prepared images; they are prepared at the first use."""
+        from bsvae_jax.data import cache, sources
+
+        return cache.prepared(sources.recipe(self), progress=progress)
+
+
+def load(source: Dataset, progress: bool = True) -> ImageSet:
+    """The images of a data config; those of a folder or of TFDS are prepared at the first use (see `prepared`).
+
+    Args:
+      source: of the config.
+      progress: show a bar while images are prepared.
+
+    >>> images = load(Digits())
+    >>> images.train.shape, images.test.shape, images.levels
+    ((1500, 8, 8, 1), (297, 8, 8, 1), 17)
+
+    Raises:
+      UserError: a file is missing, truncated or not what it should be; a set cannot be prepared; images of a wrong kind.
+    """
+    check_kind_of("source", source, Dataset)
+    loads: Any = source.load
+    with messages_shown(progress):
+        images = loads(progress) if "progress" in inspect.signature(loads).parameters else loads()
+    check_kind(f"what load of {type(source).__name__} returns", images, ImageSet, "bsvae_jax.data.ImageSet(name, train, test)")
+    return images
+
+
+def shape_of(source: Dataset, image_shape: tuple[int, ...] | None = None, images: int | None = None) -> DataShape:
     """Sizes of the images of a data config; they are only read where their size is not known.
 
     Args:
@@ -74,277 +237,18 @@ def shape_of(
       image_shape: (H, W, C) of 8-bit images, in place of the source's own.
       images: of them for training, 60,000 if not given.
 
-    >>> shape_of(config.TFDS("celeb_a", crop=148, size=64)).image_shape
+    >>> shape_of(TFDS("celeb_a", crop=148, size=64)).image_shape
     (64, 64, 3)
 
     Raises:
       UserError: sizes that are no images, or data that must be read and cannot be.
     """
     if image_shape is not None:
-        if len(image_shape) != 3 or min(image_shape) < 1 or (images is not None and images < 1):
+        if not image_shape or min(image_shape) < 1 or (images is not None and images < 1):
             raise UserError(
-                f"An image shape is height, width and channels, of at least one image; got {image_shape}, {images}."
+                f"An image shape is height, width and channels, each >= 1, of at least one image; got {image_shape}, {images}."
             )
         return DataShape(image_shape, 256, np.dtype(np.uint8), 60_000 if images is None else images, 0)
     if images is not None:
         raise UserError("A number of images is for an image shape; give --image-shape HEIGHT WIDTH CHANNELS as well.")
-    if (
-        isinstance(source, config.TFDS)
-        and source.name in _PUBLISHED
-        and (source.train_split, source.test_split) == ("train", "test")
-    ):
-        (height, width, channels), train, test = _PUBLISHED[source.name]
-        side = source.size or source.crop
-        sides = (height, width) if side is None else (side, side)
-        return DataShape((*sides, source.channels or channels), 256, np.dtype(np.uint8), train, test)
-    return load(source).shape
-
-
-def recipe(source: config.Folder | config.TFDS) -> Recipe:
-    """What is to be decoded for a folder or a TFDS set; looks for the images, and decodes none.
-
-    Raises:
-      UserError: no such folder or set, or a split of it is missing.
-    """
-    return _folder(source) if isinstance(source, config.Folder) else _tfds(source)
-
-
-def _digits() -> ImageSet:
-    from sklearn.datasets import load_digits  # loads SciPy, which nothing else needs at import
-
-    images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
-    split = len(images) - DIGITS_TEST
-    return ImageSet("digits", images[:split], images[split:], 17, labels[:split], labels[split:])
-
-
-# --- MNIST's files ----------------------------------------------------------------------------------------------------
-
-
-def _mnist(folder: Path) -> ImageSet:
-    def find(name: str) -> Path:
-        paths = [folder / f"{name}-ubyte{suffix}" for suffix in (".gz", "")]
-        path = next((p for p in paths if p.is_file()), None)
-        if path is None:
-            raise UserError(
-                f"{folder} lacks {paths[0].name}; MNIST needs its four canonical files there (--data.folder names the folder)."
-            )
-        return path
-
-    splits = []
-    for split in ("train", "t10k"):
-        images, labels = read_pair(find(f"{split}-images-idx3"), find(f"{split}-labels-idx1"))
-        splits.append((images[..., None], labels.astype(np.int64)))
-    (train, train_labels), (test, test_labels) = splits
-    if train.shape[1:] != test.shape[1:]:
-        raise UserError(f"{folder}: training images are {train.shape[1:]}, test images {test.shape[1:]}.")
-    return ImageSet("mnist", train, test, 256, train_labels, test_labels)
-
-
-# --- Arrays of one's own ----------------------------------------------------------------------------------------------
-
-
-def _arrays(path: Path, holdout: float, seed: int) -> ImageSet:
-    if not path.is_file():
-        raise UserError(f"There is no file {str(path)!r}; data.path must name a .npz or .npy of images.")
-    named = read_arrays(path, "data.path must name a .npz or .npy of images")
-    if "" in named:
-        named = {"train": named[""]}
-    names = {key: next((n for n in (key, f"x_{key}", f"{key}_images") if n in named), None) for key in ("train", "test")}
-    if names["train"] is None:
-        found = ", ".join(named) or "nothing"
-        raise UserError(f"{path} needs an array 'train' (and may have 'test'); it holds {found}{nearest('train', named)}.")
-    train = check_images(named[names["train"]], f"{names['train']!r} in {path}")
-    if names["test"] is None:
-        train, test = (train[part] for part in _holdout(len(train), holdout, seed, str(path)))
-    else:
-        test = check_images(named[names["test"]], f"{names['test']!r} in {path}")
-    if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
-        raise UserError(
-            f"{path}: training images {train.shape[1:]} {train.dtype} and test images {test.shape[1:]} {test.dtype} differ."
-        )
-    return ImageSet(path.stem, train, test)
-
-
-# --- Folders ----------------------------------------------------------------------------------------------------------
-
-
-def _holdout(count: int, share: float, seed: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions for training and for testing, both in order."""
-    order = np.random.default_rng(seed).permutation(count)
-    held_out = max(1, round(share * count))
-    if held_out >= count:
-        raise UserError(f"{what} holds {count} images: too few to keep {held_out} for testing.")
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
-
-
-def _folder(source: config.Folder) -> Recipe:
-    path = Path(source.path)
-    if not source.path:
-        raise UserError("data.path must name a folder, or a .zip, of images.")
-    found = find_images(path)
-    if found.test is not None:
-        train, test, division = found.train, found.test, None
-    else:
-        positions = _holdout(len(found.train), source.holdout, source.holdout_seed, str(path))
-        train, test = (found.train.take(part.tolist()) for part in positions)
-        division = [source.holdout, source.holdout_seed]
-    return Recipe(
-        path.resolve().stem,
-        {"files": found.stamp, "holdout": division},
-        {"train": train, "test": test},
-        Preprocessing(source.crop, source.size, source.channels),
-        found.classes,
-    )
-
-
-# --- TFDS -------------------------------------------------------------------------------------------------------------
-
-
-def _first_line(error: Exception, limit: int = 200) -> str:
-    line = str(error).strip().split("\n")[0]
-    return line if len(line) <= limit else line[:limit] + " ..."
-
-
-@dataclass(frozen=True)
-class Records:
-    """Encoded images of a TFDS split, as array_record."""
-
-    name: str
-    folder: Path
-    """That holds its files."""
-    source: Any
-    label: str | None
-    """The feature taken for it."""
-    attributes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.source)
-
-    def read(self, start: int, stop: int) -> list[Encoded | CorruptImageError]:
-        """Images `start ... stop - 1`; an error in place of one that cannot be read."""
-        return [self._read(index) for index in range(start, stop)]
-
-    def _read(self, index: int) -> Encoded | CorruptImageError:
-        what = f"image {index} of {self.name}"
-        try:
-            example = self.source[index]
-        except _UNREADABLE as error:
-            return CorruptImageError(
-                f"{what} cannot be read; prepare the TFDS set again, in {self.folder}: {_first_line(error)}."
-            )
-        label: Any = None if self.label is None else example[self.label]
-        if self.attributes:
-            label = np.array([label[name] for name in self.attributes], np.bool_)
-        return Encoded(what, bytes(example["image"]), label)
-
-
-def tfds_builder(source: config.TFDS) -> Any:
-    """The TFDS builder of a set, prepared as array_record; one of ours is prepared now if it is not.
-
-    Raises:
-      UserError: no such set, one that only TensorFlow can prepare, or what the builder raises.
-    """
-    import tensorflow_datasets as tfds  # slow to import, and needed by nothing else
-
-    from bsvae_jax.data.tfds_builders import builder_of
-
-    own = builder_of(source.name, source.data_dir, source.manual_dir)
-    if own is not None and own.info.splits:
-        return own
-    try:
-        stock = tfds.builder(source.name, data_dir=source.data_dir)
-    except Exception as error:  # TFDS raises many kinds; each means that no such set is there
-        if own is None:
-            folder = source.data_dir or "its default folder"
-            raise UserError(f"TFDS has no set {source.name!r} in {folder}: {_first_line(error)}") from error
-        stock = None
-    if own is None or (stock is not None and stock.info.splits and source.manual_dir is None):
-        return stock
-    own.prepare()
-    return builder_of(source.name, source.data_dir, source.manual_dir)  # which knows what is there now
-
-
-def prepare_tfds(source: config.TFDS) -> None:
-    """Write the array_record files of a set, unless they are there: by our builder, or by TFDS's own with TensorFlow.
-
-    Raises:
-      UserError: no such set, one that needs TensorFlow where it is not installed, or files that are missing or others.
-    """
-    builder = tfds_builder(source)
-    if builder.info.splits:
-        return
-    if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(
-            f"Preparing TFDS's own set {source.name!r} needs TensorFlow (training does not): pip install 'bsvae_jax[tf]'."
-        )
-    try:
-        builder.download_and_prepare(file_format="array_record")
-    except Exception as error:  # whatever the set's own code raises
-        raise UserError(f"TFDS could not prepare {source.name!r}: {type(error).__name__}: {_first_line(error)}") from error
-
-
-def _tfds(source: config.TFDS) -> Recipe:
-    import tensorflow_datasets as tfds
-
-    builder = tfds_builder(source)
-    features = dict(builder.info.features or {})
-    if "image" not in features:
-        raise UserError(f"TFDS set {source.name!r} has no feature 'image'; its features are {', '.join(features) or 'none'}.")
-    image = features["image"]
-    if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
-        raise UserError(f"The feature 'image' of TFDS set {source.name!r} must be 8-bit images, got {image}.")
-    attributes: tuple[str, ...] = ()
-    label_names: tuple[str, ...] = ()
-    label = None
-    if isinstance(features.get("label"), tfds.features.ClassLabel):
-        label, label_names = "label", tuple(features["label"].names)
-    elif "label" in features and np.issubdtype(features["label"].np_dtype, np.integer) and not features["label"].shape:
-        label = "label"
-    elif isinstance(features.get("attributes"), tfds.features.FeaturesDict):
-        label, attributes = "attributes", tuple(sorted(features["attributes"]))
-        label_names = attributes
-    height, width, channels = image.shape
-    files: dict[str, list[int]] = {}
-    splits: dict[str, EncodedImages] = {}
-    for part, split in (("train", source.train_split), ("test", source.test_split)):
-        records, stamps = _records(builder, source.name, split)
-        what = f"split {split!r} of TFDS set {source.name!r}"
-        splits[part] = Records(what, Path(builder.data_dir), records, label, attributes)
-        files |= stamps
-    return Recipe(
-        source.name,
-        {"tfds": builder.info.full_name, "splits": [source.train_split, source.test_split], "files": files},
-        splits,
-        Preprocessing(source.crop, source.size, source.channels or channels),
-        label_names,
-        None if None in (height, width, channels) else Header(height, width, channels),
-    )
-
-
-def _records(builder: Any, name: str, split: str) -> tuple[Any, dict[str, list[int]]]:
-    """The records of a split, undecoded, and size and time of change of their files."""
-    import tensorflow_datasets as tfds
-
-    if split.partition("[")[0] not in builder.info.splits:
-        found = ", ".join(builder.info.splits) or "none"
-        raise UserError(
-            f"TFDS set {name!r} has no prepared split {split!r} in {builder.data_dir} (prepared: {found}). A set of TFDS's "
-            f"catalogue is prepared by `bsvae prepare {name}`, which needs TensorFlow: pip install 'bsvae_jax[tf]'."
-        )
-    try:
-        records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-        count = len(records)
-        statuses = {path.name: path.stat() for path in map(Path, builder.info.splits[split.partition("[")[0]].filepaths)}
-    except NotImplementedError as error:
-        raise UserError(
-            f"TFDS set {name!r} was not prepared as array_record, which reading without TensorFlow needs: {_first_line(error)}"
-        ) from error
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(
-            f"Split {split!r} of TFDS set {name!r} does not load; prepare it again: {_first_line(error)}"
-        ) from error
-    if count == 0:
-        raise UserError(f"Split {split!r} of TFDS set {name!r} is empty.")
-    return records, {name: [status.st_size, status.st_mtime_ns] for name, status in statuses.items()}
+    return source.shape()

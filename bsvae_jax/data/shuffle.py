@@ -36,7 +36,9 @@ class ShuffledOrder:
 
     def _epoch(self, epoch: int) -> Int[Array, " examples"]:
         if epoch not in self._epochs:
-            self._epochs[epoch] = jax.random.permutation(jax.random.fold_in(self._key, epoch), self._examples)
+            self._epochs[epoch] = jax.random.permutation(
+                jax.random.fold_in(self._key, epoch), jnp.arange(self._examples, dtype=jnp.int32)
+            )
         return self._epochs[epoch]
 
     def on_host(self) -> "ShuffledOrder":

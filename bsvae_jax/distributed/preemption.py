@@ -1,4 +1,4 @@
-"""Stopping on a signal without losing work: the step in flight is finished and saved, then the process ends.
+"""Stopping on a signal without losing work: training goes on to the next row of metrics and is saved, then the process ends.
 
 SIGINT (Ctrl-C, a notebook's stop button) and SIGTERM (a scheduler, a preemptible machine about to go) are answered alike. A
 second SIGINT quits at once. The command line exits with 128 + the signal's number: 130 and 143.

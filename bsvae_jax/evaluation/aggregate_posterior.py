@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bsvae_jax.objective.elbo import LOG_2PI
+from bsvae_jax.objective import LOG_2PI
 
 QUERIES = 2000
 """Samples at which the densities are evaluated, at most."""

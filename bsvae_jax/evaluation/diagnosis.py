@@ -1,11 +1,12 @@
-"""Ailments that numbers alone do not name: variance collapse, posterior collapse, a dead decoder; with what usually helps."""
+"""Ailments that numbers alone do not name, such as variance collapse, posterior collapse, a dead decoder; with what helps."""
 
-from bsvae_jax import theory
-from bsvae_jax.config import Config, Linear, StandardNormal
+from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.evaluation.metrics import active_latents
 from bsvae_jax.evaluation.scores import SplitScores
-from bsvae_jax.objective.elbo import Constant, Optimal, quantization_variance
+from bsvae_jax.models.linear import Linear
+from bsvae_jax.models.priors import StandardNormal
+from bsvae_jax.objective import Constant, Learned, quantization_variance
 
 
 def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str, str]:
@@ -26,7 +27,15 @@ def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str,
         )
     mse = float(scores.squared_error.mean() / scores.pixels)
     rate = float(scores.rate.mean())
-    if active_latents(scores) == 0:
+    optimum = mse + floor
+    # Wider below: the variance is that of the training set, whose error is smaller than the test set's.
+    if isinstance(config.decoder_variance, Learned) and not 0.25 < scores.model_variance / optimum < 2.0:
+        found["variance not converged"] = (
+            f"the trained decoder variance {scores.model_variance:.3g} is far from its optimum, squared error + v0 = "
+            f"{optimum:.3g}, so that latents may be idle for that reason alone. Longer training helps, or a start nearby: "
+            f"Learned(initial_variance={optimum:.2g})."
+        )
+    elif active_latents(scores) == 0:
         found["posterior collapse"] = (
             f"no latent is active (rate {rate:.3g} nats): z says nothing about the image. A smaller beta helps"
             f"{_critical_beta(config, images)}; so does starting with a small beta."
@@ -44,11 +53,8 @@ def _critical_beta(config: Config, images: ImageSet) -> str:
     eigenvalues = images.covariance_eigenvalues
     if eigenvalues is None or not isinstance(config.prior, StandardNormal):
         return ""
-    if isinstance(config.decoder_variance, Constant):
-        critical = float(eigenvalues[0] / config.decoder_variance.variance)
-    elif isinstance(config.decoder_variance, Optimal) and config.decoder_variance.over != "pixel":
-        critical = theory.critical_beta(eigenvalues, quantization_variance(images.step))
-    else:
+    critical = config.decoder_variance.critical_beta(eigenvalues, quantization_variance(images.step))
+    if critical is None:
         return ""
     linear = "this linear model" if isinstance(config.network, Linear) else "a linear model on these data"
     return f" ({linear} collapses beyond beta = {critical:.4g} in theory, this run has {config.beta:g})"

@@ -18,6 +18,7 @@ from bsvae_jax.evaluation.nearest_neighbors import nearest_images
 from bsvae_jax.evaluation.sampling import sample_prior
 from bsvae_jax.evaluation.scores import split_key
 from bsvae_jax.evaluation.trained import Restored
+from bsvae_jax.random import make_key
 
 EXTREMES = 16
 """Images shown of the least and of the greatest variance."""
@@ -88,7 +89,7 @@ def draw_fitted(run: Restored, fitted: Restored, images: ImageSet, evaluated: Ev
     _, _, axes = np.linalg.svd(aggregate - mean, full_matrices=False)
     latents = {"aggregate posterior q(z)": aggregate[chosen]}
     for name, own in (("the model's prior p(z)", run), ("the fitted prior", fitted)):
-        drawn: Any = own.model.apply(own.variables, jax.random.key(run.config.seed), PLOTTED, method="sample_latents")
+        drawn: Any = own.model.apply(own.variables, make_key(run.config.seed), PLOTTED, method="sample_latents")
         latents[name] = np.asarray(drawn, np.float64)
     decode = jax.jit(run.model.apply, static_argnames="method")
     pictures = {

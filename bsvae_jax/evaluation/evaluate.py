@@ -32,7 +32,8 @@ from bsvae_jax.evaluation.metrics import Quantity, Report, mean_quantity, summar
 from bsvae_jax.evaluation.sampling import sample_batches, stretch_contrast, to_8_bits
 from bsvae_jax.evaluation.scores import EVALUATION_BATCH, Calibration, SplitScores, calibrate, score_split, split_key
 from bsvae_jax.evaluation.trained import Restored
-from bsvae_jax.objective.elbo import bits_per_dimension
+from bsvae_jax.objective import bits_per_dimension
+from bsvae_jax.random import make_key
 
 PAPER_SAMPLES = 25_600
 """Images drawn for FID by the code of Kim & Lee (2024)."""
@@ -411,7 +412,7 @@ def _groups(stored: np.ndarray, levels: int, first: int) -> Iterator[np.ndarray]
 def _sample_statistics(
     run: Restored, network: FeatureNetwork, options: Fid, mesh: Mesh, path: Path, progress: bool
 ) -> statistics.FeatureStatistics:
-    seed = int(jax.random.bits(jax.random.fold_in(jax.random.key(run.config.seed), FID_SALT)))
+    seed = int(jax.random.bits(jax.random.fold_in(make_key(run.config.seed), FID_SALT), dtype=jnp.uint32))
 
     def drawn(first: int) -> Iterator[np.ndarray]:
         for means in sample_batches(run, options.samples, seed, first):

@@ -12,6 +12,7 @@ from bsvae_jax.data import ImageSet
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.evaluation import plots
 from bsvae_jax.evaluation.trained import Restored
+from bsvae_jax.random import make_key
 
 PAIRS = 30
 SAMPLES = 100
@@ -21,7 +22,7 @@ TRAVERSAL = np.linspace(-3.0, 3.0, 13)
 
 def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
     """Training curves, held-out reconstructions, prior samples and latent traversals, as PNG files in `workdir/figures`."""
-    key = jax.random.key(run.config.seed)
+    key = make_key(run.config.seed)
     apply = jax.jit(run.model.apply, static_argnames=("method", "count"))
     x = to_unit_interval(jnp.asarray(images.test[:512]), images.levels)
     output = apply(run.variables, x, key)

@@ -25,7 +25,7 @@ from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, lift, pad
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.priors import gaussian_log_prob
 from bsvae_jax.models.vae import VAE
-from bsvae_jax.objective.elbo import Constant, Learned, Predicted, gaussian_nll
+from bsvae_jax.objective import gaussian_nll
 from bsvae_jax.random import example_keys, uniform_per_example
 
 MOST_SAMPLES = 5000
@@ -46,7 +46,7 @@ class Density(NamedTuple):
 
 def has_own_density(model: VAE) -> bool:
     """Whether the model's own decoder variance gives a density of x: it does not with an optimal variance."""
-    return isinstance(model.decoder_variance, Constant | Learned | Predicted)
+    return model.decoder_variance.is_density
 
 
 class ImportanceScores(NamedTuple):
@@ -96,7 +96,9 @@ def _add_samples(
 
     def noise_of(own: Key[Array, ""]) -> Array:  # [chunk, L]
         # 0 is the key of the dequantisation noise
-        return jax.vmap(lambda number: jax.random.normal(jax.random.fold_in(own, number + 1), mean.shape[1:]))(numbers)
+        return jax.vmap(lambda number: jax.random.normal(jax.random.fold_in(own, number + 1), mean.shape[1:], jnp.float32))(
+            numbers
+        )
 
     noise = jnp.swapaxes(jax.vmap(noise_of)(keys), 0, 1)  # [chunk, B, L]
     z = (mean[None] + jnp.exp(0.5 * log_variance)[None] * noise).reshape(-1, mean.shape[-1])  # [chunk * B, L]
@@ -110,11 +112,11 @@ def _add_samples(
     def log_weights(density: Density) -> Array:
         target = x + step * uniform if density.dequantised else x
         target = jnp.broadcast_to(target, (chunk, *x.shape)).reshape(decoded.mean.shape)
-        variance: Any = frozen_variance
-        if not density.frozen:
-            own = model.decoder_variance
-            variance = float(own.variance) if isinstance(own, Constant) else jnp.exp(decoded.log_variance)
-        return (log_ratio - gaussian_nll(target, decoded.mean, variance)).reshape(chunk, len(x))
+        if density.frozen:
+            nll = gaussian_nll(target, decoded.mean, frozen_variance)
+        else:
+            nll = model.decoder_variance.nll(jnp.square(target - decoded.mean), decoded.log_variance)
+        return (log_ratio - nll).reshape(chunk, len(x))
 
     weights = jnp.stack([log_weights(density) for density in densities])  # [densities, chunk, B]
     weights = jnp.where((numbers < samples)[None, :, None], weights, -jnp.inf)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bsvae_jax.evaluation.scores import Calibration, SplitScores, distortion_at, optimal_variance_of_split
-from bsvae_jax.objective.elbo import bits_per_dimension
+from bsvae_jax.objective import bits_per_dimension
 
 ACTIVE_THRESHOLD = 0.01
 """A latent is active if the variance of its posterior mean over the data exceeds this (Burda et al. 2016). Their prior has

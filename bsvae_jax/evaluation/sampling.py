@@ -18,6 +18,7 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import plots
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.models.vae import VAE
+from bsvae_jax.random import make_key
 
 BATCH = 500
 """Images per device call; each batch has its own key, so the first images do not depend on how many are drawn."""
@@ -65,7 +66,7 @@ def sample_batches(run: Restored, count: int, seed: int = 0, first: int = 0) -> 
         raise ValueError(f"first must be a multiple of {BATCH}, got {first}.")
     mesh = data_mesh()
     draw, variables = lift_sampling(run.model.clone(axis_name=None), mesh), replicate(run.variables, mesh)
-    root = jax.random.key(seed)
+    root = make_key(seed)
     for start in range(first, count, BATCH):
         means = draw(variables, jax.random.fold_in(root, start // BATCH))
         yield np.asarray(means, np.float32)[: min(BATCH, count - start)]

@@ -14,13 +14,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from bsvae_jax.config import StandardNormal
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, Driving, lift, padded_batches
+from bsvae_jax.models.priors import StandardNormal
 from bsvae_jax.models.vae import VAE
-from bsvae_jax.objective.elbo import LOG_2PI, Constant, DecoderVariance, Learned, Optimal, elbo_terms, floor_of
-from bsvae_jax.random import example_keys
+from bsvae_jax.objective import LOG_2PI, DecoderVariance, elbo_terms
+from bsvae_jax.random import example_keys, make_key
 
 EVALUATION_BATCH = 512
 """Images per device call, where the caller has no reason for another number."""
@@ -32,7 +32,7 @@ SPLIT_SALT = {"train": 0x65760001, "test": 0x65760002}
 
 def split_key(seed: int, split: str) -> Key[Array, ""]:
     """The key of the posterior samples of a split ('train' or 'test') in every evaluation of a run of this seed."""
-    return jax.random.fold_in(jax.random.key(seed), SPLIT_SALT[split])
+    return jax.random.fold_in(make_key(seed), SPLIT_SALT[split])
 
 
 class SplitScores(NamedTuple):
@@ -79,7 +79,7 @@ class Calibration(NamedTuple):
 class _BatchScores(NamedTuple):
     squared_error: Float[Array, " batch"]
     rate: Float[Array, " batch"]
-    pixel_squared_error: Float[Array, "height width channels"]
+    pixel_squared_error: Float[Array, "*pixels"]
     posterior_mean: Float[Array, "batch latent"]
     latent_rate: Float[Array, " latent"]
     latent_variance: Float[Array, " latent"]
@@ -102,13 +102,14 @@ def _score_batch(
     # Noise by position in the split: the same for any batch size and number of devices.
     output: Any = model.apply(variables, x, example_keys(key, indices))
     mean, log_variance = output.decoded
-    terms = elbo_terms(x, mean, output.rate, model.decoder_variance, log_variance=log_variance)
+    terms = elbo_terms(x, mean, output.rate, model.decoder_variance, log_variance=log_variance, axis_name=DATA_AXIS)
+    of_example = tuple(range(1, x.ndim))
     residual_squared = jnp.square(x - mean)
     posterior_mean, posterior_log_variance = output.posterior
     latent_rate = 0.5 * (jnp.expm1(posterior_log_variance) - posterior_log_variance + jnp.square(posterior_mean))
 
     def total(values: Array) -> Array:
-        return jax.lax.psum(jnp.sum(values * weights[:, None], axis=0), DATA_AXIS)
+        return jax.lax.psum(jnp.sum(values * weights.reshape(-1, *(1,) * (values.ndim - 1)), axis=0), DATA_AXIS)
 
     variance = jnp.broadcast_to(terms.variance, x.shape) if terms.variance.shape != x.shape[1:] else terms.variance[None]
 
@@ -117,15 +118,15 @@ def _score_batch(
         return jax.lax.all_gather(share, DATA_AXIS, tiled=True)
 
     return _BatchScores(
-        squared_error=gathered(jnp.sum(residual_squared, axis=(1, 2, 3))),
+        squared_error=gathered(jnp.sum(residual_squared, axis=of_example)),
         rate=gathered(terms.rate),
-        pixel_squared_error=jax.lax.psum(jnp.sum(residual_squared * weights[:, None, None, None], axis=0), DATA_AXIS),
+        pixel_squared_error=total(residual_squared),
         posterior_mean=gathered(posterior_mean),
         latent_rate=total(latent_rate),
         latent_variance=total(jnp.exp(posterior_log_variance)),
         latent_log_variance=total(posterior_log_variance),
         distortion=gathered(terms.distortion),
-        variance=gathered(jnp.broadcast_to(jnp.mean(variance, axis=(1, 2, 3)), terms.rate.shape)),
+        variance=gathered(jnp.broadcast_to(jnp.mean(variance, axis=of_example), terms.rate.shape)),
     )
 
 
@@ -243,24 +244,9 @@ def _split_scores(
         aggregate = scores.posterior_mean.var(axis=0) + mean("latent_variance")
         information = 0.5 * (np.log(aggregate) - mean("latent_log_variance"))
         scores = scores._replace(latent_rate=information, aggregate_variance=aggregate)
-    distortion, variance = _own_distortion(scores, decoder_variance)
+    batchwise = (scores.model_distortion, scores.model_variance)
+    distortion, variance = decoder_variance.split_distortion(scores.squared_error, scores.pixel_squared_error, batchwise)
     return scores._replace(model_distortion=distortion, model_variance=variance)
-
-
-def _own_distortion(scores: SplitScores, decoder_variance: DecoderVariance) -> tuple[np.ndarray, float]:
-    """The device knows one batch; a variance shared over a set is taken over the whole split here."""
-    if isinstance(decoder_variance, Optimal):
-        variance = optimal_variance_of_split(scores, decoder_variance.over, floor_of(decoder_variance))
-        if decoder_variance.over == "pixel":
-            # Per-example squared errors per pixel are not kept: every example gets the mean, which is exact.
-            value = 0.5 * np.sum(np.log(2 * np.pi * variance) + 1.0)
-            return np.full_like(scores.rate, value), float(variance.mean())
-        return distortion_at(scores, variance, floor_of(decoder_variance)), float(np.mean(variance))
-    if isinstance(decoder_variance, Constant):
-        return distortion_at(scores, float(decoder_variance.variance), 0.0), float(decoder_variance.variance)
-    if isinstance(decoder_variance, Learned):
-        return distortion_at(scores, scores.model_variance, floor_of(decoder_variance)), scores.model_variance
-    return scores.model_distortion, scores.model_variance
 
 
 def optimal_variance_of_split(scores: SplitScores, over: str, floor: float) -> Any:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from bsvae_jax.config import Config
 from bsvae_jax.evaluation.scores import Calibration
 from bsvae_jax.models.vae import VAE
-from bsvae_jax.objective.elbo import quantization_variance
+from bsvae_jax.objective import quantization_variance
 
 
 class Restored(NamedTuple):
@@ -27,8 +27,8 @@ class Restored(NamedTuple):
     config: Config
     step: int
     """Steps that the run had taken."""
-    image_shape: tuple[int, int, int]
-    """(H, W, C)"""
+    image_shape: tuple[int, ...]
+    """Of one example: (H, W, C) of images."""
     levels: int
     """Grey levels of the data."""
     calibration: Calibration | None

@@ -9,21 +9,76 @@ No statistic is shared between examples, so nothing is averaged over devices. Ma
 float32. Every residual branch ends in a layer that starts at zero: a fresh block is the identity.
 """
 
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from bsvae_jax.config import Spatial
-from bsvae_jax.errors import UserError
-from bsvae_jax.models.layers import ZEROS, as_float32, convolution, dense, exact, stage_size
+from bsvae_jax.errors import UserError, check_count, check_widths
+from bsvae_jax.models._subpixel import Convolution
+from bsvae_jax.models.layers import ZEROS, as_float32, dense, exact, stage_size
+from bsvae_jax.models.network import Network, check_images, output_shape
 
 Images = Float[Array, "batch height width channels"]
 FeatureMaps = Float[Array, "batch map_height map_width features"]
 Changed = Float[Array, "batch new_height new_width new_features"]
 """Feature maps of another size than those that came."""
 Latents = Float[Array, "batch latent"]
+
+
+@dataclass(frozen=True)
+class Spatial(Network):
+    """A convolutional autoencoder whose latents are a map, as latent diffusion uses; `latent_size` counts all its numbers."""
+
+    widths: tuple[int, ...] = (64, 128, 256)
+    """Channels per stage; between two stages the image is halved (rounded up), so the map is 4 times smaller with three."""
+    blocks: int = 2
+    """Residual blocks per stage, of the encoder and of the decoder."""
+    attention: bool = True
+    """Self-attention over all positions of the coarsest map."""
+    groups: int = 32
+    """Groups of GroupNorm; must divide every width."""
+
+    def __post_init__(self) -> None:
+        check_widths("network.widths", self.widths)
+        check_count("network.blocks", self.blocks)
+        if not isinstance(self.attention, bool):
+            raise UserError(f"network.attention must be True or False, got {self.attention!r}.")
+        check_count("network.groups", self.groups)
+        if any(width % self.groups for width in self.widths):
+            widths = ", ".join(map(str, self.widths))
+            common = math.gcd(*self.widths)
+            raise UserError(
+                f"network.groups must divide every width ({widths}), got {self.groups}; {common} and its divisors do."
+            )
+
+    convolutional: ClassVar[bool] = True
+    has_latent_map: ClassVar[bool] = True
+
+    def check(self, latent_size: int, data_shape: tuple[int, ...]) -> None:
+        """Raise a UserError unless the data are images whose coarsest map the latents divide into."""
+        height, width, _ = check_images(self, data_shape)
+        latent_map(self, latent_size, height, width)
+
+    def positions(self, latent_size: int, data_shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of the latent map."""
+        return latent_map(self, latent_size, *data_shape[:2])[:2]
+
+    def build(
+        self,
+        latent_size: int,
+        data_shape: tuple[int, ...],
+        outputs: int = 1,
+        axis_name: str | None = None,
+        dtype: Any = jnp.float32,
+        rematerialize: bool = False,
+    ) -> tuple[nn.Module, nn.Module]:
+        """Convolutions with GroupNorm and attention; nothing is averaged over devices."""
+        encoder = SpatialEncoder(self, dtype, rematerialize, latent_size=latent_size)
+        return encoder, SpatialDecoder(self, dtype, rematerialize, output_shape=output_shape(data_shape, outputs))
 
 
 def latent_map(network: Spatial, latent_size: int, height: int, width: int) -> tuple[int, int, int]:
@@ -66,11 +121,11 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: FeatureMaps) -> Changed:
         """Feature maps [B, h, w, C] to [B, h, w, features]."""
         y = nn.silu(_group_norm(self.groups, self.dtype, "norm1")(x))
-        y = convolution(self.features, 3, 1, self.dtype, "conv1")(y)
+        y = Convolution(self.features, 3, 1, self.dtype, name="conv1")(y)
         y = nn.silu(_group_norm(self.groups, self.dtype, "norm2")(y))
-        y = convolution(self.features, 3, 1, self.dtype, "conv2", ZEROS)(y)
+        y = Convolution(self.features, 3, 1, self.dtype, ZEROS, name="conv2")(y)
         if x.shape[-1] != self.features:
-            x = convolution(self.features, 1, 1, self.dtype, "shortcut")(x)
+            x = Convolution(self.features, 1, 1, self.dtype, name="shortcut")(x)
         return x + y
 
 
@@ -118,7 +173,7 @@ class _Stages(nn.Module):
     def last(self, x: FeatureMaps, features: int, name: str) -> Changed:
         """`conv3x3(silu(norm(x)))` in float32."""
         x = nn.silu(_group_norm(self.network.groups, self.dtype, "norm")(x))
-        return as_float32(convolution(features, 3, 1, self.dtype, name)(x))
+        return as_float32(Convolution(features, 3, 1, self.dtype, name=name)(x))
 
 
 class SpatialEncoder(_Stages):
@@ -131,10 +186,10 @@ class SpatialEncoder(_Stages):
         """Images [B, H, W, C] to mean and log-variance, each a map [h, w, c] in row-major order: [B, L]."""
         batch, height, width, _ = x.shape
         channels = latent_map(self.network, self.latent_size, height, width)[2]
-        x = convolution(self.network.widths[0], 3, 1, self.dtype, "image")(x)
+        x = Convolution(self.network.widths[0], 3, 1, self.dtype, name="image")(x)
         for stage, features in enumerate(self.network.widths):
             if stage:
-                x = convolution(self.network.widths[stage - 1], 3, 2, self.dtype, f"stage{stage}_halved")(x)
+                x = Convolution(self.network.widths[stage - 1], 3, 2, self.dtype, name=f"stage{stage}_halved")(x)
             for block in range(self.network.blocks):
                 x = self.block(features, f"stage{stage}_block{block}")(x)
         x = self.last(self.middle(x), 2 * channels, "posterior")
@@ -145,21 +200,21 @@ class SpatialEncoder(_Stages):
 class SpatialDecoder(_Stages):
     """The encoder backwards: the middle; stages of blocks, each but the last followed by nearest doubling and a conv3x3."""
 
-    output_shape: tuple[int, int, int] = (0, 0, 0)
+    output_shape: tuple[int, ...] = (0, 0, 0)
 
     @nn.compact
     def __call__(self, z: Latents, train: bool = False) -> Images:
         """Latents [B, L], a map [h, w, c] in row-major order each, to images [B, *output_shape]."""
         height, width, image_channels = self.output_shape
         widths = self.network.widths
-        x = z.reshape(len(z), *latent_map(self.network, z.shape[1], height, width))
-        x = self.middle(convolution(widths[-1], 3, 1, self.dtype, "latent")(x))
+        x = z.reshape(z.shape[0], *latent_map(self.network, z.shape[1], height, width))
+        x = self.middle(Convolution(widths[-1], 3, 1, self.dtype, name="latent")(x))
         for stage in reversed(range(len(widths))):
             for block in range(self.network.blocks):
                 x = self.block(widths[stage], f"stage{stage}_block{block}")(x)
             if stage:
                 x = doubled(x, (stage_size(height, stage - 1), stage_size(width, stage - 1)))
-                x = convolution(widths[stage], 3, 1, self.dtype, f"stage{stage}_doubled")(x)
+                x = Convolution(widths[stage], 3, 1, self.dtype, name=f"stage{stage}_doubled")(x)
         return self.last(x, image_channels, "image")
 
 

@@ -18,15 +18,17 @@ To safetensors: the path of an array in the Flax variables joined by dots (`para
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bsvae_jax.config import Config, Residual, StandardNormal
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.layers import stage_size
-from bsvae_jax.objective.elbo import Predicted
+from bsvae_jax.models.network import Network
+from bsvae_jax.models.priors import Prior, StandardNormal
+from bsvae_jax.models.residual import Residual
+from bsvae_jax.objective import DecoderVariance, Predicted
 
 LOG_VARIANCE = "log_variance"
 """The one parameter of `Learned()`, here and in a `state_dict`."""
@@ -90,9 +92,7 @@ def _torch_layers(stages: int) -> dict[str, str]:
     }
 
 
-def counterparts(
-    variables: Mapping[str, Any], widths: Sequence[int], image_shape: tuple[int, int, int]
-) -> dict[str, Counterpart]:
+def counterparts(variables: Mapping[str, Any], widths: Sequence[int], image_shape: tuple[int, ...]) -> dict[str, Counterpart]:
     """Where every array of the residual network's variables is found in the published network's `state_dict`.
 
     Args:
@@ -137,11 +137,32 @@ def _orientation(
     return shape, shape, tuple(range(len(shape)))
 
 
+@runtime_checkable
+class Architecture(Protocol):
+    """What of a `Config` says which arrays there are."""
+
+    @property
+    def network(self) -> Network:
+        """Encoder and decoder."""
+
+    @property
+    def prior(self) -> Prior:
+        """Of the latents."""
+
+    @property
+    def decoder_variance(self) -> DecoderVariance:
+        """How sigma^2 is chosen."""
+
+    @property
+    def latent_size(self) -> int:
+        """L"""
+
+
 def from_state_dict(
     arrays: Mapping[str, np.ndarray],
     variables: Mapping[str, Any],
-    config: Config,
-    image_shape: tuple[int, int, int],
+    config: Architecture,
+    image_shape: tuple[int, ...],
     source: str = "the state_dict",
 ) -> dict[str, Any]:
     """The published network's arrays as variables of the config's VAE, float32.
@@ -190,8 +211,8 @@ def from_state_dict(
 def _check_same_network(
     arrays: Mapping[str, np.ndarray],
     wanted: Mapping[str, Counterpart],
-    config: Config,
-    image_shape: tuple[int, int, int],
+    config: Architecture,
+    image_shape: tuple[int, ...],
     source: str,
 ) -> None:
     shapes = {part.name: part.shape for part in wanted.values()}

@@ -1,160 +1,74 @@
-"""Encoders and decoders: linear, MLP, and the paper's convolutional residual network; `spatial` has the one with a map.
+"""The paper's convolutional residual network.
 
-An encoder maps images `[B, H, W, C]` to the posterior's mean and log-variance, each `[B, L]`; a decoder maps `z [B, L]` to
+Its encoder maps images `[B, H, W, C]` to the posterior's mean and log-variance, each `[B, L]`; its decoder maps `z [B, L]` to
 an image of any channel count, with no output nonlinearity. Images are NHWC. Matrix products and activations run in
 `dtype`; parameters and BatchNorm statistics are float32, and outputs are returned in at least float32.
 
-The residual network (Kim & Lee 2024) has the geometry, padding and constants of the PyTorch layers it was published with,
+The network (Kim & Lee 2024) has the geometry, padding and constants of the PyTorch layers it was published with,
 so weights can be carried over. One difference: PyTorch updates the running variance of a BatchNorm with the *unbiased* batch
 variance (n / (n - 1)), Flax with the biased one; at evaluation both use what is stored.
 """
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from bsvae_jax.config import MLP, Linear, Network, Residual, Spatial
-from bsvae_jax.models._subpixel import convolve, convolve_phases, join_phases, transposed_phases
-from bsvae_jax.models.latent_map import SpatialDecoder, SpatialEncoder
-from bsvae_jax.models.layers import KERNELS, ZEROS, as_float32, dense, stage_size
+from bsvae_jax.errors import check_widths
+from bsvae_jax.models._subpixel import Convolution, convolve, convolve_phases, idle, join_phases, transposed_phases
+from bsvae_jax.models.layers import (
+    KERNELS,
+    ZEROS,
+    Latents,
+    PosteriorParameters,
+    add_bias,
+    as_float32,
+    dense,
+    split_posterior,
+    stage_size,
+)
+from bsvae_jax.models.network import Network, check_images, output_shape
 
 Images = Float[Array, "batch height width channels"]
 FeatureMaps = Float[Array, "batch map_height map_width features"]
-Latents = Float[Array, "batch latent"]
-PosteriorParameters = tuple[Latents, Latents]
 
 
-def _split_posterior(parameters: Float[Array, "batch twice_latent"]) -> PosteriorParameters:
-    mean, log_variance = jnp.split(as_float32(parameters), 2, axis=-1)
-    return mean, log_variance
+@dataclass(frozen=True)
+class Residual(Network):
+    """The paper's convolutional residual network; any image size and channel count."""
 
+    widths: tuple[int, ...] = (32, 64, 128)
+    """Channels per stage; every stage halves the image (rounded up). The paper: 32 64 128 (MNIST), 32 64 128 256 (CelebA)."""
 
-# --- Linear and MLP ---------------------------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        check_widths("network.widths", self.widths)
 
+    convolutional: ClassVar[bool] = True
 
-class LatentFrame(nn.Module):
-    """Origin and scale of each latent of a linear model, shared by its encoder and decoder: `z = scale (u + origin)`.
+    def check(self, latent_size: int, data_shape: tuple[int, ...]) -> None:
+        """Raise a UserError unless the data are images."""
+        check_images(self, data_shape)
 
-    The encoder applies the map and the decoder undoes it, so the distortion does not see it: the rate alone decides. With
-    parameters of its own it is learned in hundreds of steps. Left to the weights, whose gradients are noise of the distortion
-    but for a part of order beta, it takes 10^5 steps and more at small beta.
-    """
-
-    latent_size: int
-
-    @nn.compact
-    def __call__(self) -> tuple[Float[Array, "1 latent"], Float[Array, "1 latent"]]:
-        """Origin and logarithm of the scale, [1, L] each."""
-        shape = (self.latent_size,)
-        origin = self.param("origin", nn.initializers.zeros, shape)
-        return origin[None], self.param("log_scale", nn.initializers.zeros, shape)[None]
-
-
-class LinearEncoder(nn.Module):
-    """Posterior mean `scale (W x + origin)` and one log-variance per latent, the same for every x."""
-
-    latent_size: int
-    frame: LatentFrame
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Images, train: bool = False) -> PosteriorParameters:
-        """Images [B, H, W, C] to mean and log-variance, [B, L]."""
-        flat = x.reshape(len(x), -1)
-        origin, log_scale = self.frame()
-        projected = as_float32(dense(self.latent_size, self.dtype, use_bias=False, name="mean")(flat))
-        # In units of sqrt(D), because weights are of size 1 / sqrt(D), log-variances of size 1, and Adam moves both by as much.
-        own = math.sqrt(flat.shape[1]) * self.param("log_variance", nn.initializers.zeros, (self.latent_size,))[None]
-        mean = jnp.exp(log_scale) * (projected + origin)
-        return mean, jnp.broadcast_to(own + 2.0 * log_scale, mean.shape)
-
-
-class LinearDecoder(nn.Module):
-    """Mean `W (z / scale - origin) + b`."""
-
-    output_shape: tuple[int, int, int]
-    frame: LatentFrame
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, z: Latents, train: bool = False) -> Images:
-        """Latents [B, L] to images [B, *output_shape]."""
-        height, width, channels = self.output_shape
-        origin, log_scale = self.frame()
-        x = dense(height * width * channels, self.dtype, name="mean")(z * jnp.exp(-log_scale) - origin)
-        return as_float32(x).reshape(len(z), *self.output_shape)
-
-
-class MLPEncoder(nn.Module):
-    """Dense layers with SiLU, then mean and log-variance."""
-
-    latent_size: int
-    hidden: tuple[int, ...]
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Images, train: bool = False) -> PosteriorParameters:
-        """Images [B, H, W, C] to mean and log-variance, [B, L]."""
-        hidden = x.reshape(len(x), -1)
-        for width in self.hidden:
-            hidden = nn.silu(dense(width, self.dtype)(hidden))
-        return _split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior")(hidden))
-
-
-class MLPDecoder(nn.Module):
-    """Dense layers with SiLU in the encoder's reverse order, then the image."""
-
-    output_shape: tuple[int, int, int]
-    hidden: tuple[int, ...]
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, z: Latents, train: bool = False) -> Images:
-        """Latents [B, L] to images [B, *output_shape]."""
-        height, width, channels = self.output_shape
-        hidden = z
-        for size in reversed(self.hidden):
-            hidden = nn.silu(dense(size, self.dtype)(hidden))
-        x = dense(height * width * channels, self.dtype, name="mean")(hidden)
-        return as_float32(x).reshape(len(z), *self.output_shape)
-
-
-# --- The paper's residual network -------------------------------------------------------------------------------------
+    def build(
+        self,
+        latent_size: int,
+        data_shape: tuple[int, ...],
+        outputs: int = 1,
+        axis_name: str | None = None,
+        dtype: Any = jnp.float32,
+        rematerialize: bool = False,
+    ) -> tuple[nn.Module, nn.Module]:
+        """Convolutions with BatchNorm, whose statistics are averaged over `axis_name`."""
+        shared = (self.widths, axis_name, dtype, rematerialize)
+        return ResidualEncoder(latent_size, *shared), ResidualDecoder(output_shape(data_shape, outputs), *shared)
 
 
 def batch_norm(train: bool, axis_name: str | None, dtype: Any, name: str | None = None) -> nn.BatchNorm:
     """BatchNorm with PyTorch's constants; its statistics are averaged over `axis_name`, the devices' axis."""
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, name=name)
-
-
-def idle(bias: Float[Array, " features"]) -> Float[Array, " features"]:
-    """A bias in front of a BatchNorm, which subtracts whatever it adds; published networks have them.
-
-    Its gradient is zero but for rounding. It is not computed: that would take one more pass over the largest maps.
-    """
-    return jax.lax.stop_gradient(bias)
-
-
-class NormalizedConvolution(nn.Module):
-    """`kernel_size` x `kernel_size` convolution padded by `kernel_size // 2`, as PyTorch pads; a BatchNorm follows it."""
-
-    features: int
-    kernel_size: int
-    stride: int = 1
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Images) -> FeatureMaps:
-        """Maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
-        side = (self.kernel_size // 2, self.kernel_size // 2)
-        kernel = self.param("kernel", KERNELS, (self.kernel_size, self.kernel_size, x.shape[-1], self.features))
-        bias = self.param("bias", ZEROS, (self.features,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, idle(bias), dtype=self.dtype)
-        return convolve(x, kernel, (side, side), self.stride) + bias.reshape(1, 1, 1, -1)
 
 
 class TransposedConvolution(nn.Module):
@@ -168,16 +82,15 @@ class TransposedConvolution(nn.Module):
     phases: bool = False
     """Stride 2: leave the result as its phases; stride 1: the maps are given as phases. See `convolutions`."""
     normalized: bool = False
-    """A BatchNorm follows."""
+    """As for `Convolution`."""
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Images, size: tuple[int, int]) -> Float[Array, "maps map_height map_width features"]:
         """Maps [B, h, w, C] to [B, *size, features]; in phases, [4B, h, w, C] or [4B, h, w, features]."""
-        kernel = self.param("kernel", KERNELS, (3, 3, x.shape[-1], self.features))
-        bias = self.param("bias", ZEROS, (self.features,))
-        bias = idle(bias) if self.normalized else bias
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        kernel = self.param("kernel", KERNELS, (3, 3, x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", ZEROS, (self.features,), jnp.float32)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
         if self.stride == 2:
             out = transposed_phases(x, kernel)
             out = out if self.phases else join_phases(out, size)
@@ -185,7 +98,7 @@ class TransposedConvolution(nn.Module):
             out = convolve_phases(x, kernel[::-1, ::-1])
         else:
             out = convolve(x, kernel[::-1, ::-1], ((1, 1), (1, 1)))
-        return out + bias.reshape(1, 1, 1, -1)
+        return add_bias(out, idle(bias) if self.normalized else bias)
 
 
 class ResidualBlock(nn.Module):
@@ -202,12 +115,12 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> FeatureMaps:
         """Feature maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
-        y = NormalizedConvolution(self.features, 3, self.stride, self.dtype, name="conv1")(x)
+        y = Convolution(self.features, 3, self.stride, self.dtype, normalized=train, name="conv1")(x)
         y = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="norm1")(y))
-        y = NormalizedConvolution(self.features, 3, 1, self.dtype, name="conv2")(y)
+        y = Convolution(self.features, 3, 1, self.dtype, normalized=train, name="conv2")(y)
         y = batch_norm(train, self.axis_name, self.dtype, name="norm2")(y)
         if self.stride != 1 or x.shape[-1] != self.features:
-            x = NormalizedConvolution(self.features, 1, self.stride, self.dtype, name="shortcut_conv")(x)
+            x = Convolution(self.features, 1, self.stride, self.dtype, normalized=train, name="shortcut_conv")(x)
             x = batch_norm(train, self.axis_name, self.dtype, name="shortcut_norm")(x)
         return nn.leaky_relu(y + x)
 
@@ -233,9 +146,9 @@ class ResidualEncoder(nn.Module):
             for block, stride in enumerate((2, 1)):
                 name = f"stage{stage}_block{block}"
                 x = _block(self.rematerialize)(width, stride, self.axis_name, self.dtype, name=name)(x, train)
-        hidden = dense(2 * self.latent_size, self.dtype, name="hidden")(x.reshape(len(x), -1))
+        hidden = dense(2 * self.latent_size, self.dtype, name="hidden")(x.reshape(x.shape[0], -1))
         hidden = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(hidden))
-        return _split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior")(hidden))
+        return split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior")(hidden))
 
 
 def _upsample(conv: TransposedConvolution, norm: nn.BatchNorm, x: Array, size: tuple[int, int]) -> Array:
@@ -249,7 +162,7 @@ class ResidualDecoder(nn.Module):
     convolution of stride 1 ends in the image. BatchNorm of the dense layer is per feature, before the reshape.
     """
 
-    output_shape: tuple[int, int, int]
+    output_shape: tuple[int, ...]
     widths: tuple[int, ...]
     axis_name: str | None = None
     dtype: Any = jnp.float32
@@ -263,46 +176,16 @@ class ResidualDecoder(nn.Module):
         sizes = [(stage_size(height, stage), stage_size(width, stage)) for stage in reversed(range(stages + 1))]
         x = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden")(z)
         x = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(x))
-        x = x.reshape(len(z), *sizes[0], features[0])
+        x = x.reshape(z.shape[0], *sizes[0], features[0])
         x = _block(self.rematerialize)(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)
         # The largest maps stay in phases; one of an odd size has cut ones, and is joined.
         phases = (height % 2, width % 2) == (0, 0)
         for stage, feature in enumerate((*features[1:], features[-1])):
             last = stage == stages - 1
             name = f"stage{stage}_conv"
-            conv = TransposedConvolution(feature, 2, phases and last, normalized=True, dtype=self.dtype, name=name)
+            conv = TransposedConvolution(feature, 2, phases and last, train, dtype=self.dtype, name=name)
             norm = batch_norm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")
             run = nn.remat(_upsample, static_argnums=(3,)) if self.rematerialize else _upsample
             x = run(conv, norm, x, sizes[stage + 1])
         x = TransposedConvolution(channels, 1, phases, dtype=self.dtype, name="image")(x, (height, width))
         return as_float32(x)
-
-
-def build(
-    network: Network,
-    latent_size: int,
-    output_shape: tuple[int, int, int],
-    axis_name: str | None = None,
-    dtype: Any = jnp.float32,
-    rematerialize: bool = False,
-) -> tuple[nn.Module, nn.Module]:
-    """Encoder and decoder of a network config; the decoder's last shape entry is its number of output channels.
-
-    `rematerialize`: convolutional blocks compute their activations again in the backward pass; dense networks take no notice.
-    """
-    match network:
-        case Linear():
-            frame = LatentFrame(latent_size)
-            return LinearEncoder(latent_size, frame, dtype), LinearDecoder(output_shape, frame, dtype)
-        case MLP(hidden):
-            return MLPEncoder(latent_size, hidden, dtype), MLPDecoder(output_shape, hidden, dtype)
-        case Residual(widths):
-            return (
-                ResidualEncoder(latent_size, widths, axis_name, dtype, rematerialize),
-                ResidualDecoder(output_shape, widths, axis_name, dtype, rematerialize),
-            )
-        case Spatial():
-            return (
-                SpatialEncoder(network, dtype, rematerialize, latent_size=latent_size),
-                SpatialDecoder(network, dtype, rematerialize, output_shape=output_shape),
-            )

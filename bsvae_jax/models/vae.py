@@ -1,21 +1,20 @@
 """The VAE: an encoder and a decoder network, a prior and a decoder-variance model."""
 
-import typing
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from bsvae_jax import config
+from bsvae_jax import objective
 from bsvae_jax.errors import UserError, check_count, check_kind
-from bsvae_jax.models import priors, residual
-from bsvae_jax.objective import elbo
-from bsvae_jax.objective.elbo import DecoderVariance, ElboTerms, Learned, Predicted
+from bsvae_jax.models import priors
+from bsvae_jax.models.network import Network, build_modules, output_shape
+from bsvae_jax.objective import DecoderVariance, ElboTerms, check_kind_of
 from bsvae_jax.random import check_key, example_keys, example_positions, normal_per_example
 
-Images = Float[Array, "batch height width channels"]
+Data = Float[Array, "batch *shape"]
 Latents = Float[Array, "batch latent"]
 
 
@@ -31,10 +30,10 @@ class Posterior(NamedTuple):
 class Decoded(NamedTuple):
     """p(x|z): the mean and, where the network gives one, the log-variance."""
 
-    mean: Images
-    """[B, H, W, C]"""
+    mean: Data
+    """[B, ...]"""
     log_variance: Float[Array, "..."] | None
-    """[] for `Learned`, [B, H, W, C] for `Predicted`, else None: the variance then does not come from z."""
+    """[] for `Learned`, the shape of the mean for `Predicted`, else None: the variance then does not come from z."""
 
 
 class VAEOutput(NamedTuple):
@@ -49,78 +48,134 @@ class VAEOutput(NamedTuple):
 
 
 class VAE(nn.Module):
-    """A Gaussian VAE. Pure: all randomness comes from the keys passed in.
+    """A Gaussian VAE of any encoder and decoder. Pure: all randomness comes from the keys passed in.
 
     `model.apply(variables, x, key)` runs it; `method="encode"`, `"decode"`, `"sample"`, `"elbo_terms"` the parts. With
     `train=True` BatchNorm uses batch statistics (averaged over `axis_name`) and `batch_stats` must be mutable.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from bsvae_jax.config import MLP
-    >>> model = VAE(image_shape=(8, 8, 1), latent_size=2, network=MLP(hidden=(16,)))
-    >>> x = jnp.zeros((3, 8, 8, 1))
+    >>> import jax
+    >>> class Encoder(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x, train=False):
+    ...         hidden = nn.silu(nn.Dense(16)(x))
+    ...         return nn.Dense(2)(hidden), nn.Dense(2)(hidden)  # mean and log-variance of q(z|x)
+    >>> class Decoder(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, z, train=False):
+    ...         return nn.Dense(5)(z)  # mean of p(x|z)
+    >>> model = VAE(Encoder(), Decoder(), prior=priors.StandardNormal(2), decoder_variance=objective.Optimal())
+    >>> x = jnp.zeros((3, 5))
     >>> variables = model.init(jax.random.key(0), x, jax.random.key(1))
     >>> terms = model.apply(variables, x, jax.random.key(2), method="elbo_terms")
     >>> terms.distortion.shape, terms.rate.shape
     ((3,), (3,))
 
+    A module of `flax.nnx` becomes one of these by Flax's own bridge:
+
+    >>> from flax import nnx
+    >>> class NNXDecoder(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.dense = nnx.Linear(2, 5, rngs=rngs)
+    ...
+    ...     def __call__(self, z, train=False):
+    ...         return self.dense(z)
+    >>> model = VAE(Encoder(), nnx.bridge.to_linen(NNXDecoder), prior=priors.StandardNormal(2))
+    >>> variables = model.init(jax.random.key(0), x, jax.random.key(1))
+    >>> model.apply(variables, jax.random.key(3), 4, method="sample").shape
+    (4, 5)
+
     Raises:
-      UserError: a field of a wrong kind, images of another shape than `image_shape`, or what is no key.
+      UserError: a field of a wrong kind, data of another shape than `data_shape`, what is no key, or an encoder or decoder that
+        returns something else than is said here.
     """
 
-    image_shape: tuple[int, int, int]
-    """(H, W, C)"""
-    latent_size: int
-    """L"""
-    network: config.Network
-    decoder_variance: DecoderVariance = elbo.Optimal()
-    prior: config.Prior = config.StandardNormal()
+    encoder: nn.Module
+    """`encoder(x, train)` maps data [B, ...] to mean and log-variance of q(z|x), [B, L] each."""
+    decoder: nn.Module
+    """`decoder(z, train)` maps latents [B, L] to the mean of p(x|z), in the shape of the data; for a decoder variance that is
+    predicted, the mean and then the log-variance along the last axis."""
+    prior: priors.Prior = priors.StandardNormal()
+    """p(z), of as many latents as the encoder gives: its `latent_size`."""
+    decoder_variance: DecoderVariance = objective.Optimal()
+    data_shape: tuple[int, ...] | None = None
+    """Of one example, as in (28, 28, 1); None: whatever the encoder takes."""
     axis_name: str | None = None
     """The axis of the devices that share a batch, inside `pmap` or `shard_map`; None on one device."""
-    dtype: Any = jnp.float32
-    """Type of matrix products and activations."""
-    rematerialize: bool = False
-    """Keep only what enters each block of a convolutional network for the backward pass, and compute the rest again."""
 
     def setup(self) -> None:
         """Build the parts; called by Flax."""
         self._check()
-        height, width, channels = self.image_shape
-        predicted = isinstance(self.decoder_variance, Predicted)
-        output_shape = (height, width, 2 * channels if predicted else channels)
-        self.encoder, self.decoder = residual.build(
-            self.network, self.latent_size, output_shape, self.axis_name, self.dtype, self.rematerialize
+        self.prior_model = self.prior.build(self.latent_size, self.encoder, self.data_shape)
+        initial = self.decoder_variance.initial_log_variance()
+        self.log_variance = (
+            None if initial is None else self.param("log_variance", nn.initializers.constant(initial), (), jnp.float32)
         )
-        self.prior_model = priors.build(self.prior, self.latent_size, self.encoder, self.image_shape)
-        if isinstance(self.decoder_variance, Learned):
-            initial = float(np.log(self.decoder_variance.initial_variance))
-            self.log_variance = self.param("log_variance", nn.initializers.constant(initial), ())
+
+    @property
+    def latent_size(self) -> int:
+        """L"""
+        size = self.prior.latent_size
+        if size is None:
+            name = type(self.prior).__name__
+            raise UserError(f"The prior must know the number of latents; give it, as in {name}(latent_size=16).")
+        check_count("latent_size", size)
+        return size
 
     def _check(self) -> None:
-        shape = self.image_shape
-        if not isinstance(shape, tuple) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise UserError(f"image_shape must be (height, width, channels), whole numbers >= 1, got {shape!r}.")
-        check_count("latent_size", self.latent_size)
-        fields: dict[str, Any] = {"network": config.Network, "prior": config.Prior, "decoder_variance": DecoderVariance}
-        for name, kinds in fields.items():
-            check_kind(name, getattr(self, name), typing.get_args(kinds) or kinds, "see bsvae_jax.config")
+        for name in ("encoder", "decoder"):
+            check_kind(
+                name, getattr(self, name), nn.Module, "a module of flax.linen; flax.nnx.bridge.to_linen makes one of nnx"
+            )
+        check_kind_of("prior", self.prior, priors.Prior)
+        check_kind("decoder_variance", self.decoder_variance, DecoderVariance, "as in bsvae_jax.Optimal()")  # may be traced
+        shape = self.data_shape
+        if shape is not None and not (isinstance(shape, tuple) and shape and all(isinstance(n, int) and n > 0 for n in shape)):
+            raise UserError(f"data_shape must be that of one example, whole numbers >= 1 as in (28, 28, 1), got {shape!r}.")
 
-    def encode(self, x: Images, train: bool = False) -> Posterior:
-        """Images [B, H, W, C] in [0, 1] to q(z|x)."""
-        if jnp.shape(x)[1:] != self.image_shape:
-            raise UserError(f"This model takes images of shape {self.image_shape}, got a batch of shape {jnp.shape(x)}.")
+    def encode(self, x: Data, train: bool = False) -> Posterior:
+        """Data [B, ...] to q(z|x)."""
+        if self.data_shape is not None and jnp.shape(x)[1:] != self.data_shape:
+            raise UserError(f"This model takes data of shape {self.data_shape}, got a batch of shape {jnp.shape(x)}.")
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise UserError(f"This model takes floating-point images in [0, 1], got {x.dtype}; divide 8-bit values by 255.")
-        return Posterior(*self.encoder(x, train))
+            raise UserError(
+                f"This model takes floating-point data (images in [0, 1]), got {x.dtype}; divide 8-bit values by 255."
+            )
+        outputs, expected = self.encoder(x, train), (x.shape[0], self.latent_size)
+        name = type(self.encoder).__name__
+        if not isinstance(outputs, tuple | list) or len(outputs) != 2:
+            raise UserError(
+                f"The encoder {name} must return two arrays, mean and log-variance of q(z|x), [B, {self.latent_size}] each; "
+                f"got {_shown(outputs)}."
+            )
+        for what, output in zip(("mean", "log-variance"), outputs, strict=True):
+            if jnp.shape(output) != expected:
+                raise UserError(
+                    f"The {what} that the encoder {name} returns must have shape {expected}, got {jnp.shape(output)}."
+                )
+        return Posterior(*outputs)
 
     def decode(self, z: Latents, train: bool = False) -> Decoded:
         """Latents [B, L] to p(x|z)."""
         if jnp.ndim(z) != 2 or jnp.shape(z)[1] != self.latent_size:
             raise UserError(f"This model takes latents of shape [B, {self.latent_size}], got {jnp.shape(z)}.")
-        mean = self.decoder(z, train)
-        if isinstance(self.decoder_variance, Predicted):
-            mean, log_variance = jnp.split(mean, 2, axis=-1)
-            return Decoded(mean, log_variance)
-        return Decoded(mean, self.log_variance if isinstance(self.decoder_variance, Learned) else None)
+        decoded, name = self.decoder(z, train), type(self.decoder).__name__
+        if isinstance(decoded, tuple | list):
+            raise UserError(f"The decoder {name} must return one array, the mean of p(x|z), got {_shown(decoded)}.")
+        parts = self.decoder_variance.decoder_outputs
+        if self.data_shape is not None:
+            expected = (z.shape[0], *output_shape(self.data_shape, parts))
+            if jnp.shape(decoded) != expected:
+                also = "" if parts == 1 else f" (mean and log-variance, for {type(self.decoder_variance).__name__})"
+                raise UserError(f"The decoder {name} must return shape {expected}{also}, got {jnp.shape(decoded)}.")
+        if parts == 1:
+            return Decoded(decoded, self.log_variance)
+        if decoded.shape[-1] % 2:
+            raise UserError(
+                f"{type(self.decoder_variance).__name__} needs a decoder whose last axis holds the mean and then the "
+                f"log-variance, twice that of the data; {name} returned shape {decoded.shape}."
+            )
+        mean, log_variance = jnp.split(decoded, 2, axis=-1)
+        return Decoded(mean, log_variance)
 
     def log_prior(self, z: Latents) -> Float[Array, " batch"]:
         """`log p(z)` of latents [B, L], nats, [B]."""
@@ -132,32 +187,32 @@ class VAE(nn.Module):
         check_count("count", count)
         return self.prior_model.sample(key, count)
 
-    def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count height width channels"]:
-        """Decoder means of `count` samples of the prior, [count, H, W, C], without pixel noise."""
+    def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count *shape"]:
+        """Decoder means of `count` samples of the prior, [count, ...], without pixel noise."""
         return self.decode(self.sample_latents(key, count)).mean
 
-    def __call__(self, x: Images, key: Key[Array, "*batch"], train: bool = False) -> VAEOutput:
+    def __call__(self, x: Data, key: Key[Array, "*batch"], train: bool = False) -> VAEOutput:
         """One forward pass with one posterior sample per image.
 
         Args:
-          x: images [B, H, W, C] in [0, 1]; under a device axis, this device's share of the global batch.
+          x: data [B, ...], images in [0, 1]; under a device axis, this device's share of the global batch.
           key: one key, from which each example takes its own by its position in the global batch; or a key per example, [B].
           train: BatchNorm uses and updates batch statistics.
         """
         # Before the batch is encoded: in training that updates running statistics, which a VampPrior uses.
         density = self.prior_model.density()
         posterior = self.encode(x, train)
-        check_key(key, len(x))
-        keys = example_keys(key, example_positions(len(x), self.axis_name)) if key.ndim == 0 else key
+        check_key(key, x.shape[0])
+        keys = example_keys(key, example_positions(x.shape[0], self.axis_name)) if key.ndim == 0 else key
         noise = normal_per_example(keys, posterior.mean.shape[1:])
         z = posterior.mean + jnp.exp(0.5 * posterior.log_variance) * noise.astype(posterior.mean.dtype)
         rate = self.prior_model.rate(*posterior, z, density)
         return VAEOutput(posterior, z, self.decode(z, train), rate)
 
-    def elbo_terms(self, x: Images, key: Key[Array, "*batch"], train: bool = False) -> ElboTerms:
+    def elbo_terms(self, x: Data, key: Key[Array, "*batch"], train: bool = False) -> ElboTerms:
         """Distortion and rate per example, nats; arguments as for the forward pass."""
         output = self(x, key, train)
-        return elbo.elbo_terms(
+        return objective.elbo_terms(
             x,
             output.decoded.mean,
             output.rate,
@@ -165,3 +220,52 @@ class VAE(nn.Module):
             log_variance=output.decoded.log_variance,
             axis_name=self.axis_name,
         )
+
+
+def _shown(outputs: Any) -> str:
+    """Shapes of what a module returned, for a message."""
+    if isinstance(outputs, tuple | list):
+        return f"{len(outputs)} values of shapes {', '.join(str(jnp.shape(output)) for output in outputs)}"
+    return f"one of shape {jnp.shape(outputs)}"
+
+
+def build_vae(
+    network: Network,
+    latent_size: int,
+    data_shape: tuple[int, ...],
+    decoder_variance: DecoderVariance | None = None,
+    prior: priors.Prior | None = None,
+    axis_name: str | None = None,
+    dtype: Any = jnp.float32,
+    rematerialize: bool = False,
+) -> VAE:
+    """The VAE of a network for data of a shape.
+
+    Args:
+      network: what builds the encoder and the decoder.
+      latent_size: L.
+      data_shape: of one example, channels last.
+      decoder_variance: None: `Optimal()`.
+      prior: None: `StandardNormal()`.
+      axis_name: of the devices that share a batch.
+      dtype: of matrix products and activations.
+      rematerialize: compute activations of convolutional blocks again in the backward pass instead of keeping them.
+
+    >>> from bsvae_jax.models import MLP
+    >>> build_vae(MLP((16,)), 2, (8, 8, 1)).latent_size
+    2
+
+    Raises:
+      UserError: an argument of a wrong kind, or the network does not fit the data.
+    """
+    check_kind_of("network", network, Network)
+    check_count("latent_size", latent_size)
+    decoder_variance = objective.Optimal() if decoder_variance is None else decoder_variance
+    check_kind_of("decoder_variance", decoder_variance, DecoderVariance)
+    prior = priors.StandardNormal() if prior is None else prior
+    check_kind_of("prior", prior, priors.Prior)
+    encoder, decoder = build_modules(
+        network, latent_size, data_shape, decoder_variance.decoder_outputs, axis_name, dtype, rematerialize
+    )
+    prior = dataclasses.replace(prior, latent_size=latent_size)
+    return VAE(encoder, decoder, prior, decoder_variance, data_shape, axis_name)

@@ -1,4 +1,53 @@
 """The loss: pure functions of arrays, in nats per example.
 
-Begin with `elbo`.
+Begin with `elbo`, the terms of the objective and their mean; `decoder_variance` has the ways to choose sigma^2, which you may
+add to; `gaussian` has the densities they are made of, and the conventions of the whole package. `kind` is what everything
+that a config can hold has in common.
 """
+
+from bsvae_jax.objective.decoder_variance import Constant, DecoderVariance, Learned, Optimal, Predicted
+from bsvae_jax.objective.elbo import (
+    ElboTerms,
+    bits_per_dimension,
+    elbo_terms,
+    kl_gaussians,
+    kl_per_latent,
+    kl_to_standard_normal,
+    mean_objective,
+)
+from bsvae_jax.objective.gaussian import (
+    LOG_2PI,
+    PAPER_FLOOR,
+    QUANTIZATION_VARIANCE,
+    gaussian_nll,
+    mean_over_devices,
+    optimal_gaussian_nll,
+    optimal_variance,
+    quantization_variance,
+)
+from bsvae_jax.objective.kind import Kind, check_kind_of
+
+__all__ = [
+    "LOG_2PI",
+    "PAPER_FLOOR",
+    "QUANTIZATION_VARIANCE",
+    "Constant",
+    "DecoderVariance",
+    "ElboTerms",
+    "Kind",
+    "Learned",
+    "Optimal",
+    "Predicted",
+    "bits_per_dimension",
+    "check_kind_of",
+    "elbo_terms",
+    "gaussian_nll",
+    "kl_gaussians",
+    "kl_per_latent",
+    "kl_to_standard_normal",
+    "mean_objective",
+    "mean_over_devices",
+    "optimal_gaussian_nll",
+    "optimal_variance",
+    "quantization_variance",
+]

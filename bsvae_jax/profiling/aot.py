@@ -28,6 +28,7 @@ from bsvae_jax.distributed.mesh import REPLICATED, Driving, data_mesh, sweep_mes
 from bsvae_jax.errors import UserError, nearest
 from bsvae_jax.evaluation.sampling import lift_sampling
 from bsvae_jax.profiling.cost_analysis import Footprint, footprint
+from bsvae_jax.random import make_key
 from bsvae_jax.training.program import abstract_arguments, lift_training, program_config, program_model
 from bsvae_jax.training.step import create_state, steps_per_dispatch
 
@@ -231,7 +232,7 @@ def compile_sampling(
     replicated = NamedSharding(mesh, REPLICATED)
     variables, key = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        jax.eval_shape(lambda: (create_state(config, model, total).variables(), jax.random.key(0))),
+        jax.eval_shape(lambda: (create_state(config, model, total).variables(), make_key(0))),
     )
     return footprint(_compile(lift_sampling(model, mesh).lower(variables, key), found[0].platform, full, "500 samples"))
 

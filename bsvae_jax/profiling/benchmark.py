@@ -20,10 +20,10 @@ from bsvae_jax.distributed.hardware import CHIPS, check_precision
 from bsvae_jax.distributed.mesh import data_mesh, describe_devices
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.layers import exact
-from bsvae_jax.objective.elbo import Optimal
+from bsvae_jax.objective import Optimal
 from bsvae_jax.profiling.cost_analysis import Footprint, footprint
 from bsvae_jax.training.program import Program
-from bsvae_jax.training.step import build_knobs, check_against_data, create_state, data_order
+from bsvae_jax.training.step import build_hyperparameters, check_against_data, create_state, data_order
 
 TORCH = Path(__file__).parents[2] / "tests" / "benchmarks" / "torch_vae.py"
 """The same network and recipe in PyTorch; part of the repository, not of an installed package."""
@@ -130,7 +130,7 @@ def measure(config: Config, images: ImageSet, repeats: int = 5, seconds: float =
     compile_seconds = time.perf_counter() - begun
     first = create_state(program.config, program.model, program.total)
     order = data_order(first, images, config.batch_size)
-    state, knobs = program.pack([first]), program.pack([build_knobs(config)])
+    state, hyperparameters = program.pack([first]), program.pack([build_hyperparameters(config)])
     speeds, waited, elapsed = [], 0.0, 0.0
     with program.batches([order], itertools.count(0, program.window)) as batches:
         step = 0
@@ -140,7 +140,7 @@ def measure(config: Config, images: ImageSet, repeats: int = 5, seconds: float =
             asked = time.perf_counter()
             images_of_window = batches(step)
             waited += time.perf_counter() - asked
-            state, metrics = program.take_steps(state, images_of_window, program.window, knobs)
+            state, metrics = program.take_steps(state, images_of_window, program.window, hyperparameters)
             step += program.window
             return metrics
 

@@ -11,19 +11,17 @@ import contextlib
 import functools
 import io
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from bsvae_jax import config as configs
 from bsvae_jax._io.files import as_path, take_folder, write_atomically
-from bsvae_jax._io.terminal import ProgressBar, warn
-from bsvae_jax.config import CONVOLUTIONAL, Config
+from bsvae_jax._io.terminal import ProgressBar, log, messages_shown
+from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed import multihost
@@ -32,13 +30,22 @@ from bsvae_jax.distributed.mesh import Driving, available_bytes, data_mesh, desc
 from bsvae_jax.distributed.preemption import Stop, stop_on_signals
 from bsvae_jax.errors import DivergenceError, UserError, check_count, check_kind
 from bsvae_jax.evaluation.scores import SplitScores
+from bsvae_jax.random import make_key
 from bsvae_jax.sweeps.gallery import PICTURES, Gallery, draw_members
 from bsvae_jax.sweeps.grid import GridMember, Sweep, base_config
-from bsvae_jax.training.checkpoints import DamagedCheckpointError, saved_steps
+from bsvae_jax.training.callbacks import Callback, Callbacks, Progress, TensorBoard
+from bsvae_jax.training.checkpoints import DamagedCheckpointError, check_place, saved_steps
 from bsvae_jax.training.program import Program, program_config
-from bsvae_jax.training.step import check_against_data
+from bsvae_jax.training.step import TrainState, check_against_data
+from bsvae_jax.training.stopped import final_step
 from bsvae_jax.training.trainer import Member, Trainer
-from bsvae_jax.training.workdir import RunDirectory, check_same_data, evaluation_at, read_failure, read_info
+from bsvae_jax.training.workdir import (
+    RunDirectory,
+    check_same_data,
+    evaluation_at,
+    read_failure,
+    read_info,
+)
 
 FORMAT = 1
 """Version of the layout of a sweep's folder."""
@@ -68,7 +75,7 @@ def choose_driving(config: Config, platform: str) -> Driving:
     depend on how many there are. Accelerators are filled by batched products.
     """
     if platform == "cpu":
-        return "loop" if isinstance(config.network, CONVOLUTIONAL) else "scan"
+        return "loop" if config.network.convolutional else "scan"
     return "vmap"
 
 
@@ -79,6 +86,7 @@ def fit_sweep(
     driving: Driving | None = None,
     members_at_once: int | None = None,
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> SweepResult:
     """Train every member of a grid, members that differ only in numbers in one compiled program.
 
@@ -91,7 +99,8 @@ def fit_sweep(
       workdir: a folder of this sweep alone.
       driving: how members share a program; None: as `choose_driving` says.
       members_at_once: members in one stack; None: as many as fit into memory.
-      progress: show a progress bar and messages.
+      progress: show a progress bar, and what is logged (`logging.getLogger("bsvae_jax")`), on standard error.
+      callbacks: what else is done on the way (`Callback`), for every member; they may stop members early.
 
     >>> import tempfile
     >>> config = Config(network=configs.MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
@@ -102,15 +111,17 @@ def fit_sweep(
 
     Raises:
       UserError: before any training: grid, data, devices, memory or workdir do not fit; or the disk is full at a member's end.
-      Interrupted: SIGINT or SIGTERM; the step in flight was finished and saved, the same call continues after it.
+      Interrupted: SIGINT or SIGTERM; the steps in flight were finished and saved, the same call continues after them.
+      CallbackError: a callback raised an error; the members in training were saved first, the same call continues them.
     """
     check_kind("config", config, Config, "load_config(path) reads one from a file")
     check_kind("grid", grid, Sweep)
+    Callbacks(callbacks)  # checked before anything is computed
     folder = as_path(workdir, "workdir")
     if driving is not None and driving not in get_args(Driving):
         raise UserError(f"driving must be one of {', '.join(get_args(Driving))}, got {driving!r}.")
     members = grid.members(config)
-    if not multihost.alone():
+    if not multihost.is_only():
         raise UserError(
             "A sweep is trained by one process on all its devices; give each machine a part of the members instead."
         )
@@ -126,14 +137,14 @@ def fit_sweep(
     images = load(config.data)
     for member in members:
         check_against_data(member.config, images)
-    directory = _SweepDirectory(folder, config, images, members, progress)
+    directory = _SweepDirectory(folder, config, images, members)
     todo = [member for member in members if not directory.is_done(member)]
     programs: dict[Config, list[GridMember]] = {}
     for member in todo:
         programs.setdefault(program_config(member.config), []).append(member)
     sizes = {program: _stack_size(program, images, driving, len(own), members_at_once) for program, own in programs.items()}
-    with stop_on_signals() as stop, directory:
-        directory.say(
+    with stop_on_signals() as stop, directory, messages_shown(progress):
+        log.info(
             f"{len(members)} members, {len(members) - len(todo)} of them done; "
             f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
             f"{describe_devices(devices)}; members driven by {driving}"
@@ -141,8 +152,9 @@ def fit_sweep(
         total = steps_through(config.epochs, len(images.train), config.batch_size) * config.batch_size
         done = sum(max(directory.saved_steps(member), default=0) for member in todo) * config.batch_size
         with ProgressBar(total * len(todo), done, progress) as bar:
+            every = [TensorBoard(), Progress(bar), *callbacks]
             for program, own in programs.items():
-                _train_all(directory, program, images, driving, own, sizes[program], bar, stop)
+                _train_all(directory, program, images, driving, own, sizes[program], bar, every, stop)
         finished = [member.name for member in members if directory.is_finished(member)]
         failed = {member.name: error for member in members if (error := directory.failure(member)) is not None}
         return SweepResult(folder, finished, failed)
@@ -193,6 +205,7 @@ def _train_all(
     members: Sequence[GridMember],
     size: int,
     bar: ProgressBar,
+    callbacks: Sequence[Callback],
     stop: Stop,
 ) -> None:
     """All members of one program, `size` at a time."""
@@ -209,15 +222,15 @@ def _train_all(
             program, compiled_for = Program(config, images, mesh, driving, len(turn)), len(turn)
         bar.describe(turn[0].name if len(turn) == 1 else f"{len(turn)} members from {turn[0].name}")
         try:
-            _train_turn(directory, program, turn, at, bar, stop)
+            _train_turn(directory, program, turn, at, callbacks, stop)
         except DamagedCheckpointError as error:  # moved aside, so the next look finds an earlier one
-            warn(f"{error} Continuing from an earlier checkpoint.")
+            log.warning(f"{error} Continuing from an earlier checkpoint.")
             continue
         except DivergenceError:
             pass  # recorded in the folder of every member of the turn
         for member in turn:
             if (failure := directory.failure(member)) is not None:
-                warn(f"{member.name} diverged and is left out (delete its folder to try again). {failure}")
+                log.warning(f"{member.name} diverged and is left out (delete its folder to try again). {failure}")
         waiting = [member for member in waiting if member not in turn]
         if waiting:
             stop.check(f"stopped, {len(waiting)} members are not finished")
@@ -238,33 +251,36 @@ def _next_turn(directory: "_SweepDirectory", waiting: Sequence[GridMember], size
 
 
 def _train_turn(
-    directory: "_SweepDirectory", program: Program, turn: Sequence[GridMember], at: int | None, bar: ProgressBar, stop: Stop
+    directory: "_SweepDirectory",
+    program: Program,
+    turn: Sequence[GridMember],
+    at: int | None,
+    callbacks: Sequence[Callback],
+    stop: Stop,
 ) -> None:
     with contextlib.ExitStack() as runs:
         members = [
-            Member(own.config, runs.enter_context(RunDirectory(directory.member(own), own.config, program.images, False)))
+            Member(own.config, runs.enter_context(RunDirectory(directory.member(own), own.config, program.images)))
             for own in turn
         ]
-        trainer = Trainer(program, members, bar, stop)
-        state = trainer.train(at)
-        keys = program.pack([jax.random.fold_in(jax.random.key(own.config.seed), 0x70696373) for own in turn])
-        galleries = list(
-            draw_members(
-                program.model,
-                state.variables(),
-                program.images.test[:PICTURES],
-                keys,
-                len(turn),
-                levels=program.images.levels,
-                mesh=program.mesh,
-                driving=program.driving,
+        keys = program.pack([jax.random.fold_in(make_key(own.config.seed), 0x70696373) for own in turn])
+
+        def pictures(state: TrainState) -> Callable[[int, SplitScores], None]:
+            galleries = list(
+                draw_members(
+                    program.model,
+                    state.variables(),
+                    program.images.test[:PICTURES],
+                    keys,
+                    len(turn),
+                    levels=program.images.levels,
+                    mesh=program.mesh,
+                    driving=program.driving,
+                )
             )
-        )
+            return lambda member, scores: write_pictures(members[member].run.folder, galleries[member], scores.latent_rate)
 
-        def save_pictures(member: int, scores: SplitScores) -> None:
-            write_pictures(members[member].run.folder, galleries[member], scores.latent_rate)
-
-        trainer.finish(state, also=save_pictures)
+        Trainer(program, members, callbacks, stop, pictures).train(at)
 
 
 def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray) -> None:
@@ -278,13 +294,14 @@ def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray) -> N
 class _SweepDirectory:
     """The folder of a sweep while it trains."""
 
-    def __init__(self, folder: Path, config: Config, images: ImageSet, members: Sequence[GridMember], progress: bool):
+    def __init__(self, folder: Path, config: Config, images: ImageSet, members: Sequence[GridMember]):
         """Looks at the folder, and writes nothing before it is entered.
 
         Raises:
           UserError: it holds another sweep or something else.
         """
-        self.folder, self._config, self._images, self._progress = folder, config, images, progress
+        self.folder, self._config, self._images = folder, config, images
+        check_place(folder, "choose another --workdir")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
         if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
@@ -336,11 +353,6 @@ class _SweepDirectory:
         """Let others in."""
         self._lock.close()
 
-    def say(self, message: str) -> None:
-        """Show a line to the user."""
-        if self._progress:
-            tqdm.write(message, file=sys.stderr)
-
     def member(self, member: GridMember) -> Path:
         """Folder of a member."""
         return self.folder / "members" / member.name
@@ -350,10 +362,13 @@ class _SweepDirectory:
         return saved_steps(self.member(member) / "checkpoints")
 
     def is_finished(self, member: GridMember) -> bool:
-        """Whether its last step is trained, evaluated and drawn, by this very config and data."""
+        """Whether its last step, or that where a callback stopped it, is evaluated and drawn, by this very config and data."""
         folder = self.member(member)
         total = steps_through(member.config.epochs, len(self._images.train), member.config.batch_size)
-        if not (folder / "pictures.npz").is_file() or set(evaluation_at(folder, total)) != {"train", "test"}:
+        if not (folder / "pictures.npz").is_file() or set(evaluation_at(folder, final_step(folder, total))) != {
+            "train",
+            "test",
+        }:
             return False
         info = read_info(folder)
         changed = configs.differences(info.config, member.config)

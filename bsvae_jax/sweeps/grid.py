@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 from bsvae_jax.config import (
     CHOICES,
     Config,
-    Flow,
-    FlowMatching,
     Mixture,
     Prior,
     StandardNormal,
@@ -20,7 +18,7 @@ from bsvae_jax.config import (
     load_module,
 )
 from bsvae_jax.errors import UserError, check_count
-from bsvae_jax.objective.elbo import Constant, DecoderVariance, Optimal
+from bsvae_jax.objective import Constant, DecoderVariance, Optimal
 
 
 class GridMember(NamedTuple):
@@ -91,38 +89,12 @@ class Sweep:
         return members
 
 
-def variance_name(decoder_variance: DecoderVariance) -> str:
-    """`optimal`, `optimal-batch`, `constant-0.5`, `learned`, ...: the part of a member's name that says its variance."""
-    kind = next(name for name, kind in CHOICES["decoder_variance"].items() if isinstance(decoder_variance, kind))
-    if isinstance(decoder_variance, Constant):
-        return f"{kind}-{decoder_variance.variance:.10g}"
-    if isinstance(decoder_variance, Optimal) and decoder_variance.over != "example":
-        return f"{kind}-{decoder_variance.over}"
-    return kind
-
-
-def prior_name(prior: Prior) -> str:
-    """`standard_normal`, `mixture-10`, `mixture-10-full`, `vamp-100`, `flow-8x64`: the part of a member's name."""
-    kind = next(name for name, kind in CHOICES["prior"].items() if isinstance(prior, kind))
-    match prior:
-        case StandardNormal():
-            return kind
-        case Mixture(components, covariance):
-            return f"{kind}-{components}" + ("" if covariance == "diagonal" else f"-{covariance}")
-        case VampPrior(pseudo_inputs):
-            return f"{kind}-{pseudo_inputs}"
-        case Flow(layers, width):
-            return f"{kind}-{layers}x{width}"
-        case FlowMatching():  # no member has it: it is fitted afterwards
-            return kind
-
-
 def member_name(config: Config, usual_learning_rate: float) -> str:
     """`optimal_beta0.1_seed2`; named as well: a prior that is not standard normal, an unusual learning rate."""
     rate = config.optimizer.learning_rate
-    prior = "" if isinstance(config.prior, StandardNormal) else f"_{prior_name(config.prior)}"
+    prior = "" if isinstance(config.prior, StandardNormal) else f"_{config.prior.name}"
     unusual = prior + ("" if rate == usual_learning_rate else f"_rate{rate:.10g}")
-    return f"{variance_name(config.decoder_variance)}{unusual}_beta{config.beta:.10g}_seed{config.seed}"
+    return f"{config.decoder_variance.name}{unusual}_beta{config.beta:.10g}_seed{config.seed}"
 
 
 def base_config(config: Config) -> Config:

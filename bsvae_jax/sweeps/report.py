@@ -14,7 +14,7 @@ from bsvae_jax import theory
 from bsvae_jax._io.files import as_path, write_atomically
 from bsvae_jax.config import Linear, StandardNormal, to_dict
 from bsvae_jax.evaluation.plots import save
-from bsvae_jax.objective.elbo import Constant, Optimal, quantization_variance
+from bsvae_jax.objective import Constant, Optimal, quantization_variance
 from bsvae_jax.sweeps import plots
 from bsvae_jax.sweeps.plots import Curve, Line
 from bsvae_jax.sweeps.results import (
@@ -32,10 +32,8 @@ from bsvae_jax.sweeps.results import (
     has_several_priors,
     mean_and_deviation,
     members_csv,
-    prior_label,
     read_results,
     tabled_quantities,
-    variance_label,
 )
 
 
@@ -157,7 +155,7 @@ def readings(results: SweepResults, split: str) -> list[Curve]:
         constants = collapse_constants([family for family in found if family.prior == prior])
         if not constants:
             continue
-        suffix = f", prior: {prior_label(prior)}" if has_several_priors(results) else ""
+        suffix = f", prior: {prior.label}" if has_several_priors(results) else ""
         rates = [_values(own, "rate", split) for _, own in constants]
         errors = [pixels * _values(own, "mse", split) for _, own in constants]
         optimal = [_values(own, "profile_distortion", split) for _, own in constants]
@@ -330,7 +328,7 @@ def _beta_variance(results: SweepResults) -> dict[str, Picture]:
             label = f"σ² = {family.decoder_variance.variance:g}"
         else:
             products = [beta * _values(own, "variance", "train") for beta, own in positive]
-            label = variance_label(family.decoder_variance)
+            label = family.decoder_variance.label
             by_beta = dict(_points(family))
             others[family.label.split(",")[0] + " σ²*"] = {
                 name: np.array([mean_and_deviation(by_beta.get(beta, []), quantity, "test")[0] for beta in betas])

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from bsvae_jax._io.files import as_path, read_arrays
-from bsvae_jax.config import CHOICES, Config, Flow, FlowMatching, Mixture, Prior, StandardNormal, VampPrior
+from bsvae_jax.config import CHOICES, Config, Prior, StandardNormal
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report
-from bsvae_jax.objective.elbo import Constant, DecoderVariance, Learned, Optimal
+from bsvae_jax.objective import Constant, DecoderVariance, Kind, Learned, Optimal, Predicted
 from bsvae_jax.sweeps.fit_sweep import SweepInfo, read_sweep
-from bsvae_jax.sweeps.grid import prior_name, variance_name
 from bsvae_jax.training.workdir import read_evaluation, read_failure, read_info
 
 SPLITS = ("test", "train")
@@ -112,47 +111,21 @@ def setting_of(config: Config) -> Setting:
     return Setting(config.decoder_variance, config.prior, config.optimizer.learning_rate, config.beta)
 
 
-_KINDS = ("optimal", "learned", "predicted", "constant")
+_VARIANCES = (Optimal, Learned, Predicted, Constant)
+"""Decoder variances in the order of tables; those of the user come after them, as their priors do."""
 
 
 def _order(setting: Setting) -> tuple:
-    kind = variance_name(setting.decoder_variance).split("-")[0]
-    constant = setting.decoder_variance.variance if isinstance(setting.decoder_variance, Constant) else 0.0
-    name = variance_name(setting.decoder_variance)
-    return (_KINDS.index(kind), constant, name, *_prior_order(setting.prior), setting.learning_rate, setting.beta)
+    variance, prior = setting.decoder_variance, setting.prior
+    priors: tuple[type, ...] = tuple(CHOICES["prior"].values())
+    return (*_place(variance, _VARIANCES), *_place(prior, priors), setting.learning_rate, setting.beta)
 
 
-def _prior_order(prior: Prior) -> tuple:
-    """Kinds as the config lists them, then by their settings."""
-    return (list(CHOICES["prior"].values()).index(type(prior)), dataclasses.astuple(prior))
-
-
-def prior_label(prior: Prior) -> str:
-    """What a prior is called in tables and figures."""
-    match prior:
-        case StandardNormal():
-            return "standard normal"
-        case Mixture(components, covariance):
-            return f"mixture of {components}" + (", full covariance" if covariance == "full" else "")
-        case VampPrior(pseudo_inputs):
-            return f"VampPrior of {pseudo_inputs}"
-        case Flow(layers, width):
-            return f"flow, {layers} layers of {width}"
-        case FlowMatching():
-            return "flow matching"
-
-
-def variance_label(decoder_variance: DecoderVariance) -> str:
-    """What a decoder-variance model is called in tables and figures."""
-    if isinstance(decoder_variance, Constant):
-        return f"β-VAE, constant σ² = {decoder_variance.variance:g}"
-    if isinstance(decoder_variance, Optimal):
-        return {
-            "example": "BS-VAE, optimal σ² per image",
-            "batch": "optimal σ², one for all",
-            "pixel": "optimal σ² per pixel",
-        }[decoder_variance.over]
-    return "learned σ², one for all" if isinstance(decoder_variance, Learned) else "predicted σ² per pixel and image"
+def _place(kind: Kind, known: tuple[type, ...]) -> tuple:
+    """Kinds as they are listed, then by their numbers, then by name."""
+    place = known.index(type(kind)) if type(kind) in known else len(known)
+    values = [getattr(kind, field.name) for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return place, [value for value in values if isinstance(value, int | float)], kind.name
 
 
 def read_results(folder: str | Path) -> SweepResults:
@@ -245,8 +218,8 @@ def as_csv(results: SweepResults) -> str:
         numbers = ["" if math.isnan(value) else repr(value) for quantity in quantities for value in row.cells[quantity]]
         start = [
             row.split,
-            variance_name(variance),
-            prior_name(prior),
+            variance.name,
+            prior.name,
             repr(rate),
             repr(beta),
             str(row.seeds),
@@ -263,8 +236,8 @@ def members_csv(results: SweepResults) -> str:
     for member in results.members:
         config = member.config
         start = [
-            variance_name(config.decoder_variance),
-            prior_name(config.prior),
+            config.decoder_variance.name,
+            config.prior.name,
             repr(config.optimizer.learning_rate),
             repr(config.beta),
             str(config.seed),
@@ -302,8 +275,8 @@ def display_rows(results: SweepResults, split: str) -> tuple[list[str], list[lis
         seeds = f"{row.seeds}" + (f" ({row.diverged} diverged)" if row.diverged else "")
         rate = [f"{setting.learning_rate:g}"] if several else []
         cells = [display(*row.cells[quantity]) for quantity in quantities]
-        prior = [prior_label(setting.prior)] if priors else []
-        rows.append([variance_label(setting.decoder_variance), *prior, *rate, f"{setting.beta:g}", seeds, *cells])
+        prior = [setting.prior.label] if priors else []
+        rows.append([setting.decoder_variance.label, *prior, *rate, f"{setting.beta:g}", seeds, *cells])
     return headings, rows
 
 
@@ -373,9 +346,9 @@ def families(results: SweepResults) -> list[Family]:
     found = []
     for (variance, prior, rate), points in grouped.items():
         usual = isinstance(prior, StandardNormal)
-        label = variance_label(variance) + (f", prior: {prior_label(prior)}" if priors or not usual else "")
+        label = variance.label + (f", prior: {prior.label}" if priors or not usual else "")
         label += f", learning rate {rate:g}" if several else ""
-        name = variance_name(variance) + ("" if usual else f"_{prior_name(prior)}") + (f"_rate{rate:g}" if several else "")
+        name = variance.name + ("" if usual else f"_{prior.name}") + (f"_rate{rate:g}" if several else "")
         found.append(
             Family(name, label, variance, prior, np.array([beta for beta, _ in points]), [members for _, members in points])
         )

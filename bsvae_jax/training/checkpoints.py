@@ -5,10 +5,13 @@ A checkpoint holds plain arrays only, so it restores onto any number of devices:
 
 import contextlib
 import gc
+import glob
 import itertools
 import json
 import logging
 import math
+import os
+import shlex
 import sys
 import time
 import warnings
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -38,8 +42,25 @@ class NewerCheckpointError(UserError):
     """The checkpoint was written by a newer version, which may have meant something else by it."""
 
 
+class LostCheckpointError(UserError):
+    """The first checkpoint was saved without an error and does not load again: none that is saved there can be trusted."""
+
+
+class OtherArraysError(UserError):
+    """The checkpoint is sound, and of other names, shapes or types than asked for."""
+
+
 class SaveError(UserError):
     """A checkpoint could not be written; those before it are still there, and another may be saved later."""
+
+
+def check_place(folder: Path, remedy: str = "rename it") -> None:
+    """Raise a UserError if checkpoints cannot be kept under `folder`: TensorStore takes a backslash in a path for a slash."""
+    place = str(folder.resolve())
+    if "\\" in place:
+        astray = Path(place.replace("\\", "/"))
+        lost = f" Arrays that were saved there before lie in {astray}." if astray.is_dir() else ""
+        raise UserError(f"{folder} has a backslash in its path ({place}), where checkpoints cannot be kept; {remedy}.{lost}")
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -70,6 +91,47 @@ def _leftovers_unheard() -> Iterator[None]:
         sys.unraisablehook = complain
 
 
+@contextlib.contextmanager
+def _orbax_unheard() -> Iterator[None]:
+    """Orbax logs every step, and errors that it raises too; what others log through absl is heard."""
+    log, place = logging.getLogger("absl"), str(Path(ocp.__file__).parent)
+    others = lambda record: not record.pathname.startswith(place)  # noqa: E731 - an object of its own for every block
+    log.addFilter(others)
+    try:
+        yield
+    finally:
+        log.removeFilter(others)
+
+
+def _unreadable(folder: Path) -> str | None:
+    """Which file under `folder` the system does not give, and why; None where it gives all that are there."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    name = str(folder)
+    try:
+        for parent, _, names in os.walk(folder, onerror=refuse):
+            for name in (os.path.join(parent, own) for own in names):
+                with contextlib.suppress(FileNotFoundError), open(name, "rb") as file:
+                    while file.read(2**24):
+                        pass
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{error.filename or name} cannot be read ({error.strerror})"
+    return None
+
+
+def _blank(array: Any) -> np.ndarray:
+    """What Orbax reads into an array on the host of this shape and type; takes no memory."""
+    return np.broadcast_to(np.zeros((), array.dtype), array.shape)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
 def _alone() -> ocp.options.MultiprocessingOptions:
     """For the process that asks alone: of several processes one saves, and the others need not take part."""
     if jax.process_count() == 1:
@@ -92,19 +154,25 @@ class Checkpoints:
         """`folder` is made if absent, unless `read_only`; `description` (plain JSON values) travels with every checkpoint."""
         self._description = description or {}
         self._saving: int | None = None
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every step, and errors that it raises too
+        self._trusted = False
+        check_place(folder)
         self._folder, self._read_only = folder.resolve(), read_only
         damaged = self._damaged_metrics()
         if damaged and not read_only:
             self._set_aside(damaged)
-        try:
-            self._manager = self._open_beside_a_writer() if read_only else self._open()
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-            named = f" of step {', '.join(map(str, damaged))}" if damaged else ""
-            raise UserError(
-                f"{self._folder} does not open: the metrics{named} are damaged ({type(error).__name__}: {error}). Repeat "
-                "the command that trained it: it moves that step aside and continues from another."
-            ) from error
+        with contextlib.ExitStack() as unheard:
+            unheard.enter_context(_orbax_unheard())
+            try:
+                self._manager = self._open_beside_a_writer() if read_only else self._open()
+            except PermissionError as error:
+                raise UserError(f"{error.filename or self._folder} cannot be opened ({error.strerror}).") from error
+            except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+                named = f" of step {', '.join(map(str, damaged))}" if damaged else ""
+                raise UserError(
+                    f"{self._folder} does not open: the metrics{named} are damaged ({type(error).__name__}: {error}). Repeat "
+                    "the command that trained it: it moves that step aside and continues from another."
+                ) from error
+            self._unheard = unheard.pop_all()
 
     def _open_beside_a_writer(self) -> ocp.CheckpointManager:
         """A run that goes on meanwhile may delete an old step while it is being read: looked at again, it is not there."""
@@ -127,7 +195,10 @@ class Checkpoints:
         )
         if not self._read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
-        return ocp.CheckpointManager(epath.Path(self._folder), options=options)
+        # Orbax looks for the files to merge into one by a pattern, the unescaped path: where that is one, a file per array.
+        one_file = glob.escape(str(self._folder)) == str(self._folder)
+        handler = ocp.StandardCheckpointHandler(use_ocdbt=one_file, multiprocessing_options=_alone())
+        return ocp.CheckpointManager(epath.Path(self._folder), options=options, item_handlers=handler)
 
     def __enter__(self) -> "Checkpoints":
         """Nothing to open."""
@@ -139,6 +210,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+            self._unheard.close()
 
     def steps(self) -> list[int]:
         """Steps saved, oldest first."""
@@ -152,8 +224,11 @@ class Checkpoints:
     def save(self, step: int, state: Any, objective: float | None) -> None:
         """Save a pytree of arrays; `objective` (held-out, nats; None: not evaluated) ranks it.
 
+        The first one is read back before this returns, so that a place where nothing loads again is known at once.
+
         Raises:
           SaveError: the disk did not take it, or the one before it (see `wait`).
+          LostCheckpointError: the first one does not load.
         """
         self.wait()
         if jax.process_count() > 1:  # every process has all of it: this one saves its own copies
@@ -163,6 +238,10 @@ class Checkpoints:
         self._saving = step
         with self._explained():
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, custom_metadata=metadata)
+        if not self._trusted:
+            self.wait()
+            self._check_loads(step, state, metadata["sha256"])
+            self._trusted = True
 
     def wait(self) -> None:
         """Block until everything saved is on disk.
@@ -188,6 +267,33 @@ class Checkpoints:
             reason = "No space left on device" if "No space left" in str(error) else reason
             raise SaveError(f"The checkpoint of step {step} could not be written to {self._folder} ({reason}).") from error
 
+    def _check_loads(self, step: int, state: Any, sha256: str) -> None:
+        with _leftovers_unheard():
+            try:
+                restored = self._manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(_blank, state)))
+                reason = "" if digest(restored) == sha256 else "its arrays are not those that were saved"
+            except Exception as error:  # whatever it is: training on would be for nothing
+                reason = _first_line(error)
+            gc.collect()
+        if reason:
+            rescue = self._unmerged(step) or "Choose another --workdir"
+            raise LostCheckpointError(
+                f"{self.path(step)} was saved and does not load again ({reason}). Nothing saved there can be trusted, so this "
+                f"stops here. {rescue}."
+            )
+
+    def _unmerged(self, step: int) -> str | None:
+        """How to rescue a checkpoint whose arrays lie in the folder of the process that wrote them, None where they do not.
+
+        Orbax leaves them there, and says nothing, where the path is a pattern that does not match itself.
+        """
+        place = self.path(step) / "default"
+        parts = sorted(place.glob("ocdbt.process_*/manifest.ocdbt"))
+        if (place / "manifest.ocdbt").exists() or len(parts) != 1:
+            return None
+        move = f"mv {shlex.quote(str(parts[0].parent))}/* {shlex.quote(str(place))}"
+        return f"Its arrays are there but were not put together; to do it: {move}"
+
     def path(self, step: int) -> Path:
         """Folder of a step."""
         return self._folder / str(step)
@@ -199,7 +305,7 @@ class Checkpoints:
           target: pytree of arrays or `ShapeDtypeStruct` with the shapes, types and shardings to restore to.
           step: None: the newest; one that does not load is reported through `warn`, and the one before is used. Unless
             opened `read_only`, what does not load is moved to `damaged_checkpoints` beside the folder, so that training can
-            save that step again.
+            save that step again. Only content that is missing or is not what was saved is damage.
 
         Returns:
           `(step, state)`.
@@ -207,7 +313,8 @@ class Checkpoints:
         Raises:
           DamagedCheckpointError: the `step` asked for does not load; unless `read_only`, it was moved aside as well.
           NewerCheckpointError: a version that is not known wrote it.
-          UserError: nothing is saved, or no checkpoint loads.
+          UserError: nothing is saved, no checkpoint loads, or one that may be sound does not: the system does not give its
+            files or memory, or it has other arrays than `target`. Nothing is moved then, and none before it is used.
         """
         candidates = self.steps()[::-1] if step is None else [step]
         if not candidates:
@@ -215,6 +322,7 @@ class Checkpoints:
         target = jax.tree.map(ocp.tree.to_shape_dtype_struct, target)
         failures = []
         for candidate in candidates:
+            cause = None
             with _leftovers_unheard():
                 try:
                     state = self._restore(candidate, target)
@@ -224,9 +332,11 @@ class Checkpoints:
                 except NewerCheckpointError:
                     raise
                 except Exception as error:  # a damaged file surfaces as any of Orbax's, TensorStore's or JSON's errors
-                    reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-                    failures.append(f"{self.path(candidate)} does not load ({reason})")
+                    failures.append(f"{self.path(candidate)} does not load ({_first_line(error)})")
+                    cause = self._no_damage(candidate, error)
                 gc.collect()  # the error as well is gone by now, and holds nothing
+            if cause is not None:
+                raise UserError(f"{self.path(candidate)} does not load ({cause}). It may be sound, so nothing was changed.")
             if candidate != candidates[-1] and self.path(candidate).is_dir():
                 warn(f"{failures[-1]}; using the checkpoint before it.")
         if step is not None and not self._read_only and self.path(step).is_dir():
@@ -244,10 +354,40 @@ class Checkpoints:
             raise NewerCheckpointError(
                 f"{self.path(step)} was written by a newer bsvae_jax (format {metadata['format']}, this one knows {FORMAT})."
             )
-        state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-        if metadata.get("sha256") != digest(state):
+        # As it was saved and on the host first: only there can be told what has changed from what is of another shape.
+        tree = self._manager.item_metadata(step).tree
+        saved, wanted = ocp.tree.to_flat_dict(tree), ocp.tree.to_flat_dict(target)
+        same = saved.keys() == wanted.keys()
+        like = jax.tree.map(_blank, ocp.tree.from_flat_dict(saved, target=target) if same else tree)
+        arrays = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        if not same:
+            names = sorted(".".join(name) for name in saved.keys() ^ wanted.keys())
+            raise OtherArraysError(f"these arrays are in the checkpoint or in the state, not in both: {', '.join(names[:5])}")
+        if metadata.get("sha256") != digest(arrays):
             raise ValueError("its arrays are not those that were saved")
-        return state
+        for name, array in wanted.items():
+            if (saved[name].shape, saved[name].dtype) != (array.shape, array.dtype):
+                described = [f"{own.dtype} of shape {tuple(own.shape)}" for own in (saved[name], array)]
+                made = "; it was made under another JAX_DEFAULT_PRNG_IMPL" if name == ("key",) else ""
+                raise OtherArraysError(f"its {'.'.join(name)} is {described[0]}, and {described[1]} is expected{made}")
+
+        def placed(array: np.ndarray, like: Any) -> Any:
+            sharding = getattr(like, "sharding", None)  # arrays on the host have none, and stay there
+            return array if sharding is None else jax.device_put(array, sharding)
+
+        return jax.tree.map(placed, arrays, target)
+
+    def _no_damage(self, step: int, error: Exception) -> str | None:
+        """What but damage keeps a checkpoint from loading, None where its content is missing or has changed."""
+        if isinstance(error, OtherArraysError):
+            return str(error)
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return "there is too little memory to read it"
+        if (refused := _unreadable(self.path(step))) is not None:
+            return refused
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            return f"the system says {error.strerror or error}"
+        return self._unmerged(step)
 
     def _damaged_metrics(self) -> list[int]:
         """Steps whose metrics do not read; Orbax opens no folder that has one."""
@@ -257,8 +397,10 @@ class Checkpoints:
                 continue
             try:
                 valid = isinstance(json.loads(path.read_bytes())["objective"], float | int)
-            except (ValueError, TypeError, KeyError, OSError):
+            except (ValueError, TypeError, KeyError, FileNotFoundError):
                 valid = False
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror}); nothing was changed.") from error
             if not valid:
                 damaged.append(int(path.parts[-3]))
         return damaged

@@ -14,9 +14,10 @@ from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.prefetch import gather
 from bsvae_jax.errors import UserError
+from bsvae_jax.random import wrap_key
 from bsvae_jax.training.step import (
     TrainState,
-    build_knobs,
+    build_hyperparameters,
     build_model,
     create_state,
     data_order,
@@ -50,8 +51,8 @@ class FailedStep(NamedTuple):
     """For the posterior samples."""
     beta: Array
     """Weight of the rate, []."""
-    variance: Array | None
-    """Squared intensity, []; None for every decoder variance but `Constant`."""
+    variance: dict[str, Array]
+    """Numbers of the decoder variance by name, [] each: `variance` of `Constant`; empty for the other kinds."""
 
 
 def failing_step(config: Config, images: ImageSet, total: int, step: int, run: RunDirectory) -> dict[str, np.ndarray]:
@@ -67,7 +68,7 @@ def failing_step(config: Config, images: ImageSet, total: int, step: int, run: R
     model = build_model(config, images.image_shape, images.step)
     state = run.state_before(create_state(config, model, total, images=images), step)
     order = data_order(state, images, config.batch_size)
-    knobs = build_knobs(config)
+    hyperparameters = build_hyperparameters(config)
     batch_of = jax.jit(prepare_batch, static_argnames=("levels", "augmentation"))
     take = jax.jit(train_step)
     while True:
@@ -76,7 +77,7 @@ def failing_step(config: Config, images: ImageSet, total: int, step: int, run: R
         batch, key = batch_of(state, stored, levels=images.levels, augmentation=config.augmentation)
         if int(state.step) >= step - 1:
             break
-        state, _ = take(state, batch, key, knobs.beta, knobs.variance)
+        state, _ = take(state, batch, key, hyperparameters.beta, hyperparameters.variance)
     arrays = {f"state{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.arrays())}
     arrays |= {"images": batch, "key": jax.random.key_data(key), "total": np.int64(total)}
     return {name: np.asarray(array) for name, array in arrays.items()}
@@ -105,9 +106,11 @@ def failed_step(workdir: str | Path) -> FailedStep:
         restored: Mapping[str, Any] = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jnp.asarray(arrays[f"state{jax.tree_util.keystr(path)}"]), state.arrays()
         )
-        knobs = build_knobs(info.config)
-        key = jax.random.wrap_key_data(jnp.asarray(arrays["key"]))
-        return FailedStep(state.with_arrays(restored), jnp.asarray(arrays["images"]), key, knobs.beta, knobs.variance)
+        hyperparameters = build_hyperparameters(info.config)
+        key = wrap_key(jnp.asarray(arrays["key"]))
+        return FailedStep(
+            state.with_arrays(restored), jnp.asarray(arrays["images"]), key, hyperparameters.beta, hyperparameters.variance
+        )
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:

@@ -24,8 +24,8 @@ from bsvae_jax.config import FlowMatching, to_dict
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, data_mesh, lift, replicate
 from bsvae_jax.distributed.preemption import stop_on_signals
 from bsvae_jax.errors import DivergenceError, UserError, check_count
-from bsvae_jax.models.flow_matching import flow_matching_loss
-from bsvae_jax.models.velocity import VelocityNetwork
+from bsvae_jax.models.priors.flow_matching import flow_matching_loss
+from bsvae_jax.models.priors.velocity import VelocityNetwork
 from bsvae_jax.random import example_keys, example_positions
 from bsvae_jax.training.checkpoints import Checkpoints
 from bsvae_jax.training.step import averaged
@@ -70,8 +70,8 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
 
 def _losses(network: VelocityNetwork, params: Any, latents: Array, keys: Array) -> Array:
     """Of each of the latents [B, L] at a time and with noise of its own key, [B]."""
-    time = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
-    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 2), latents.shape[1:]))(keys)
+    time = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), dtype=jnp.float32))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 2), latents.shape[1:], jnp.float32))(keys)
     velocity = lambda x, t: network.apply({"params": params}, x, t)  # noqa: E731
     return flow_matching_loss(velocity, latents, noise, time)  # type: ignore[arg-type]
 
@@ -85,7 +85,7 @@ def _window(
     def step(_: Array, carry: tuple[FlowState, Array]) -> tuple[FlowState, Array]:
         state, _ = carry
         keys = example_keys(jax.random.fold_in(key, state.step), example_positions(share, DATA_AXIS))
-        chosen = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 0), (), 0, len(latents)))(keys)
+        chosen = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 0), (), 0, len(latents), jnp.int32))(keys)
         loss = lambda params: jnp.mean(_losses(network, params, latents[chosen], keys))  # noqa: E731
         value, gradient = jax.lax.pmean(jax.value_and_grad(loss)(state.params), DATA_AXIS)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsvae_jax._io.files import as_path, digest, take_folder
-from bsvae_jax.config import FlowMatching, Spatial
+from bsvae_jax.config import FlowMatching
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages, fits
@@ -21,8 +21,8 @@ from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, lift, pad
 from bsvae_jax.errors import UserError, check_count
 from bsvae_jax.evaluation.scores import EVALUATION_BATCH
 from bsvae_jax.evaluation.trained import Restored
-from bsvae_jax.models.latent_map import latent_map
 from bsvae_jax.models.vae import VAE
+from bsvae_jax.random import make_key
 from bsvae_jax.training import fitted_prior
 from bsvae_jax.training.checkpoints import saved_steps
 from bsvae_jax.training.fit_flow import finish, fit_flow_matching
@@ -108,7 +108,8 @@ def fit_prior(
     if kind == "flow_matching":
         rows, columns = map_positions(run)
         velocity = FlowMatching(rows, columns, width, depth)
-    with contextlib.closing(take_folder(folder, "working")):
+    # Each kind has its own answer to what is not finite.
+    with contextlib.closing(take_folder(folder, "working")), jax.debug_nans(False), jax.debug_infs(False):
         identity: dict[str, Any] = {"checkpoint": digest(run.variables), "step": run.step, "seed": seed}
         there = None if overwrite else read_fitted(folder)
         if there is not None:
@@ -128,7 +129,7 @@ def fit_prior(
         kept, other = (
             _draw(mean[chosen], deviation[chosen], samples, generator) for chosen in (order[held_out:], order[:held_out])
         )
-        start = jax.random.fold_in(jax.random.key(seed), FIT_SALT)
+        start = jax.random.fold_in(make_key(seed), FIT_SALT)
         if velocity is None:
             fitted = fit_density(kind, kept, other, start, components)
         else:
@@ -146,10 +147,7 @@ def fit_prior(
 
 def map_positions(run: Restored) -> tuple[int, int]:
     """Rows and columns of the latent map; latents that are no map are one position."""
-    network = run.config.network
-    if not isinstance(network, Spatial):
-        return 1, 1
-    return latent_map(network, run.config.latent_size, *run.image_shape[:2])[:2]
+    return run.config.network.positions(run.config.latent_size, run.image_shape)
 
 
 def _check_trained(folder: Path, run: Restored, images: ImageSet) -> None:

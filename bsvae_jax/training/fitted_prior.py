@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Key
 from bsvae_jax import config as configs
 from bsvae_jax._io.files import read_arrays, write_atomically
 from bsvae_jax.errors import UserError, check_count, nearest
-from bsvae_jax.models import priors
+from bsvae_jax.random import make_key
 
 Kind = Literal["gaussian", "mixture", "flow", "flow_matching"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
@@ -100,7 +100,7 @@ class FittedPrior:
           UserError: a count below 1.
         """
         check_count("count", count)
-        module = priors.build(self.prior, self.latent_size)
+        module = self.prior.build(self.latent_size)
         drawn: Any = module.apply({"params": self.parameters}, key, count, method="sample")
         return drawn
 
@@ -113,7 +113,7 @@ class FittedPrior:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _log_prob(prior: configs.Prior, latent_size: int, parameters: Any, z: Array) -> Array:
-    density: Any = priors.build(prior, latent_size).apply({"params": parameters}, z, method="log_prob")
+    density: Any = prior.build(latent_size).apply({"params": parameters}, z, method="log_prob")
     return density
 
 
@@ -197,7 +197,7 @@ def _fit_mixture(latents: np.ndarray, components: int, key: Key[Array, ""]) -> d
         components,
         reg_covar=LEAST_VARIANCE,
         max_iter=MOST_ITERATIONS,
-        random_state=int(jax.random.bits(key)) % 2**31,
+        random_state=int(jax.random.bits(key, dtype=jnp.uint32)) % 2**31,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # what it has reached by then is a density all the same
@@ -207,7 +207,7 @@ def _fit_mixture(latents: np.ndarray, components: int, key: Key[Array, ""]) -> d
 
 
 def _fit_flow(prior: configs.Flow, latents: np.ndarray, held_out: np.ndarray, key: Key[Array, ""]) -> Any:
-    module = priors.build(prior, latents.shape[1])
+    module = prior.build(latents.shape[1])
     init_key, order_key = jax.random.split(key)
     z, other = jnp.asarray(latents, jnp.float32), jnp.asarray(held_out, jnp.float32)
     mean, scale = _scale(latents)
@@ -230,7 +230,7 @@ def _fit_flow(prior: configs.Flow, latents: np.ndarray, held_out: np.ndarray, ke
             updates, state = optimizer.update(jax.grad(loss)(params, z[chosen]), state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        order = jax.random.permutation(key, len(z))[: steps * batch].reshape(steps, batch)
+        order = jax.random.permutation(key, jnp.arange(len(z), dtype=jnp.int32))[: steps * batch].reshape(steps, batch)
         (params, state), _ = jax.lax.scan(step, (params, state), order)
         return params, state
 
@@ -290,9 +290,9 @@ def read_fitted(folder: Path) -> FittedPrior | None:
 
 
 def _check_parameters(fitted: FittedPrior) -> None:
-    module = priors.build(fitted.prior, fitted.latent_size)
+    module = fitted.prior.build(fitted.latent_size)
     like: Any = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), jnp.zeros((1, fitted.latent_size)), method="log_prob")["params"]
+        lambda: module.init(make_key(0), jnp.zeros((1, fitted.latent_size)), method="log_prob")["params"]
     )
     wanted: Mapping[Any, Any] = {name: leaf.shape for name, leaf in flatten_dict(like).items()}
     if wanted != {name: leaf.shape for name, leaf in flatten_dict(fitted.parameters).items()}:

@@ -16,7 +16,7 @@ from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.models import pytorch
 from bsvae_jax.models._state_dict import read_state_dict
-from bsvae_jax.training.checkpoints import Checkpoints
+from bsvae_jax.training.checkpoints import Checkpoints, check_place
 from bsvae_jax.training.step import build_model, check_against_data, create_state
 from bsvae_jax.training.workdir import describe_run
 
@@ -86,6 +86,7 @@ def import_torch(path: str | Path, config: Config, workdir: str | Path) -> Impor
 
 
 def _check_unused(folder: Path) -> None:
+    check_place(folder, "choose another --workdir")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --workdir must name a folder.")
     if folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from bsvae_jax.config import CONVOLUTIONAL, Config
+from bsvae_jax.config import Config
 from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder
 from bsvae_jax.data.prefetch import AHEAD, DeviceImages, Stream, fits, streamed_window
 from bsvae_jax.data.shuffle import steps_through
@@ -32,20 +32,23 @@ from bsvae_jax.distributed.mesh import (
     replicate,
     stack,
 )
+from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.scores import EVALUATION_BATCH, SplitScores, score_members, split_key
 from bsvae_jax.models.vae import VAE
-from bsvae_jax.objective import elbo
 from bsvae_jax.random import arranged
 from bsvae_jax.training.step import (
     StepMetrics,
     TrainState,
-    build_knobs,
+    build_hyperparameters,
     build_model,
     create_state,
     run_steps,
     run_streamed_steps,
     steps_per_dispatch,
 )
+
+_DEFAULT = 0.5
+"""In place of every number of a decoder variance that a program takes as an array."""
 
 
 def program_config(config: Config) -> Config:
@@ -59,7 +62,7 @@ def program_config(config: Config) -> Config:
         beta=1.0,
         seed=0,
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0),
-        decoder_variance=elbo.Constant() if isinstance(model, elbo.Constant) else model,
+        decoder_variance=dataclasses.replace(model, **dict.fromkeys(model.traced, _DEFAULT)),
     )
 
 
@@ -88,7 +91,8 @@ def lift_training(config: Config, data: DataShape, mesh: Mesh, driving: Driving,
         donate=(0,),
         driving=driving,
         shared=(1, 3) if resident else (2,),
-        convolutional=isinstance(config.network, CONVOLUTIONAL),
+        convolutional=config.network.convolutional,
+        by=config.device_map,
     )
 
 
@@ -115,15 +119,15 @@ def abstract_arguments(
 
     program = program_config(config)
     total = steps_through(config.epochs, data.train, config.batch_size)
-    one = jax.eval_shape(lambda: (create_state(program, program_model(program, data), total), build_knobs(program)))
-    state, knobs = jax.tree.map(lambda leaf: abstract((*slots, *leaf.shape), leaf.dtype, *member), one)
+    one = jax.eval_shape(lambda: (create_state(program, program_model(program, data), total), build_hyperparameters(program)))
+    state, hyperparameters = jax.tree.map(lambda leaf: abstract((*slots, *leaf.shape), leaf.dtype, *member), one)
     count = abstract((), jnp.int32)
     if resident:
         images = abstract((data.train, math.prod(data.image_shape)), data.dtype)
         order = abstract((*slots, window, config.batch_size), jnp.int32, *member, None, DATA_AXIS)
-        return state, images, order, count, knobs
+        return state, images, order, count, hyperparameters
     shape = (*slots, window, config.batch_size, *data.image_shape)
-    return state, abstract(shape, data.dtype, *member, None, DATA_AXIS), count, knobs
+    return state, abstract(shape, data.dtype, *member, None, DATA_AXIS), count, hyperparameters
 
 
 class Program:
@@ -193,11 +197,11 @@ class Program:
             windows = [window[:, self._arrangement] for window in windows]
         return self.pack(windows)
 
-    def take_steps(self, state: TrainState, batches: Any, count: int, knobs: Any) -> tuple[TrainState, StepMetrics]:
+    def take_steps(self, state: TrainState, batches: Any, count: int, hyperparameters: Any) -> tuple[TrainState, StepMetrics]:
         """The first `count` steps of a window of `batches`; the state's memory is reused."""
         train = self.splits["train"].resident
         data = (batches,) if train is None else (train, batches)
-        return self._run_steps(state, *data, np.int32(count), knobs)
+        return self._run_steps(state, *data, np.int32(count), hyperparameters)
 
     def _arguments(self, members: int) -> tuple[Any, ...]:
         data, window = self.data, self.window
@@ -205,6 +209,8 @@ class Program:
 
     def compile(self) -> Any:
         """The compiled training program of one model, which `take_steps` runs from now on."""
+        if self.config.device_map == "pmap":
+            raise UserError("A program of pmap is compiled at its first call; choose device_map shard_map to look at it.")
         self._run_steps = self._run_steps.lower(*self._arguments(1)).compile()
         return self._run_steps
 

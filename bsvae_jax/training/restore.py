@@ -1,5 +1,6 @@
 """Opening a run that `fit` wrote: its model, variables and config, ready to use."""
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -7,16 +8,20 @@ import jax
 
 from bsvae_jax._io.files import as_path, digest
 from bsvae_jax._io.terminal import warn
+from bsvae_jax.config import Config, load_module
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.training.checkpoints import Checkpoints
 from bsvae_jax.training.fitted_prior import FILE, read_fitted
 from bsvae_jax.training.step import PRIOR, build_model, create_state
-from bsvae_jax.training.workdir import read_calibration, read_info
+from bsvae_jax.training.workdir import check_switches, read_calibration, read_info
 
 
 def restore(
-    workdir: str | Path, checkpoint: Literal["latest", "best"] = "latest", prior: Literal["model", "fitted"] = "model"
+    workdir: str | Path,
+    checkpoint: Literal["latest", "best"] = "latest",
+    prior: Literal["model", "fitted"] = "model",
+    config: str | Path | Config | None = None,
 ) -> Restored:
     """Open a run.
 
@@ -25,7 +30,9 @@ def restore(
       checkpoint: 'latest' (the end of training), or 'best' (least held-out objective: chosen on the test split, so its test
         numbers are slightly optimistic). A damaged latest one is reported on stderr, and the one before is used.
       prior: 'model' (as it was trained), or 'fitted': the density that `fit_prior` fitted to this checkpoint takes its place,
-        in `model.prior` and among the variables; `config` still says how the model was trained.
+        in `model.prior` and among the variables; the run's `config` still says how the model was trained.
+      config: where the classes are that the run was trained with and the library does not have: the Python file that defines
+        them, or a `Config` made of them. A run folder never imports code by itself. Not needed once they are imported.
 
     >>> import tempfile
     >>> import bsvae_jax as bv
@@ -45,9 +52,12 @@ def restore(
         raise UserError(f"prior must be 'model' or 'fitted', got {prior!r}.")
     if checkpoint not in ("latest", "best"):
         raise UserError(f"checkpoint must be 'latest' or 'best', got {checkpoint!r}.")
-    info = read_info(folder)
+    if config is not None and not isinstance(config, Config):
+        load_module(as_path(config, "config"))
+    info = read_info(folder, config if isinstance(config, Config) else None)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} has no checkpoint yet; train it with bsvae train.")
+    check_switches(folder, info)
     model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
     target = jax.eval_shape(lambda: create_state(info.config, model, 1).arrays())
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device()), target)
@@ -78,7 +88,10 @@ def _with_fitted_prior(folder: Path, run: Restored, checkpoint: str) -> Restored
             f"(step {run.step}). {again} --overwrite fits one to these."
         )
     params = {**run.variables["params"], PRIOR: fitted.parameters}
-    return run._replace(model=run.model.clone(prior=fitted.prior), variables={**run.variables, "params": params})
+    return run._replace(
+        model=run.model.clone(prior=dataclasses.replace(fitted.prior, latent_size=fitted.latent_size)),
+        variables={**run.variables, "params": params},
+    )
 
 
 def _one_device() -> jax.sharding.Sharding:

@@ -12,26 +12,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from bsvae_jax import config as configs
+from bsvae_jax import objective
 from bsvae_jax.config import Config
 from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder, augment
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.errors import UserError, check_kind
-from bsvae_jax.models.latent_map import latent_map
-from bsvae_jax.models.vae import VAE
-from bsvae_jax.objective import elbo as objective
-from bsvae_jax.random import example_keys, example_positions
+from bsvae_jax.models.vae import VAE, build_vae
+from bsvae_jax.random import check_key, example_keys, example_positions, make_key, wrap_key
 
 LOG_EVERY = 50
 """Steps over which one training row of the metrics is averaged, at most."""
 
 ORDER_SALT = 2**31 - 1
 """Folded into the key of a run for the order of its data."""
+
+LOG_VARIANCE_RATE = 10.0
+"""Learning rate of the trained log-variance of `Learned`, in units of the others'. Adam moves it by no more than the rate a
+step, and it has to fall by 3 to 8: at the rate of weights, which move by tenths, it arrives after training has ended."""
 
 PRIOR = "prior_model"
 """Where the parameters of a prior lie among those of a `VAE`."""
@@ -66,6 +68,44 @@ class TrainState(struct.PyTreeNode):
     parts: int = struct.field(pytree_node=False, default=1)
     """Parts of a batch that follow one another (`Config.gradient_accumulation`)."""
 
+    @classmethod
+    def create(cls, model: VAE, optimizer: optax.GradientTransformation, key: Key[Array, ""], example: Array) -> "TrainState":
+        """The state of any `VAE` before its first step, for `train_step` without a `Config`.
+
+        Args:
+          model: the VAE.
+          optimizer: any of optax, with its own learning rate.
+          key: decides the initial parameters, and all randomness of the run.
+          example: a batch of the data, [B, ...]; only its shape and type are looked at.
+
+        >>> from bsvae_jax.models import MLP, build_vae
+        >>> x = jnp.ones((4, 8, 8, 1))
+        >>> state = TrainState.create(build_vae(MLP((8,)), 2, (8, 8, 1)), optax.adamw(1e-3), jax.random.key(0), x)
+        >>> state, metrics = jax.jit(train_step)(state, x, jax.random.key(1), beta=1.0)
+        >>> int(state.step)
+        1
+
+        Raises:
+          UserError: something that is no VAE, no optimizer or no key, or modules that do not fit the example.
+        """
+        check_kind("model", model, VAE, "bsvae_jax.VAE(encoder, decoder, prior)")
+        check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-3), say")
+        check_key(key)
+        init_key, run_key = jax.random.split(key)
+        variables = jax.jit(model.clone(axis_name=None).init)(init_key, jnp.zeros(jnp.shape(example), example.dtype), init_key)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        return cls(
+            jnp.zeros((), jnp.int32),
+            params,
+            batch_stats,
+            optimizer.init(params),
+            None,
+            run_key,
+            jnp.float32(1.0),
+            model,
+            optimizer,
+        )
+
     def variables(self) -> dict[str, Any]:
         """The variables to evaluate with: the averaged parameters where there are any."""
         params = self.params if self.ema_params is None else self.ema_params
@@ -87,16 +127,16 @@ class TrainState(struct.PyTreeNode):
         """The inverse of `arrays`."""
         ema = None if self.ema_params is None else arrays["ema_params"]
         rest = {name: arrays[name] for name in ("step", "params", "batch_stats", "optimizer_state")}
-        return self.replace(**rest, ema_params=ema, key=jax.random.wrap_key_data(arrays["key"]))
+        return self.replace(**rest, ema_params=ema, key=wrap_key(arrays["key"]))
 
 
-class Knobs(NamedTuple):
+class Hyperparameters(NamedTuple):
     """The numbers of the objective that a compiled step takes as arrays."""
 
     beta: Float[Array, "*members"]
     """Weight of the rate."""
-    variance: Float[Array, "*members"] | None
-    """The decoder variance of `Constant`; None for every other model."""
+    variance: dict[str, Float[Array, "*members"]]
+    """Fields of the decoder variance by name: those that it lists as `traced`."""
 
 
 class StepMetrics(NamedTuple):
@@ -118,7 +158,7 @@ def train_step(
     images: Float[Array, "batch height width channels"],
     key: Key[Array, ""],
     beta: float | Float[Array, ""],
-    variance: float | Float[Array, ""] | None = None,
+    variance: Mapping[str, Any] | float | Float[Array, ""] | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """One step of gradient descent on `distortion + beta * rate`. Pure; jit, pmap or shard_map it.
 
@@ -131,7 +171,8 @@ def train_step(
       images: [B, H, W, C] in [0, 1].
       key: for the posterior samples; each example takes its own by its position in the global batch.
       beta: weight of the rate, may be traced.
-      variance: in place of the `Constant` decoder variance of the model, may be traced; None: the model's own.
+      variance: fields of the decoder variance by name, in place of the model's own, may be traced; one number is the field
+        `variance`, which `Constant` has. None: the model's own.
 
     Returns:
       The state after the step, and the metrics of the batch before it: nats per example, `mse` and `variance` in squared
@@ -151,7 +192,14 @@ def train_step(
     """
     check_kind("state", state, TrainState)
     axis_name = state.model.axis_name
-    model = state.model if variance is None else state.model.clone(decoder_variance=objective.Constant(variance))
+    model = state.model
+    if variance is not None:
+        fields = variance if isinstance(variance, Mapping) else {"variance": variance}
+        unknown = fields.keys() - {field.name for field in dataclasses.fields(model.decoder_variance)}
+        if unknown:
+            raise UserError(f"{type(model.decoder_variance).__name__} has no field {min(unknown)!r} to replace.")
+        if fields:
+            model = model.clone(decoder_variance=dataclasses.replace(model.decoder_variance, **fields))
 
     def loss(params: Any) -> tuple[Float[Array, ""], tuple[objective.ElboTerms, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -160,13 +208,16 @@ def train_step(
         else:
             terms, updates = model.apply(variables, images, key, train=True, method="elbo_terms", mutable=["batch_stats"])
             batch_stats = updates.get("batch_stats", {})
-        return objective.mean_objective(terms, beta), (terms, batch_stats)
+        # The average over the devices, so that gradients are right where JAX sums them itself (shard_map's check_vma).
+        return objective.mean_objective(terms, beta, axis_name), (terms, batch_stats)
 
     (value, (terms, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     means = {name: jnp.mean(term) for name, term in terms._asdict().items()} | {"objective": value}
     gradient, means = objective.mean_over_devices((gradient, means), axis_name)
     updates, optimizer_state = state.optimizer.update(gradient, state.optimizer_state, state.params)
     updates = jax.tree.map(lambda update: state.learning_rate * update, updates)
+    if "log_variance" in updates:
+        updates = {**updates, "log_variance": LOG_VARIANCE_RATE * updates["log_variance"]}
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None and state.ema_decay is not None:
@@ -228,6 +279,12 @@ def averaged(average: Any, params: Any, step: Array, decay: float) -> Any:
     return optax.incremental_update(params, average, 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step)))
 
 
+def data_shape_of(model: VAE) -> tuple[int, ...]:
+    """Shape of one example; of a model that was built from a config, which knows it."""
+    assert model.data_shape is not None, "build_model says it"
+    return model.data_shape
+
+
 def data_order(state: TrainState, images: ImageSet, batch_size: int) -> ShuffledOrder:
     """The order in which a run takes its training images."""
     return ShuffledOrder(jax.random.fold_in(state.key, ORDER_SALT), len(images.train), batch_size)
@@ -252,7 +309,7 @@ def run_steps(
     images: Array,
     order: Int[Array, "steps batch"],
     count: Int[Array, ""],
-    knobs: Knobs,
+    hyperparameters: Hyperparameters,
     *,
     levels: int,
     augmentation: configs.Augmentation,
@@ -265,28 +322,30 @@ def run_steps(
         while the images of a four-dimensional array may be laid out anew at every call, padded to the registers of a TPU.
       order: this device's share of the indices of each step's batch, [steps, B].
       count: how many of the steps to take.
-      knobs: beta and, for `Constant`, the decoder variance.
+      hyperparameters: beta, and numbers of the decoder variance.
       levels: grey levels of stored uint8 images.
       augmentation: random changes of the images.
     """
 
-    def stored(i: Any) -> Array:
-        return images[order[i]].reshape(-1, *state.model.image_shape)
+    shape = data_shape_of(state.model)
 
-    return _run_steps(state, stored, len(order), count, knobs, levels, augmentation)
+    def stored(i: Any) -> Array:
+        return images[order[i]].reshape(-1, *shape)
+
+    return _run_steps(state, stored, len(order), count, hyperparameters, levels, augmentation)
 
 
 def run_streamed_steps(
     state: TrainState,
     batches: Array,
     count: Int[Array, ""],
-    knobs: Knobs,
+    hyperparameters: Hyperparameters,
     *,
     levels: int,
     augmentation: configs.Augmentation,
 ) -> tuple[TrainState, StepMetrics]:
     """`run_steps` on images that come with the call: this device's share of each step's batch, [steps, B, H, W, C]."""
-    return _run_steps(state, lambda i: batches[i], len(batches), count, knobs, levels, augmentation)
+    return _run_steps(state, lambda i: batches[i], len(batches), count, hyperparameters, levels, augmentation)
 
 
 def _run_steps(
@@ -294,13 +353,13 @@ def _run_steps(
     stored: Callable[[Any], Array],
     steps: int,
     count: Int[Array, ""],
-    knobs: Knobs,
+    hyperparameters: Hyperparameters,
     levels: int,
     augmentation: configs.Augmentation,
 ) -> tuple[TrainState, StepMetrics]:
     def step(i: Any, state: TrainState) -> tuple[TrainState, StepMetrics]:
         batch, posterior_key = prepare_batch(state, stored(i), levels, augmentation)
-        return train_step(state, batch, posterior_key, knobs.beta, knobs.variance)
+        return train_step(state, batch, posterior_key, hyperparameters.beta, hyperparameters.variance)
 
     if steps == 1:  # without a loop: on CPU, XLA's fast convolutions do not run inside one
         state, metrics = step(0, state)
@@ -357,40 +416,32 @@ def _unit_optimizer(optimizer: configs.Optimizer, steps: int, learned_prior: boo
     return optax.chain(optax.clip_by_global_norm(optimizer.gradient_clip), adamw)
 
 
-def with_data_floor(decoder_variance: objective.DecoderVariance, step: float) -> objective.DecoderVariance:
-    """The decoder-variance model with its floor taken from the data's quantisation step where it is left open."""
-    if isinstance(decoder_variance, objective.Constant) or decoder_variance.floor is not None:
-        return decoder_variance
-    return dataclasses.replace(decoder_variance, floor=objective.quantization_variance(step))
-
-
 def build_model(
-    config: Config, image_shape: tuple[int, int, int], step: float = 1.0 / 255.0, axis_name: str | None = None
+    config: Config, data_shape: tuple[int, ...], bin_width: float = 1.0 / 255.0, axis_name: str | None = None, dtype: Any = None
 ) -> VAE:
-    """The VAE of a config for images of a shape and quantisation step."""
-    return VAE(
-        image_shape=image_shape,
-        latent_size=config.latent_size,
-        network=config.network,
-        decoder_variance=with_data_floor(config.decoder_variance, step),
-        prior=config.prior,
-        axis_name=axis_name,
-        dtype=jnp.dtype(config.precision),
-        rematerialize=config.rematerialize,
+    """The VAE of a config for data of a shape and grid spacing; `dtype`: in place of the config's precision."""
+    return build_vae(
+        config.network,
+        config.latent_size,
+        data_shape,
+        config.decoder_variance.with_floor(bin_width),
+        config.prior,
+        axis_name,
+        jnp.dtype(config.precision) if dtype is None else dtype,
+        config.rematerialize,
     )
 
 
-def build_knobs(config: Config) -> Knobs:
+def build_hyperparameters(config: Config) -> Hyperparameters:
     """The numbers of a config's objective."""
     model = config.decoder_variance
-    variance = jnp.float32(model.variance) if isinstance(model, objective.Constant) else None
-    return Knobs(jnp.float32(config.beta), variance)
+    return Hyperparameters(jnp.float32(config.beta), {name: jnp.float32(getattr(model, name)) for name in model.traced})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _initial_arrays(model: VAE, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> tuple[Any, Any, Any]:
     """Compiled once for all the members of a sweep."""
-    variables = model.init(key, jnp.zeros((2, *model.image_shape)), key)
+    variables = model.init(key, jnp.zeros((2, *data_shape_of(model))), key)
     return variables["params"], variables.get("batch_stats", {}), optimizer.init(variables["params"])
 
 
@@ -405,15 +456,14 @@ def create_state(
 
     The pseudo-inputs of a `VampPrior` are training images of `images`, chosen by the seed; without them noise around grey.
     """
-    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    init_key, run_key = jax.random.split(make_key(config.seed))
     optimizer = build_optimizer(config.optimizer, steps, not isinstance(config.prior, configs.StandardNormal))
     if variables is None:
         params, batch_stats, optimizer_state = _initial_arrays(model.clone(axis_name=None), optimizer, init_key)
-        if isinstance(config.prior, configs.VampPrior) and images is not None:
-            generator = np.random.default_rng(config.seed)
-            chosen = np.sort(generator.choice(len(images.train), config.prior.pseudo_inputs, replace=False))
-            pseudo_inputs = to_unit_interval(jnp.asarray(images.train[chosen]), images.levels)
-            params = {**params, PRIOR: {"pseudo_inputs": pseudo_inputs}}
+        started = None if images is None else config.prior.initial_parameters(images.train, config.seed)
+        if started is not None and images is not None:
+            own = {name: to_unit_interval(jnp.asarray(values), images.levels) for name, values in started.items()}
+            params = {**params, PRIOR: {**params[PRIOR], **own}}
     else:
         params, batch_stats = variables["params"], variables["batch_stats"]
         optimizer_state = jax.jit(optimizer.init)(params)
@@ -438,7 +488,7 @@ def steps_per_dispatch(config: Config, platform: str) -> int:
     """Steps in one compiled call: one for convolutions on CPU, which XLA runs slowly inside loops; else `LOG_EVERY`."""
     if config.steps_per_dispatch is not None:
         return config.steps_per_dispatch
-    return 1 if platform == "cpu" and isinstance(config.network, configs.CONVOLUTIONAL) else LOG_EVERY
+    return 1 if platform == "cpu" and config.network.convolutional else LOG_EVERY
 
 
 def check_against_data(config: Config, images: ImageSet) -> None:
@@ -449,11 +499,7 @@ def check_against_data(config: Config, images: ImageSet) -> None:
     """
     if config.batch_size > len(images.train):
         raise UserError(f"batch_size {config.batch_size} exceeds the {len(images.train)} training images of {images.name}.")
-    if isinstance(config.prior, configs.VampPrior) and config.prior.pseudo_inputs > len(images.train):
-        raise UserError(
-            f"prior.pseudo_inputs {config.prior.pseudo_inputs} exceeds the {len(images.train)} training images of "
-            f"{images.name}, of which the pseudo-inputs begin as copies; choose fewer."
-        )
+    config.prior.check(len(images.train))
     check_against_shape(config, images.shape)
 
 
@@ -466,5 +512,4 @@ def check_against_shape(config: Config, data: DataShape) -> None:
     pixels = math.prod(data.image_shape)
     if config.latent_size > pixels:
         raise UserError(f"latent_size {config.latent_size} exceeds the {pixels} pixels of an image.")
-    if isinstance(config.network, configs.Spatial):
-        latent_map(config.network, config.latent_size, *data.image_shape[:2])
+    config.network.check(config.latent_size, data.image_shape)

@@ -1,244 +1,333 @@
-"""The trainer: drives one run, or several members of a sweep at once, to their last step, and `fit`, which does a whole run.
+"""The loop: takes one run, or several members of a sweep at once, to their last step; reports, evaluates and saves on the way.
 
-`Program` is what is compiled and what lies on the devices; `Trainer` is the loop that reports, evaluates and saves.
+From `fit` to the arithmetic: `fit` -> `Trainer.train` -> `Program.take_steps` -> `step.run_steps` -> `step.train_step`.
 """
 
+import contextlib
+import dataclasses
 import math
 import signal
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsvae_jax._io.files import as_path
-from bsvae_jax._io.terminal import ProgressBar
-from bsvae_jax.config import Config, to_dict
-from bsvae_jax.data import ImageSet, load
+from bsvae_jax import objective
+from bsvae_jax._io.terminal import log
+from bsvae_jax.config import Config
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed import multihost
-from bsvae_jax.distributed.hardware import check_precision
-from bsvae_jax.distributed.lifeline import lifeline
-from bsvae_jax.distributed.mesh import data_mesh, describe_devices
-from bsvae_jax.distributed.preemption import Stop, stop_on_signals
-from bsvae_jax.errors import DivergenceError, UserError, check_kind
+from bsvae_jax.distributed.preemption import Stop
+from bsvae_jax.errors import DivergenceError, UserError
 from bsvae_jax.evaluation.diagnosis import diagnose
 from bsvae_jax.evaluation.metrics import Report, summarize
 from bsvae_jax.evaluation.scores import SplitScores, calibrate
-from bsvae_jax.objective import elbo
+from bsvae_jax.training.callbacks import Callback, Callbacks, Run
 from bsvae_jax.training.failed_step import failing_step
-from bsvae_jax.training.follower import Follower
+from bsvae_jax.training.metrics_log import MetricsRow
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.step import (
     LOG_EVERY,
     StepMetrics,
     TrainState,
-    build_knobs,
-    check_against_data,
+    build_hyperparameters,
     create_state,
     data_order,
     learning_rate_schedule,
 )
-from bsvae_jax.training.workdir import RunDirectory, evaluation_at, write_evaluation
+from bsvae_jax.training.workdir import RunDirectory, evaluation_at
+
+Extras = Callable[[TrainState], Callable[[int, SplitScores], None]]
+"""Given the state that is evaluated, what is called with a member's index and test scores before its evaluation is written."""
 
 
-class Member(NamedTuple):
+@dataclasses.dataclass
+class Member:
     """One run among those trained together."""
 
     config: Config
-    run: RunDirectory | Follower
+    run: RunDirectory
+    failure: DivergenceError | None = None
+    """Why it diverged."""
+    report: Report | None = None
+    """Of its last step, once it has taken it or a callback has stopped it."""
+    skipped: int = 0
+    """Steps in a row that were not finite and left out."""
+    findings: set[str] = dataclasses.field(default_factory=set)
+    """What was wrong with the model at the last evaluation."""
+
+
+class Requests(NamedTuple):
+    """Why training is to pause between two steps, in any process."""
+
+    signaled: bool
+    """A signal asks to stop."""
+    asked: bool
+    """A callback asks to stop a member."""
+    raised: bool
+    """A callback has raised an error."""
 
 
 class Trainer:
     """Trains the members of one program from wherever their folders are to the end."""
 
-    def __init__(self, program: Program, members: Sequence[Member], bar: ProgressBar, stop: Stop):
+    def __init__(
+        self,
+        program: Program,
+        members: Sequence[Member],
+        callbacks: Sequence[Callback],
+        stop: Stop,
+        extras: Extras | None = None,
+    ):
         """All members stand at the same step; one member if the program's driving is 'loop'. `stop` may ask to stop."""
-        self.program, self.members, self.bar, self.stop = program, members, bar, stop
+        self.program, self.members, self.stop, self.extras = program, members, stop, extras
         self.configs = [member.config for member in members]
-        self.failures: list[DivergenceError | None] = [None] * len(members)
+        self.callbacks = Callbacks(callbacks if multihost.is_primary() else [])
         # Read back once, here: in the loop it would wait for the steps in flight.
         self.learning_rates = [
             np.asarray(jax.vmap(learning_rate_schedule(config.optimizer, program.total))(jnp.arange(program.total)))
             for config in self.configs
         ]
+        self._asked: dict[int, str] = {}  # which members are to stop, and why
+        self._runs: list[Run] = []
         self._test_scores: dict[int, list[SplitScores]] = {}
-        self._cut: list[_MetricsRow] = []
-        self._skipped = [0] * len(members)
-        self._ailing: list[set[str]] = [set() for _ in members]
 
     def train(self, at: int | None = None) -> TrainState:
-        """Run to the last step.
+        """Run to the last step, or to where callbacks stop the last member, and evaluate; the state there.
 
         Args:
           at: step whose checkpoints to continue from; None: the newest of the only member.
 
         Raises:
-          DivergenceError: every member diverged. If only some do, `failures` says so and the others go on.
-          Interrupted: a signal asked to stop; the step in flight is finished and saved.
+          DivergenceError: every member diverged. If only some do, `Member.failure` says so and the others go on.
+          Interrupted: a signal asked to stop; the steps in flight are finished and saved.
+          CallbackError: a callback raised an error; the steps in flight are finished and saved.
           UserError: the disk is full, so that the last step could not be saved.
         """
-        program = self.program
-        states = [self._begin(member, at) for member in self.members]
-        step = int(states[0].step)
-        orders = {
-            state_config.seed: data_order(state, program.images, program.config.batch_size)
-            for state, state_config in zip(states, self.configs, strict=True)
-        }
-        state = program.pack(states)
-        del states
-        knobs = program.pack([build_knobs(config) for config in self.configs])
-        config, count = program.config, len(program.images.train)
-        finished = next(e for e in range(config.epochs, -1, -1) if steps_through(e, count, config.batch_size) <= step)
-        ends = [steps_through(e, count, config.batch_size) for e in range(finished + 1, config.epochs + 1)]
-        starts = _window_starts(step, ends, program.window)
-        saved = True
-        with program.batches([orders[config.seed] for config in self.configs], starts) as batches:
-            for epoch, end in enumerate(ends, finished + 1):
-                state, step = self._epoch(state, batches, knobs, step, end, epoch)
-                stopping = self._stopping()
-                if step == end and (epoch % config.evaluate_every == 0 or epoch == config.epochs):
-                    saved = self._evaluate_and_save(state, step, epoch)
-                elif stopping:
-                    saved = self._save_unevaluated(state, step)
-                if step == program.total or stopping:
-                    settled = [member.run.settle() for member in self.members]
-                    saved = saved and all(settled)
-                if step < program.total and stopping:
-                    self.stop.check(
-                        f"stopped after step {step} of {program.total}" + ("" if saved else ", which could not be saved")
-                    )
-        if not saved:
-            raise UserError(
-                f"The disk of {self.members[0].run.folder} is full: the end of training could not be saved. "
-                "Free some space and repeat the command; it continues from the last good checkpoint."
-            )
+        program, config, count = self.program, self.program.config, len(self.program.images.train)
+        # What is not finite is looked for here, and its step is kept; JAX's own check would end the run before that.
+        with jax.debug_nans(False), jax.debug_infs(False), self._told_the_end():
+            states = [self._begin(member, at) for member in self.members]
+            step, saved = int(states[0].step), True
+            orders = {
+                own.seed: data_order(state, program.images, own.batch_size)
+                for own, state in zip(self.configs, states, strict=True)
+            }
+            state, hyperparameters = program.pack(states), program.pack([build_hyperparameters(own) for own in self.configs])
+            del states
+            finished = next(e for e in range(config.epochs, -1, -1) if steps_through(e, count, config.batch_size) <= step)
+            ends = [steps_through(e, count, config.batch_size) for e in range(finished + 1, config.epochs + 1)]
+            self._start(state, step)
+            starts = _window_starts(step, ends, program.window)
+            with program.batches([orders[own.seed] for own in self.configs], starts) as batches:
+                for epoch, end in enumerate(ends, finished + 1):
+                    while step < end and self._active():
+                        state, step = self._epoch(state, batches, hyperparameters, step, end, epoch)
+                        evaluated = step == end and (epoch % config.evaluate_every == 0 or epoch == config.epochs)
+                        if evaluated:
+                            saved = self._evaluate_and_save(state, step, epoch)
+                        saved = self._answer(state, step, epoch, evaluated, saved)
+            if not saved:
+                raise UserError(
+                    f"The disk of {self.members[0].run.folder} is full: the end of training could not be saved. "
+                    "Free some space and repeat the command; it continues from the last good checkpoint."
+                )
+            self._finish(state, step, self._active())
+        self.callbacks.raise_error("The run has come to its end.")
         return state
 
     def _begin(self, member: Member, at: int | None) -> TrainState:
-        """The state to continue from, the writer's in every process."""
+        """The state to continue from, the primary process's in all of them."""
         new = create_state(member.config, self.program.model, self.program.total, images=self.program.images)
-        state = multihost.in_writer(lambda: member.run.resume(new, at), new)
-        return state if multihost.alone() else state.with_arrays(multihost.from_writer(state.arrays()))
+        state = multihost.on_primary(lambda: member.run.resume(new, at), new)
+        return state if multihost.is_only() else state.with_arrays(multihost.from_primary(state.arrays()))
 
-    def _stopping(self) -> bool:
-        """Whether a signal has asked any process to stop; all of them ask at the same places."""
-        stopping = multihost.anywhere(self.stop.number is not None)
-        if stopping and self.stop.number is None:
-            self.stop.number = signal.SIGTERM
-        return stopping  # what was agreed: a signal may have come in the meantime
+    def _start(self, state: TrainState, step: int) -> None:
+        """Tell the callbacks, and finish those members that a callback has stopped here before."""
+        for index, (config, run) in enumerate((member.config, member.run) for member in self.members):
+            self._runs.append(Run(run.folder.name, run.folder, config, step, self.program.total))
+            self._call(index, "on_start", run.history())
+        stopped = [multihost.in_any_process(member.run.stopped_step() == step)[0] for member in self.members]
+        self._finish(state, step, [index for index, here in enumerate(stopped) if here])
+        if self._requests().raised:
+            self.callbacks.raise_error("Nothing was trained.")
+            raise multihost.primary_has_stopped()
+
+    @contextlib.contextmanager
+    def _told_the_end(self) -> Iterator[None]:
+        """After the block, however it ends, callbacks are told so of every run whose start they were told."""
+        try:
+            yield
+        finally:
+            for member, run in zip(self.members, self._runs, strict=False):
+                self.callbacks.call("on_end", run, member.report or {})
+
+    def _active(self) -> list[int]:
+        """Indices of the members that are still trained."""
+        return [index for index, member in enumerate(self.members) if member.failure is None and member.report is None]
 
     def _epoch(
-        self, state: TrainState, batches: Callable[[int], Any], knobs: Any, step: int, end: int, epoch: int
+        self, state: TrainState, batches: Callable[[int], Any], hyperparameters: Any, step: int, end: int, epoch: int
     ) -> tuple[TrainState, int]:
-        """To step `end`, or to where a signal asks to stop; the state and its step."""
-        program = self.program
+        """To step `end`, or to the end of a row of metrics where something asks to pause; the state and its step."""
+        program, begin = self.program, step
+        row_steps = -(-LOG_EVERY // program.window) * program.window
         in_flight: deque[tuple[int, int, StepMetrics]] = deque()
-        rows = [_MetricsRow(epoch, program.config.batch_size) for _ in self.members]
-        for row, begun in zip(rows, self.members, strict=True):  # the beginning of a row that a signal has cut
-            if (values_before := begun.run.read_row(step)) is not None:
-                row.add(values_before)
-        while (going := step < end and not self._stopping()) or in_flight:  # one look: a signal may come at any time
+        rows = [MetricsRow(epoch, program.config.batch_size) for _ in self.members]
+        going = True
+        while going or in_flight:
             # Keep the device busy with a bounded number of dispatched calls while the oldest result is fetched.
-            while going and step < end and len(in_flight) < 2:
+            while going and len(in_flight) < 2:
+                if step == end or ((step - begin) % row_steps == 0 and any(self._requests())):
+                    going = False
+                    break
                 count = min(program.window, end - step)
                 # The whole window, whatever is left of the epoch: one program.
-                state, metrics = program.take_steps(state, batches(step), count, knobs)
+                state, metrics = program.take_steps(state, batches(step), count, hyperparameters)
                 step += count
                 in_flight.append((step, count, metrics))
+            if not in_flight:
+                break
             last, count, metrics = in_flight.popleft()
             # [terms, members, steps]
             values = np.stack([np.atleast_2d(value) for value in jax.device_get(metrics)])[:, : len(self.members), :count]
             for member, row in enumerate(rows):
                 self._check_finite(member, values[:, member], last - count)
                 row.add(values[:, member])
-            self.bar.update(count * program.config.batch_size * len(self.members))
-            if len(self.members) == 1:
-                self.bar.show(**{name: f"{rows[0].latest()[name]:.1f}" for name in ("objective", "distortion", "rate")})
+            for member in self._active():
+                self._call(member, "on_steps", last, rows[member].latest())
             if rows[0].steps >= LOG_EVERY or last == end:
-                for member, row in self._going(rows):
-                    rate = float(self.learning_rates[member][last - 1])
-                    run = self.members[member].run
-                    run.log({"step": last, **row.mean(), "learning_rate": rate}, images_per_second=row.images_per_second())
-                rows = [_MetricsRow(epoch, program.config.batch_size) for _ in self.members]
-        self._cut = rows
+                self._log(rows, last)
+                rows = [MetricsRow(epoch, program.config.batch_size) for _ in self.members]
         return state, step
 
-    def _going(self, values: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """Index and value of the members that have not diverged."""
-        return ((member, value) for member, value in enumerate(values) if self.failures[member] is None)
+    def _log(self, rows: Sequence[MetricsRow], step: int) -> None:
+        """Write a row of metrics of every member, and tell the callbacks."""
+        for member in self._active():
+            row = {"step": step, **rows[member].mean(), "learning_rate": float(self.learning_rates[member][step - 1])}
+            self.members[member].run.log(row)
+            self._call(member, "on_metrics", row | {"images_per_second": rows[member].images_per_second()})
 
-    def _fail_step(self, member: int, step: int, what: str) -> None:
-        """Training step `step` was not finite: it is kept, to be run again."""
-        config, run = self.members[member]
-        if isinstance(run, Follower):
-            return self._fail(member, step, what)
-        run.say(f"{what} Repeating the steps since the last checkpoint, to keep the state before it.")
-        file = run.save_failure(failing_step(config, self.program.images, self.program.total, step, run))
-        again = (
-            f" {file} holds the state and the batch of that step; to run it again:\n"
-            "    import jax, bsvae_jax as bv\n"
-            f"    with jax.debug_nans(True): bv.train_step(*bv.failed_step({str(run.folder)!r}))"
-        )
-        self._fail(member, step, what, again)
+    # --- What asks to pause -------------------------------------------------------------------------------------------
 
-    def _fail(self, member: int, step: int, what: str, also: str = "") -> None:
-        run = self.members[member].run
-        remedy = "A lower --optimizer.learning-rate or --optimizer.gradient-clip 1.0 usually helps."
-        message = f"{what} {run.last_checkpoint()} {remedy}{also}"
-        self.failures[member] = error = DivergenceError(message)
-        run.fail(step, message)
-        if None not in self.failures:
-            raise error
+    def _call(self, member: int, hook: str, *values: Any) -> None:
+        """Call a hook of all callbacks for a member, and note where one asks to stop it."""
+        reason = self.callbacks.call(hook, self._runs[member], *values)
+        if reason is not None:
+            self._asked.setdefault(member, reason)
+
+    def _requests(self) -> Requests:
+        """What signals and callbacks ask for in any process; all of them call this at the same places."""
+        own = Requests(self.stop.number is not None, bool(self._asked), self.callbacks.error is not None)
+        found = Requests(*multihost.in_any_process(*own))  # what was agreed: a signal may have come in the meantime
+        if found.signaled and self.stop.number is None:
+            self.stop.number = signal.SIGTERM
+        if found.asked and not self._asked:  # with several processes there is one member
+            self._asked[0] = "a callback in process 0"
+        return found
+
+    def _answer(self, state: TrainState, step: int, epoch: int, evaluated: bool, saved: bool) -> bool:
+        """Stop the members that callbacks ask to, or all of them where a signal came or a callback raised an error.
+
+        `evaluated` says whether all are evaluated and saved at this step, `saved` whether that succeeded; returns the latter.
+        """
+        requests, total = self._requests(), self.program.total
+        asked, self._asked = self._asked, {}
+        stopping = [member for member in self._active() if member in asked]
+        if stopping and step < total:
+            if not evaluated:
+                saved = self._evaluate_and_save(state, step, epoch, only=stopping)
+            if saved and all(self.members[member].run.settle() for member in stopping):
+                for member in stopping:
+                    self.members[member].run.stop(step, asked[member])
+                self._finish(state, step, stopping)
+        if (requests.signaled or requests.raised) and not evaluated:
+            saved = self._save_unevaluated(state, step)
+        if step == total or requests.signaled or requests.raised:
+            settled = [member.run.settle() for member in self.members]
+            saved = saved and all(settled)
+        if requests.raised:
+            where = f"The run is saved at step {step}, and the same call continues it." if saved else "It could not be saved."
+            self.callbacks.raise_error(where)
+            raise multihost.primary_has_stopped()
+        if requests.signaled and step < total and self._active():
+            self.stop.check(f"stopped after step {step} of {total}" + ("" if saved else ", which could not be saved"))
+        return saved
+
+    # --- What is not finite -------------------------------------------------------------------------------------------
 
     def _check_finite(self, member: int, values: np.ndarray, start: int) -> None:
-        allowed = self.configs[member].optimizer.skip_nonfinite
+        own, allowed = self.members[member], self.configs[member].optimizer.skip_nonfinite
         bad = ~np.isfinite(values).all(axis=0)
         for first in np.flatnonzero(bad).tolist():
-            before = 0 if first > 0 and not bad[first - 1] else self._skipped[member]
-            self._skipped[member] = before + 1
-            if self._skipped[member] <= allowed:
+            before = 0 if first > 0 and not bad[first - 1] else own.skipped
+            own.skipped = before + 1
+            if own.skipped <= allowed:
                 sentence = f"step {start + first + 1} is not finite and is left out; {allowed} in a row may be."
-                self.members[member].run.warn_once("skipped", f"{sentence} metrics.jsonl counts them.")
+                own.run.warn_once("skipped", f"{sentence} metrics.jsonl counts them.")
                 continue
-            if self.failures[member] is not None:
+            if member not in self._active():
                 return
             terms = ", ".join(f"{name} {value:g}" for name, value in zip(StepMetrics._fields, values[:, first], strict=True))
             self._fail_step(member, start + first + 1, f"Step {start + first + 1} is not finite: {terms}.")
             return
         if not bad[-1]:
-            self._skipped[member] = 0
+            own.skipped = 0
+
+    def _fail_step(self, member: int, step: int, what: str) -> None:
+        """Training step `step` was not finite: it is kept, to be run again."""
+        config, run = self.members[member].config, self.members[member].run
+
+        def keep() -> str:
+            log.info(f"{what} Repeating the steps since the last checkpoint, to keep the state before it.")
+            file = run.save_failure(failing_step(config, self.program.images, self.program.total, step, run))
+            return (
+                f" {file} holds the state and the batch of that step; to run it again:\n"
+                "    import jax, bsvae_jax as bv\n"
+                f"    with jax.debug_nans(True): bv.train_step(*bv.failed_step({str(run.folder)!r}))"
+            )
+
+        self._fail(member, step, what, multihost.on_primary(keep, ""))
+
+    def _fail(self, member: int, step: int, what: str, also: str = "") -> None:
+        own = self.members[member]
+        remedy = "A lower --optimizer.learning-rate or --optimizer.gradient-clip 1.0 usually helps."
+        message = f"{what} {own.run.last_checkpoint()} {remedy}{also}"
+        own.failure = DivergenceError(message)
+        own.run.fail(step, message)
+        if all(member.failure is not None for member in self.members):
+            raise own.failure
+
+    # --- Evaluation ---------------------------------------------------------------------------------------------------
 
     def _save_unevaluated(self, state: TrainState, step: int) -> bool:
-        """A checkpoint between evaluations, because a signal asks to stop; whether all could be saved."""
-        saved = []
-        for member, arrays in self._going(self.program.unpack(state.arrays(), len(self.members))):
-            run = self.members[member].run
-            if self._cut[member].steps:
-                run.save_row(step, self._cut[member].values())
-            saved.append(run.save(step, arrays, None))
+        """A checkpoint between evaluations, because training is interrupted; whether all could be saved."""
+        arrays = self.program.unpack(state.arrays(), len(self.members))
+        saved = [self._save(member, step, arrays[member], None) for member in self._active()]
         return all(saved)
 
-    def _evaluate_and_save(self, state: TrainState, step: int, epoch: int) -> bool:
-        """Whether all could be saved."""
+    def _save(self, member: int, step: int, arrays: Any, objective: float | None) -> bool:
+        saved = self.members[member].run.save(step, arrays, objective)
+        if saved:
+            self._call(member, "on_checkpoint", step)
+        return saved
+
+    def _evaluate_and_save(self, state: TrainState, step: int, epoch: int, only: Sequence[int] | None = None) -> bool:
+        """Evaluate the members that are trained, or `only` some, on the test set, and save them; whether all could be saved."""
         saved = []
         scores = list(self.program.score(state, "test", self.configs))
         arrays = self.program.unpack(state.arrays(), len(self.members))
-        for member, own in self._going(scores):
-            config, run = self.members[member]
+        for index in self._active() if only is None else only:
+            own, config = scores[index], self.configs[index]
+            member = self.members[index]
             distortion, rate = float(own.model_distortion.mean()), float(own.rate.mean())
             value = distortion + config.beta * rate
             if not math.isfinite(value):
-                self._fail(
-                    member,
-                    step,
-                    f"The held-out objective after step {step} is not finite: distortion {distortion:g}, rate {rate:g}.",
-                )
+                what = f"The held-out objective after step {step} is not finite: distortion {distortion:g}, rate {rate:g}."
+                self._fail(index, step, what)
                 continue
             row: dict[str, Any] = {
                 "step": step,
@@ -250,48 +339,44 @@ class Trainer:
                 "mse": float(own.squared_error.mean() / own.pixels),
                 "variance": own.model_variance,
             }
-            run.log(row)
+            member.run.log(row)
             findings = self._findings(own, config)
             for name, sentence in findings.items():
-                if name in self._ailing[member] or step == self.program.total:  # what the next evaluation heals is none
-                    run.warn_once(name, f"{name} after step {step}: {sentence}")
-            self._ailing[member] = set(findings)
-            saved.append(run.save(step, arrays[member], value))
-            if len(self.members) == 1:
-                self.bar.show(test=f"{value:.1f}")
+                if name in member.findings or step == self.program.total:  # what the next evaluation heals is none
+                    member.run.warn_once(name, f"{name} after step {step}: {sentence}")
+            member.findings = set(findings)
+            self._call(index, "on_evaluation", row)
+            saved.append(self._save(index, step, arrays[index], value))
         self._test_scores = {step: scores}
         return all(saved)
 
-    def finish(self, state: TrainState, also: Callable[[int, SplitScores], None] = lambda member, scores: None) -> list[Report]:
-        """Write calibration and evaluation of every member that has not diverged.
-
-        Args:
-          state: of the last step.
-          also: called with a member's index and test scores before its evaluation is written, which marks it as finished.
-
-        Returns:
-          The report of each member; empty for those that diverged.
-        """
-        step = self.program.total
-        test = self._test_scores.get(step) or self.program.score(state, "test", self.configs)
-        floor = elbo.quantization_variance(self.program.images.step)
-        reports: list[Report] = [{} for _ in self.members]
-        for member, (train_scores, test_scores) in enumerate(
-            zip(self.program.score(state, "train", self.configs), test, strict=True)
-        ):
-            if self.failures[member] is not None:
+    def _finish(self, state: TrainState, step: int, members: Sequence[int]) -> None:
+        """Write calibration and evaluation of members whose last step is `step`; what is there already is not made again."""
+        for index in members:
+            own = self.members[index]
+            report: Report = multihost.on_primary(lambda run=own.run: evaluation_at(run.folder, step), {})  # type: ignore[misc]
+            if self.extras is None and multihost.in_any_process({"train", "test"} <= set(report))[0]:
+                own.report = report
+        missing = [index for index in members if self.members[index].report is None]
+        if not missing:
+            return
+        test = self._test_scores.get(step) or list(self.program.score(state, "test", self.configs))
+        floor = objective.quantization_variance(self.program.images.step)
+        extra = self.extras(state) if self.extras is not None else None
+        for index, train_scores in enumerate(self.program.score(state, "train", self.configs)):
+            if index not in missing:
                 continue
-            config, run = self.members[member]
+            member, config = self.members[index], self.configs[index]
             calibration = calibrate(train_scores, step, floor)
-            run.write_calibration(calibration)
-            reports[member] = {
+            member.run.write_calibration(calibration)
+            report = {
                 "train": summarize(train_scores, config.beta, calibration),
-                "test": summarize(test_scores, config.beta, calibration),
+                "test": summarize(test[index], config.beta, calibration),
             }
-            also(member, test_scores)
-            if multihost.is_writer():
-                write_evaluation(run.folder, step, reports[member], findings=self._findings(test_scores, config))
-        return reports
+            if extra is not None:
+                extra(index, test[index])
+            member.run.write_evaluation(step, report, self._findings(test[index], config))
+            member.report = report
 
     def _findings(self, scores: SplitScores, config: Config) -> dict[str, str]:
         return diagnose(scores, config, self.program.images)
@@ -302,130 +387,3 @@ def _window_starts(step: int, ends: Sequence[int], window: int) -> Iterator[int]
     for end in ends:
         yield from range(step, end, window)
         step = end
-
-
-class _MetricsRow:
-    """Averages of the steps since the last row."""
-
-    def __init__(self, epoch: int, batch_size: int):
-        self.epoch, self.batch_size, self.steps = epoch, batch_size, 0
-        self._values: list[np.ndarray] = []
-        self._start = time.perf_counter()
-
-    def add(self, values: np.ndarray) -> None:
-        self._values.append(values)
-        self.steps += values.shape[1]
-
-    def latest(self) -> dict[str, float]:
-        return dict(zip(StepMetrics._fields, map(float, self._values[-1][:, -1]), strict=True))
-
-    def values(self) -> np.ndarray:
-        return np.concatenate(self._values, axis=1)
-
-    def mean(self) -> dict[str, Any]:
-        values = self.values()
-        finite = np.isfinite(values).all(axis=0)  # others were left out of training as well
-        # A row of nothing but such steps has no means; null is JSON's word for that.
-        means = values[:, finite].mean(axis=1, dtype=np.float64) if finite.any() else [None] * len(values)
-        named = {name: None if mean is None else float(mean) for name, mean in zip(StepMetrics._fields, means, strict=True)}
-        skipped = {} if finite.all() else {"skipped_steps": int((~finite).sum())}
-        return {"epoch": self.epoch, "split": "train", **named, **skipped}
-
-    def images_per_second(self) -> float:
-        return self.steps * self.batch_size / max(time.perf_counter() - self._start, 1e-9)
-
-
-# --- fit --------------------------------------------------------------------------------------------------------------
-
-
-class FitResult(NamedTuple):
-    """A finished run.
-
-    >>> import tempfile
-    >>> from bsvae_jax.config import MLP
-    >>> config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     result = fit(config, folder, progress=False)
-    >>> int(result.state.step), result.images.name, result.report["test"]["rate"].unit
-    (3, 'digits', 'nats')
-    """
-
-    state: TrainState
-    """After the last step, on all the devices of the run."""
-    images: ImageSet
-    """What it was trained and evaluated on."""
-    workdir: Path
-    report: Report
-    """`{split: {name: Quantity}}` of the training and the test set."""
-
-
-def _check_agreement(config: Config) -> None:
-    """Before anything is computed, every process has the same config and the same program."""
-    if multihost.alone():
-        return
-    if config.devices is not None:
-        raise UserError("With several processes all their devices take part; leave out --devices.")
-    versions = {name: version(name) for name in ("bsvae_jax", "jax", "jaxlib", "flax", "optax", "numpy")}
-    multihost.check_agreement("versions of the libraries", versions, "Install the same everywhere.")
-    multihost.check_agreement("config", to_dict(config), "Give every process the same command.")
-
-
-def fit(config: Config, workdir: str | Path, progress: bool = True) -> FitResult:
-    """Train as the config says, in `workdir`; continue there if a run of the same config was interrupted.
-
-    Writes `config.json`, `metrics.jsonl` (a row per line), TensorBoard events, checkpoints, and at the end `calibration.npz`,
-    the variance of the training set, and `evaluation.json`. A finished run is not trained again.
-
-    Args:
-      config: the experiment.
-      workdir: a folder of this run alone; with several processes (`hosts.join`), that of process 0 only. If one of them dies,
-        the others say so and end, with status 1: they wait for it in the middle of a step.
-      progress: show a progress bar and messages.
-
-    >>> import tempfile
-    >>> from bsvae_jax.config import MLP
-    >>> config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = fit(config, folder, progress=False)
-    ...     sorted(path.name for path in Path(folder).glob("*.json"))
-    ['config.json', 'evaluation.json']
-
-    Raises:
-      UserError: before any training: the data, devices or workdir do not fit the config, or the processes do not agree; or at
-        its end: the disk is full.
-      DivergenceError: a loss, gradient or held-out objective is not finite; names the step, the terms and the last good
-        checkpoint.
-      Interrupted: SIGINT or SIGTERM; the step in flight was finished and saved, the same call continues after it.
-    """
-    check_kind("config", config, Config, "load_config(path) reads one from a file")
-    folder = as_path(workdir, "workdir")
-    with lifeline():
-        return _fit(config, folder, progress)
-
-
-def _fit(config: Config, folder: Path, progress: bool) -> FitResult:
-    _check_agreement(config)
-    mesh = data_mesh(config.devices, config.batch_size, config.gradient_accumulation)
-    check_precision(config.precision, mesh.devices.flat[0].device_kind)
-    images = load(config.data)
-    check_against_data(config, images)
-    multihost.check_agreement("images", {"fingerprint": images.fingerprint()}, "Give every process the same data.")
-    progress = progress and multihost.is_writer()
-    follower: RunDirectory | Follower = Follower(folder)
-    opened = multihost.in_writer(lambda: RunDirectory(folder, config, images, progress), follower)
-    with stop_on_signals() as stop, opened as run:
-        program = Program(config, images, mesh)
-        run.say(
-            f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
-            f"{config.epochs} epochs, {program.total} steps of {config.batch_size}; {describe_devices(mesh)}"
-            + ("" if program.resident else "; images are streamed from the host")
-        )
-        done = max(run.saved_steps(), default=0)
-        with ProgressBar(program.total * config.batch_size, done * config.batch_size, progress) as bar:
-            trainer = Trainer(program, [Member(config, run)], bar, stop)
-            state = trainer.train()
-        nothing: Report = {}
-        report = multihost.in_writer(lambda: evaluation_at(run.folder, program.total), nothing)
-        if multihost.anywhere(multihost.is_writer() and not {"train", "test"} <= set(report)):
-            (report,) = trainer.finish(state)
-        return FitResult(state, images, run.folder, report)

@@ -1,6 +1,6 @@
 """The folder of one run: what it holds, who may write to it, and what is shown while it is written.
 
-config.json        the config, the data it met, the versions of the libraries; for imported weights, the file they are from
+config.json        the config, the data it met, versions of the libraries, switches of JAX; of imported weights, the file
 metrics.jsonl      a row per line, training and test terms in nats per example
 tensorboard/       the same as TensorBoard events
 checkpoints/       Orbax, the latest two and the best
@@ -9,7 +9,7 @@ evaluation.json    every reported number of both splits (at the end, or by `bsva
 failure.json       why training stopped, where it did; failure.npz has the state and the batch of that step
 prior.npz          a density fitted to the latents (by `bsvae fit-prior`)
 prior_training/    checkpoints of one that is being trained (flow matching), until it is
-row.npz            steps of the next row of metrics.jsonl, where a signal stopped training between two rows
+stopped.json       where a callback ended training before the last step, and why; without it, the same call trains on
 figures/           written by the command line
 """
 
@@ -17,29 +17,32 @@ import errno
 import io
 import json
 import os
-import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from bsvae_jax import config as configs
 from bsvae_jax._io.disk import MARGIN, check_room, free_bytes, mebibytes, tree_bytes
 from bsvae_jax._io.files import read_arrays, read_metrics, take_folder, write_atomically
-from bsvae_jax._io.terminal import warn
+from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report, as_json, from_json
 from bsvae_jax.evaluation.scores import Calibration
-from bsvae_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, SaveError
-from bsvae_jax.training.events import EventFile
+from bsvae_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, SaveError, check_place
+from bsvae_jax.training.stopped import Stopped, read_stopped
 
 FORMAT = 1
 """Version of the layout of a run folder."""
+
+SWITCHES = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
+"""Of JAX, by which the same run comes to other numbers."""
 
 State = TypeVar("State")
 
@@ -48,14 +51,16 @@ class RunInfo(NamedTuple):
     """What `config.json` says."""
 
     config: Config
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     levels: int
     fingerprint: str
     """Of the images trained on, `ImageSet.fingerprint`."""
+    switches: Mapping[str, Any] = MappingProxyType({})
+    """The `SWITCHES` under which the run began; empty where they were not recorded."""
 
 
-def read_info(folder: Path) -> RunInfo:
-    """Read `config.json`.
+def read_info(folder: Path, like: Config | None = None) -> RunInfo:
+    """Read `config.json`; classes that the library does not have are those of `like`, or of modules that are loaded already.
 
     Raises:
       UserError: not a run folder, a damaged file, or one written by a newer version.
@@ -69,13 +74,32 @@ def read_info(folder: Path) -> RunInfo:
         values = json.loads(path.read_text())
         if values["format"] > FORMAT:
             raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
-        height, width, channels = values["data"]["image_shape"]
-        config, data = configs.from_dict(values["config"]), values["data"]
-        return RunInfo(config, (height, width, channels), int(data["levels"]), str(data["fingerprint"]))
+        config, data = configs.from_dict(values["config"], given=configs.kinds_of(like)), values["data"]
+        shape = tuple(int(size) for size in data["image_shape"])
+        switches = dict(values.get("switches", {}))
+        return RunInfo(config, shape, int(data["levels"]), str(data["fingerprint"]), switches)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _switches() -> dict[str, Any]:
+    return {name: getattr(jax.config, name) for name in SWITCHES}
+
+
+def check_switches(folder: Path, info: RunInfo) -> None:
+    """Warn if JAX does not draw and round as it did when the run in `folder` began."""
+    changed = [
+        f"{name.upper()} was {info.switches[name]} and is {now}"
+        for name, now in _switches().items()
+        if info.switches.get(name, now) != now
+    ]
+    if changed:
+        log.warning(
+            f"{folder} began under other switches of JAX ({'; '.join(changed)}): random numbers and rounding differ. Set them "
+            "back for the numbers that it would have come to."
+        )
 
 
 def describe_run(config: Config, images: ImageSet, **also: Any) -> bytes:
@@ -91,6 +115,7 @@ def describe_run(config: Config, images: ImageSet, **also: Any) -> bytes:
             "test": len(images.test),
             "fingerprint": images.fingerprint(),
         },
+        "switches": _switches(),
         "versions": {name: version(name) for name in ("bsvae_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")},
         **also,
     }
@@ -132,7 +157,7 @@ class Evaluation(NamedTuple):
     checkpoint: str
     report: Report
     findings: dict[str, str]
-    """What is wrong with the model, by the name of the ailment (`diagnosis`)."""
+    """What is wrong with the model, by the name of the finding (`diagnosis`)."""
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
@@ -202,37 +227,41 @@ def read_failure(folder: Path) -> str | None:
 
 
 class RunDirectory:
-    """The open folder of a run that trains; use it in a `with` block."""
+    """The open folder of a run that trains; use it in a `with` block.
 
-    def __init__(self, folder: Path, config: Config, images: ImageSet, progress: bool):
+    Of several processes the primary one has the folder; in the others the same methods keep nothing and say nothing.
+    """
+
+    def __init__(self, folder: Path, config: Config, images: ImageSet, primary: bool = True):
         """Opens or creates the folder.
 
         Raises:
           UserError: it holds another config or other data, it is something else's, or it cannot be written.
         """
-        self.folder, self._progress = folder, progress
-        self._check_folder(config, images)
-        self._checkpoints = Checkpoints(folder / "checkpoints", description={"config": configs.to_dict(config)})
-        self._events: EventFile | None = None
-        self._first_step = 1
+        self.folder, self.primary = folder, primary
         self._unwritten: list[str] = []
         self._paused = False
         self._said: set[str] = set()
+        if primary:
+            self._check_folder(config, images)
+            self._checkpoints = Checkpoints(folder / "checkpoints", description={"config": configs.to_dict(config)})
 
     def _check_folder(self, config: Config, images: ImageSet) -> None:
         folder = self.folder
+        check_place(folder, "choose another --workdir")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
         if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
             if not (folder / "config.json").is_file():
                 raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
             info = read_info(folder)
-            changed = configs.differences(info.config, configs.elsewhere(config, info.config))
+            changed = configs.differences(info.config, configs.with_execution_of(config, info.config))
             if changed:
                 raise UserError(
                     f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir or that config."
                 )
             check_same_data(folder, info, images)
+            check_switches(folder, info)
         self._lock = take_folder(folder, "training")
         if not (folder / "config.json").is_file():
             write_atomically(folder / "config.json", describe_run(config, images))
@@ -242,21 +271,15 @@ class RunDirectory:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Finish pending checkpoints and event files."""
-        self.settle()
-        self._checkpoints.__exit__(*exception)
-        if self._events is not None:
-            self._events.close()
-        self._lock.close()
-
-    def say(self, message: str) -> None:
-        """Show a line to the user, above the progress bar."""
-        if self._progress:
-            tqdm.write(message, file=sys.stderr)
+        """Finish pending checkpoints."""
+        if self.primary:
+            self.settle()
+            self._checkpoints.__exit__(*exception)
+            self._lock.close()
 
     def saved_steps(self) -> list[int]:
         """Steps with a checkpoint, oldest first."""
-        return self._checkpoints.steps()
+        return self._checkpoints.steps() if self.primary else []
 
     def state_before(self, state: State, step: int) -> State:
         """The newest checkpoint before `step` that loads, else `state`, the beginning."""
@@ -265,11 +288,13 @@ class RunDirectory:
             try:
                 return state.with_arrays(self._checkpoints.restore(state.arrays(), saved)[1])  # type: ignore[attr-defined]
             except DamagedCheckpointError as error:
-                warn(str(error))
+                log.warning(str(error))
         return state
 
     def resume(self, state: State, at: int | None = None) -> State:
         """The checkpoint of step `at`, or the newest that loads, or `state` itself in a new run; later metrics are dropped."""
+        if not self.primary:
+            return state
         check_room(self.folder, tree_bytes(state.arrays()), saved=len(self._checkpoints.steps()))  # type: ignore[attr-defined]
         for name in ("failure.json", "failure.npz"):
             (self.folder / name).unlink(missing_ok=True)
@@ -277,22 +302,31 @@ class RunDirectory:
         if not self._checkpoints.steps():
             step = 0
             if metrics.is_file():
-                self.say(f"{self.folder} has no checkpoint; starting from the beginning")
+                log.info(f"{self.folder} has no checkpoint; starting from the beginning")
         else:
-            step, arrays = self._checkpoints.restore(state.arrays(), at, warn)  # type: ignore[attr-defined]
+            step, arrays = self._checkpoints.restore(state.arrays(), at, log.warning)  # type: ignore[attr-defined]
             state = state.with_arrays(arrays)  # type: ignore[attr-defined]
-            self.say(f"continuing from step {step} in {self.folder}")
+            log.info(f"continuing from step {step} in {self.folder}")
         if metrics.is_file():
             kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
             write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._first_step = step + 1
+        if (stopped := read_stopped(self.folder)) is not None and stopped.step != step:
+            (self.folder / "stopped.json").unlink()
         return state
 
-    def log(self, row: dict[str, Any], **clocked: float) -> None:
-        """Append one row to `metrics.jsonl` and to the event file; what depends on the clock, to the event file only.
+    def stopped_step(self) -> int | None:
+        """The step at which a callback stopped this run, None where none did."""
+        stopped = read_stopped(self.folder) if self.primary else None
+        return None if stopped is None else stopped.step
 
-        Rows that a full disk refuses are kept and written with a later one.
-        """
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl` so far."""
+        return read_metrics(self.folder) if self.primary else []
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row to `metrics.jsonl`; rows that a full disk refuses are kept and written with a later one."""
+        if not self.primary:
+            return
         self._unwritten.append(json.dumps(row) + "\n")
         try:
             with (self.folder / "metrics.jsonl").open("ab", buffering=0) as file:
@@ -307,21 +341,12 @@ class RunDirectory:
             )
             return
         self._unwritten.clear()
-        known = {name: value for name, value in (row | clocked).items() if value is not None}
-        values = {f"{row['split']}/{name}": value for name, value in known.items() if name not in ("step", "epoch", "split")}
-        try:
-            if self._events is None:
-                self._events = EventFile(self.folder / "tensorboard", self._first_step)
-            self._events.add(row["step"], values)
-        except OSError as error:
-            why = error.strerror or error
-            self.warn_once("events", f"TensorBoard events could not be written ({why}); metrics.jsonl has the numbers.")
 
     def warn_once(self, topic: str, message: str) -> None:
-        """Show a warning, once for each topic."""
-        if topic not in self._said:
+        """Log a warning, once for each topic."""
+        if self.primary and topic not in self._said:
             self._said.add(topic)
-            warn(message)
+            log.warning(message)
 
     def save(self, step: int, arrays: Any, objective: float | None) -> bool:
         """Save a checkpoint, ranked by its held-out objective where that is known, unless this step is saved already.
@@ -331,7 +356,7 @@ class RunDirectory:
           where saving has begun; `settle` says whether it ended well.
         """
         self.settle()
-        if step in self._checkpoints.steps():
+        if step in self.saved_steps() or not self.primary:
             return True
         needed, free = tree_bytes(arrays) + MARGIN, free_bytes(self.folder)
         if free < needed:
@@ -343,14 +368,15 @@ class RunDirectory:
             self._pause(str(error))
             return False
         if self._paused:
-            warn(f"{self.folder}: saving again, from step {step}.")
+            log.warning(f"{self.folder}: saving again, from step {step}.")
             self._paused = False
         return True
 
     def settle(self) -> bool:
         """Wait until what is being saved is on the disk; False, and a warning, where it did not get there."""
         try:
-            self._checkpoints.wait()
+            if self.primary:
+                self._checkpoints.wait()
         except SaveError as error:
             self._pause(str(error))
             return False
@@ -359,43 +385,47 @@ class RunDirectory:
     def _pause(self, why: str) -> None:
         why = why.removesuffix(".")
         if not self._paused:
-            warn(f"Saving in {self.folder} is paused ({why}); training goes on. {self.last_checkpoint()} Free some space.")
+            log.warning(
+                f"Saving in {self.folder} is paused ({why}); training goes on. {self.last_checkpoint()} Free some space."
+            )
         self._paused = True
-
-    def save_row(self, step: int, values: np.ndarray) -> None:
-        """Keep the terms [terms, steps] of a row of metrics that a checkpoint at `step` cuts in two."""
-        content = io.BytesIO()
-        np.savez(content, step=step, values=values)
-        write_atomically(self.folder / "row.npz", content.getvalue())
-
-    def read_row(self, step: int) -> np.ndarray | None:
-        """What `save_row` kept for a checkpoint at `step`, None where it was not cut."""
-        path = self.folder / "row.npz"
-        if not path.is_file():
-            return None
-        arrays = read_arrays(path, "delete it")
-        return arrays["values"] if set(arrays) == {"step", "values"} and arrays["step"] == step else None
-
-    def fail(self, step: int, error: str) -> None:
-        """Record why training stopped."""
-        values = {"step": step, "error": error}
-        write_atomically(self.folder / "failure.json", (json.dumps(values, indent=2) + "\n").encode())
 
     def last_checkpoint(self) -> str:
         """A sentence that names the last good checkpoint."""
+        if not self.primary:
+            return f"Process 0 has the checkpoints, in {self.folder}."
         self.settle()
         steps = self._checkpoints.steps()
         return f"The last good checkpoint is {self._checkpoints.path(steps[-1])}." if steps else "No checkpoint was saved yet."
 
+    def fail(self, step: int, error: str) -> None:
+        """Record why training stopped."""
+        self._write_json("failure.json", {"step": step, "error": error})
+
+    def stop(self, step: int, reason: str) -> None:
+        """Record that a callback ended training after `step`."""
+        self._write_json("stopped.json", Stopped(step, reason)._asdict())
+
     def save_failure(self, arrays: dict[str, np.ndarray]) -> Path:
         """Keep what `failed_step` needs; the file."""
-        content = io.BytesIO()
-        np.savez(content, **arrays)  # type: ignore[arg-type]
-        write_atomically(self.folder / "failure.npz", content.getvalue())
-        return self.folder / "failure.npz"
+        return self._write_arrays("failure.npz", arrays)
 
     def write_calibration(self, calibration: Calibration) -> None:
         """Record the optimal variance of the training set."""
-        content = io.BytesIO()
-        np.savez(content, **calibration._asdict())
-        write_atomically(self.folder / "calibration.npz", content.getvalue())
+        self._write_arrays("calibration.npz", calibration._asdict())
+
+    def write_evaluation(self, step: int, report: Report, findings: Mapping[str, str]) -> None:
+        """Write `evaluation.json`, which marks the run as finished."""
+        if self.primary:
+            write_evaluation(self.folder, step, report, findings=findings)
+
+    def _write_json(self, name: str, values: dict[str, Any]) -> None:
+        if self.primary:
+            write_atomically(self.folder / name, (json.dumps(values, indent=2) + "\n").encode())
+
+    def _write_arrays(self, name: str, arrays: Mapping[str, Any]) -> Path:
+        if self.primary:
+            content = io.BytesIO()
+            np.savez(content, **arrays)
+            write_atomically(self.folder / name, content.getvalue())
+        return self.folder / name

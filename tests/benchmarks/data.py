@@ -24,7 +24,7 @@ from bsvae_jax.data import ImageSet, ShuffledOrder, load, tfds_builders
 from bsvae_jax.data.prefetch import DeviceImages, Stream
 from bsvae_jax.distributed.mesh import P, data_mesh, replicate
 from bsvae_jax.training.program import Program
-from bsvae_jax.training.step import build_knobs, create_state, data_order
+from bsvae_jax.training.step import build_hyperparameters, create_state, data_order
 
 BATCH = 256
 
@@ -126,14 +126,14 @@ def waiting(images: ImageSet, steps: int) -> None:
     state = create_state(config, program.model, program.total)
     order = data_order(state, images, config.batch_size)
     state = replicate(state, program.mesh)
-    knobs = replicate(build_knobs(config), program.mesh)
+    hyperparameters = replicate(build_hyperparameters(config), program.mesh)
     starts = [program.window * i for i in range(steps // program.window + 1)]
     spec = P(None, "data")
     with Stream(images.train, [order], program.mesh, spec, program.window, iter(starts)) as pieces:
-        state, _ = jax.block_until_ready(program.take_steps(state, pieces.take(0), program.window, knobs))  # compiles
+        state, _ = jax.block_until_ready(program.take_steps(state, pieces.take(0), program.window, hyperparameters))  # compiles
         pieces.waited, begun = 0.0, time.perf_counter()
         for start in starts[1:]:
-            state, _ = jax.block_until_ready(program.take_steps(state, pieces.take(start), program.window, knobs))
+            state, _ = jax.block_until_ready(program.take_steps(state, pieces.take(start), program.window, hyperparameters))
         seconds = time.perf_counter() - begun
     taken = program.window * (len(starts) - 1)
     print(

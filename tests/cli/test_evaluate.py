@@ -23,7 +23,7 @@ from bsvae_jax.training.restore import restore
 CONFIG = """
 from bsvae_jax.config import MLP, Config
 from bsvae_jax.sweeps.grid import Sweep
-from bsvae_jax.objective.elbo import Constant, Optimal
+from bsvae_jax.objective import Constant, Optimal
 def get_config():
     return Config(network=MLP((16,)), latent_size=4, epochs=2, batch_size=500, devices=1, evaluate_every=2)
 def get_sweep():

@@ -188,7 +188,7 @@ def assert_matches(text, sentence):
 )
 def test_wrong_config_files(content, sentence, tmp_path, capsys):
     path = tmp_path / "wrong.py"
-    header = "from bsvae_jax.config import *\nfrom bsvae_jax.objective.elbo import Constant, Optimal\n"
+    header = "from bsvae_jax.config import *\nfrom bsvae_jax.objective import Constant, Optimal\n"
     path.write_text(f"{header}def get_config():\n    return {content}\n")
     assert_matches(refused(["train", path, "--workdir", tmp_path / "run"], capsys), sentence)
     assert not (tmp_path / "run").exists()
@@ -296,7 +296,7 @@ def test_a_run_without_a_checkpoint(trained, tmp_path, capsys):
 SWEEP = """
 from bsvae_jax.config import MLP, Config
 from bsvae_jax.sweeps.grid import Sweep
-from bsvae_jax.objective.elbo import Constant, Optimal
+from bsvae_jax.objective import Constant, Optimal
 def get_config():
     return Config(network=MLP((16,)), latent_size=4, epochs=1, batch_size=500, devices=1, decoder_variance=Optimal(floor=1e-3))
 def get_sweep():

@@ -79,8 +79,6 @@ def test_switches_of_a_config_file(tmp_path):
 def test_a_run_and_the_file_of_its_own_classes():
     given = parsed(Merged[Run], "runs/mine", "--config", "mine.py", "--checkpoint", "best")
     assert given == Run(Path("runs/mine"), Path("mine.py"), "best")
-    assert given.classes() == {"config": Path("mine.py")}
-    assert Run(Path("runs/digits")).classes() == {}
 
 
 def test_the_names_of_kinds_are_those_of_the_config():

@@ -17,6 +17,7 @@ import bsvae_jax as bv
 from bsvae_jax import data, theory
 from bsvae_jax.config import MLP, TFDS, Arrays, Augmentation, Folder, Linear, Optimizer, Residual, StandardNormal
 from bsvae_jax.errors import UserError
+from bsvae_jax.models.vae import build_vae
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -25,7 +26,7 @@ X, MEAN, RATE = jnp.full((3, 8, 8, 1), 0.5), jnp.full((3, 8, 8, 1), 0.4), jnp.on
 TERMS = bv.ElboTerms(RATE, RATE, RATE, jnp.ones(()))
 EIGENVALUES = np.array([4.0, 1.0, 1.0])
 CONFIG = bv.Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
-MODEL = bv.VAE((8, 8, 1), 2, MLP((8,)))
+MODEL = build_vae(MLP((8,)), 2, (8, 8, 1))
 KEY = jax.random.key(0)
 IMAGES = np.zeros((5, 8, 8, 1), np.uint8)
 
@@ -69,7 +70,7 @@ def make(**fields):
 
 
 def initialised(*fields, **options):
-    return lambda: bv.VAE(*fields, **options).init(KEY, X, KEY)
+    return lambda: build_vae(*fields, **options).init(KEY, X, KEY)
 
 
 def applied(*arguments, **options):
@@ -121,6 +122,8 @@ ROWS = [
     ("optimal_gaussian_nll", lambda: bv.optimal_gaussian_nll(X, MEAN, "images"), "over must be one of"),
     ("optimal_gaussian_nll", lambda: bv.optimal_gaussian_nll(X, MEAN, floor="0"), "floor must be a number, got '0'"),
     ("kl_to_standard_normal", lambda: bv.kl_to_standard_normal(jnp.ones((3, 2)), jnp.ones((3, 4))), "one shape, got"),
+    ("kl_per_latent", lambda: bv.kl_per_latent(jnp.ones((3, 2)), jnp.ones((3, 4))), "one shape, got"),
+    ("kl_gaussians", lambda: bv.kl_gaussians(jnp.ones((3, 2)), *[jnp.ones((3, 4))] * 3), "one shape, got"),
     ("kl_to_standard_normal", lambda: bv.kl_to_standard_normal("mean", jnp.ones((3, 4))), "mean must be of type"),
     ("elbo_terms", lambda: bv.elbo_terms(X, MEAN, RATE, "optimal"), "decoder_variance must be of type .* got 'optimal'"),
     ("elbo_terms", lambda: bv.elbo_terms(X, MEAN, RATE, bv.Optimal), "decoder_variance must be .* as in bsvae_jax.Optimal()"),

@@ -24,7 +24,7 @@ from bsvae_jax.data.prefetch import DeviceImages, HostImages, Stream, fits, gath
 from bsvae_jax.distributed import mesh as parallel
 from bsvae_jax.distributed.mesh import data_mesh, sweep_mesh
 from bsvae_jax.distributed.preemption import Interrupted, Stop
-from bsvae_jax.training import program, trainer
+from bsvae_jax.training import fit, program
 
 PACKAGE = Path(prefetch.__file__).parents[2]
 SMALL = Config(network=MLP((16,)), latent_size=4, epochs=3, batch_size=64, optimizer=Optimizer(ema_decay=0.9))
@@ -268,7 +268,7 @@ def test_two_processes_read_their_own_halves_of_the_same_batches(tmp_path, key):
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def trained(tmp_path: Path, name: str, **changes) -> trainer.FitResult:
+def trained(tmp_path: Path, name: str, **changes) -> fit.FitResult:
     return bv.fit(dataclasses.replace(SMALL, **changes), tmp_path / name, progress=False)
 
 
@@ -316,7 +316,7 @@ def test_interrupted_inside_an_epoch_it_goes_on_to_the_bit(tmp_path, resident_me
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(program.Program, "take_steps", take)
-            patch.setattr(trainer, "stop_on_signals", lambda asked=asked: _given(asked))
+            patch.setattr(fit, "stop_on_signals", lambda asked=asked: _given(asked))
             with pytest.raises(Interrupted):
                 trained(tmp_path, "cut", **changes)
     cut = trained(tmp_path, "cut", **changes)

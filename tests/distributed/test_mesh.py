@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from bsvae_jax import objective
 from bsvae_jax.config import MLP, Config, Linear, Residual
 from bsvae_jax.distributed.mesh import (
     DATA_AXIS,
@@ -25,8 +26,7 @@ from bsvae_jax.distributed.mesh import (
     sweep_mesh,
 )
 from bsvae_jax.errors import UserError
-from bsvae_jax.objective import elbo
-from bsvae_jax.objective.elbo import Constant, Learned, Optimal, Predicted
+from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
 from bsvae_jax.training.step import StepMetrics, TrainState, build_model, create_state, train_step
 
 BATCH = 16
@@ -58,6 +58,13 @@ def _shard_map_step(state, images, key, beta, devices):
     return step(replicate(state, mesh), images, key, beta)
 
 
+def _default_shard_map_step(state, images, key, beta, devices):
+    """With `check_vma=True`, under which JAX itself sums the gradient of a replicated parameter over the devices."""
+    specs = (REPLICATED, SHARDED, REPLICATED, REPLICATED)
+    step = jax.jit(jax.shard_map(train_step, mesh=data_mesh(devices), in_specs=specs, out_specs=REPLICATED))
+    return step(replicate(state, data_mesh(devices)), images, key, beta)
+
+
 def _pmap_step(state, images, key, beta, devices):
     step = jax.pmap(train_step, axis_name=DATA_AXIS, in_axes=(None, 0, None, None), devices=jax.devices()[:devices])
     after, metrics = step(state, images.reshape(devices, -1, *images.shape[1:]), key, beta)
@@ -87,6 +94,15 @@ def test_many_devices_take_the_step_of_one(run, decoder_variance, images, key):
     _check_against_one_device(run, decoder_variance, MLP((8,)), images, key, (1, 2, 4, 8))
 
 
+@pytest.mark.parametrize("decoder_variance", VARIANCES, ids=str)
+def test_the_defaults_of_shard_map_take_the_step_of_one(decoder_variance, images, key):
+    _check_against_one_device(_default_shard_map_step, decoder_variance, MLP((8,)), images, key, (2, 4))
+
+
+def test_the_defaults_of_shard_map_average_batch_norm_over_devices(images, key):
+    _check_against_one_device(_default_shard_map_step, Optimal("batch"), Residual((4,)), images, key, (2, 4))
+
+
 # Each variance model without BatchNorm is above; here those that share nothing over the batch are alike.
 ALIKE = {Constant, Learned, Predicted}
 
@@ -113,8 +129,8 @@ def test_a_variance_per_device_gives_other_gradients(images, key):
     def wrong(state, share, key, beta):
         def loss(params):
             output = state.model.apply({"params": params}, share, key)
-            terms = elbo.elbo_terms(share, output.decoded.mean, output.rate, state.model.decoder_variance)
-            return elbo.mean_objective(terms, beta)
+            terms = objective.elbo_terms(share, output.decoded.mean, output.rate, state.model.decoder_variance)
+            return objective.mean_objective(terms, beta)
 
         return jax.lax.pmean(jax.grad(loss)(state.params), DATA_AXIS)
 

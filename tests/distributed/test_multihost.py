@@ -1,13 +1,16 @@
 """Several real processes on this machine, over gloo: the same numbers as one, one writer, sentences where they disagree."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ from bsvae_jax.config import MLP, Config
 from bsvae_jax.distributed import multihost
 from bsvae_jax.distributed.preemption import Stop
 from bsvae_jax.errors import UserError
+from bsvae_jax.training.callbacks import Callbacks
 from bsvae_jax.training.trainer import Trainer
 
 CONFIG = """
@@ -37,8 +41,13 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(tmp_path: Path, options: list[list[str]], epochs: int = 2, devices: int = 2) -> list[subprocess.Popen]:
-    """A process of `bsvae train` for each list of options: output in `out_0`, `out_1`, ..., workdirs `run_0`, `run_1`, ..."""
+def start(
+    tmp_path: Path, options: list[list[str]], epochs: int = 2, devices: int = 2, code: Mapping[int, str] | None = None
+) -> list[subprocess.Popen]:
+    """A process of `bsvae train` for each list of options: output in `out_0`, `out_1`, ..., workdirs `run_0`, `run_1`, ...
+
+    Processes that have `code` run that in place of the command line's own.
+    """
     config, port = tmp_path / "small.py", free_port()
     config.write_text(CONFIG.format(epochs=epochs))
     environment = os.environ | {
@@ -48,7 +57,8 @@ def start(tmp_path: Path, options: list[list[str]], epochs: int = 2, devices: in
     processes = []
     for index, also in enumerate(options):
         place = ["--coordinator", f"localhost:{port}", "--processes", str(len(options)), "--process", str(index)]
-        command = [sys.executable, "-m", "bsvae_jax", "train", str(config), "--workdir", str(tmp_path / f"run_{index}"), *place]
+        program = ["-c", code[index]] if code and index in code else ["-m", "bsvae_jax"]
+        command = [sys.executable, *program, "train", str(config), "--workdir", str(tmp_path / f"run_{index}"), *place]
         with (tmp_path / f"out_{index}").open("w") as out:
             processes.append(subprocess.Popen([*command, *also], env=environment, stdout=out, stderr=subprocess.STDOUT))
     return processes
@@ -128,9 +138,7 @@ def test_a_run_goes_on_with_another_number_of_devices_and_processes(tmp_path):
 @pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_process_stops_both_and_saves(tmp_path, asked):
     processes = start(tmp_path, [[], []], epochs=2000)
-    end = time.monotonic() + 200
-    while not (tmp_path / "run_0" / "checkpoints" / "15").is_dir() and time.monotonic() < end:
-        time.sleep(0.2)
+    wait_for_a_checkpoint(tmp_path)
     processes[asked].send_signal(signal.SIGTERM)
     found = outcome(tmp_path, processes)
     assert [status for status, _ in found] == [143, 143], found
@@ -143,30 +151,72 @@ def test_a_signal_during_the_agreement_counts_at_the_next_one(monkeypatch):
     """The others have been told that there was none, and wait for this process in the next step."""
     stop = Stop()
 
-    def anywhere(flag):
+    def in_any_process(*flags):
         stop.number = signal.SIGTERM
-        return flag
+        return flags
 
-    monkeypatch.setattr(multihost, "anywhere", anywhere)
-    trainer = SimpleNamespace(stop=stop)
-    assert not Trainer._stopping(trainer)
-    assert Trainer._stopping(trainer)
+    monkeypatch.setattr(multihost, "in_any_process", in_any_process)
+    trainer = SimpleNamespace(stop=stop, callbacks=Callbacks([]), _asked={})
+    assert not any(Trainer._requests(trainer))
+    assert Trainer._requests(trainer) == (True, False, False)
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.faults), 1])
-def test_a_process_that_dies_takes_the_other_with_it_at_once(tmp_path, killed):
-    """A minute is allowed. Where process 0 dies, JAX notices as soon, and may be the one to end the other."""
-    processes = start(tmp_path, [[], []], epochs=2000)
+def wait_for_a_checkpoint(tmp_path):
     end = time.monotonic() + 200
     while not (tmp_path / "run_0" / "checkpoints" / "15").is_dir() and time.monotonic() < end:
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.faults), 1])
+def test_a_process_that_dies_ends_the_other_within_a_minute(tmp_path, killed):
+    """JAX's heartbeat does, with its C++ stack; the sentence comes from the shell that outlives the process."""
+    processes = start(tmp_path, [[], []], epochs=2000)
+    wait_for_a_checkpoint(tmp_path)
     processes[killed].kill()
     begun = time.monotonic()
     status, text = outcome(tmp_path, processes, seconds=100)[1 - killed]
-    print(f"the other process ended after {time.monotonic() - begun:.1f} s with status {status}")
+    seconds = time.monotonic() - begun
+    print(f"the other process ended after {seconds:.1f} s with status {status}")
+    assert seconds < 60
+    assert status == -signal.SIGABRT, text
+    end = time.monotonic() + 10  # the shell may be a moment later
+    while f"error: Process {1 - killed} has ended suddenly" not in text and time.monotonic() < end:
+        text = (tmp_path / f"out_{1 - killed}").read_text()
+        time.sleep(0.1)
+    last = text.strip().splitlines()[-1]
+    assert last.startswith(f"error: Process {1 - killed} has ended suddenly: it was killed")
+    assert "another process has ended and JAX, whose lines are above, ended this one" in last
+
+
+ALONE = """
+import sys
+from bsvae_jax.training.callbacks import Callbacks
+from bsvae_jax.training.trainer import Trainer
+from bsvae_jax.cli import main
+epoch, calls = Trainer._epoch, []
+def fail(self, *arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        raise OSError(5, "of this process alone")
+    return epoch(self, *arguments)
+Trainer._epoch = fail
+main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.faults), 1])
+def test_an_error_of_one_process_ends_the_other_within_a_minute(tmp_path, failing):
+    processes = start(tmp_path, [[], []], epochs=2000, code={failing: ALONE})
+    processes[failing].wait(240)
+    begun = time.monotonic()
+    found = outcome(tmp_path, processes, seconds=100)
+    print(f"the other process ended {time.monotonic() - begun:.1f} s later with status {found[1 - failing][0]}")
     assert time.monotonic() - begun < 60
-    sentence = f"error: Process {killed} has ended without a word" in text
-    assert (status == 1 and sentence) or (killed == 0 and "another task died" in text), (status, text)
+    status, text = found[failing]
+    assert status in (1, 2), text
+    assert "error: [Errno 5] of this process alone" in text
+    assert "has ended suddenly" not in text
+    assert found[1 - failing][0] not in (0, None)
 
 
 def test_processes_with_different_configs_are_told_in_what(tmp_path):
@@ -206,27 +256,97 @@ def no_cluster(*arguments, **options):
     raise ValueError("coordinator_address should be defined.")
 
 
-def test_a_coordinator_that_cannot_be_reached_is_a_sentence_in_time(tmp_path):
+# --- Before JAX is asked ----------------------------------------------------------------------------------------------
+
+
+def meet(port, processes, these, timeout=5.0):
+    """What the processes `these` of so many say, each in a thread: None where all met, else the sentence."""
+
+    def one(process):
+        try:
+            if process == 0:
+                multihost._gather(port, processes, timeout)
+            else:
+                multihost._report_to("localhost", port, processes, process, timeout)
+        except UserError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(one, these))
+
+
+def test_processes_meet_and_leave_the_port_free():
+    port = free_port()
+    assert meet(port, 3, [2, 1, 0]) == [None] * 3
+    assert meet(port, 3, [0, 1, 2]) == [None] * 3
+
+
+def test_processes_that_were_not_started_are_named():
+    begun = time.monotonic()
+    first, second = meet(free_port(), 4, [0, 2], timeout=2.0)
+    assert "Of 4 processes, these were not heard of within 2 s: 1, 3. Were they started" in first
+    assert "did not let process 2 join within 2 s: it waits for others, it has stopped (its own output says why)" in second
+    assert time.monotonic() - begun < 20
+
+
+def test_another_number_of_processes_is_said():
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda arguments: meet(port, *arguments), [(2, [0]), (3, [1])])
+    assert "This is process 0 of 2, and another says that it is process 1 of 3; give all the same." in first[0]
+    assert "did not let process 1 join" in second[0]
+
+
+def test_a_stranger_at_the_port_of_process_0_is_not_counted():
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(meet, port, 2, [0])
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("localhost", port)) as stranger:
+                stranger.sendall(b"GET / HTTP/1.1\n")
+                break
+            time.sleep(0.05)
+        assert meet(port, 2, [1]) == [None]
+        assert first.result() == [None]
+
+
+def test_a_port_that_another_program_has():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"Port {port} of the coordinator cannot be used (Address already in use)" in meet(port, 2, [0])[0]
+
+        def answer():
+            line, _ = other.accept()
+            with line:
+                line.sendall(b"220 mail.example.org ready\r\n")
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        assert "did not let process 1 join within 1 s" in meet(port, 2, [1], timeout=1.0)[0]
+        answering.join()
+
+
+def test_a_partner_that_never_starts_is_a_sentence_in_time(tmp_path):
+    """From the first line of a program to its end, for process 0 and for another."""
     code = (
-        "from bsvae_jax.distributed import multihost as hosts\nfrom bsvae_jax.errors import UserError\n"
-        f"try: hosts.join('localhost:{free_port()}', 2, 1, timeout=3)\n"
+        "from bsvae_jax.distributed import multihost\nfrom bsvae_jax.errors import UserError\n"
+        "try: multihost.join('localhost:{}', 2, {}, timeout=2)\n"
         "except UserError as error: print(error)\n"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    begun = time.monotonic()
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert time.monotonic() - begun < 60
-    assert "Process 0 was not reached at localhost:" in found.stdout, (found.stdout, found.stderr)
+    for process, sentence in enumerate(["these were not heard of within 2 s: 1.", "Process 0 was not reached at localhost:"]):
+        command = [sys.executable, "-c", code.format(free_port(), process)]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert (found.returncode, sentence in found.stdout) == (0, True), found
 
 
 def test_one_process_alone_asks_nobody():
-    assert multihost.alone()
-    assert multihost.is_writer()
-    assert multihost.anywhere(True)
-    assert not multihost.anywhere(False)
+    assert multihost.is_only()
+    assert multihost.is_primary()
+    assert multihost.in_any_process(True, False) == (True, False)
     multihost.check_agreement("config", {"beta": 1.0}, "")
     tree = {"a": np.ones(2)}
-    assert multihost.from_writer(tree) is tree
-    assert json.dumps(multihost.in_writer(lambda: [1], [2])) == "[1]"
+    assert multihost.from_primary(tree) is tree
+    assert multihost.on_primary(lambda: [1], [2]) == [1]
+    with pytest.raises(ValueError, match="as it was"), multihost.ends_together():
+        raise ValueError("as it was")

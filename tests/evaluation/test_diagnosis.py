@@ -13,7 +13,7 @@ from bsvae_jax.config import MLP, Config, Linear
 from bsvae_jax.distributed import mesh
 from bsvae_jax.evaluation.diagnosis import diagnose
 from bsvae_jax.evaluation.scores import SplitScores
-from bsvae_jax.objective.elbo import Constant, Optimal
+from bsvae_jax.objective import Constant, Learned, Optimal
 
 IMAGES = data.load(Config().data)
 VARIANCE = (IMAGES.test / 16.0).var(axis=0).mean()
@@ -45,6 +45,15 @@ def test_variance_collapse():
     assert diagnose(scores(variance=1e-6), Config(decoder_variance=Constant(1e-6)), IMAGES) == {}
 
 
+@pytest.mark.parametrize(("variance", "converged"), [(0.461, False), (0.0205, True), (0.006, True), (0.002, False)])
+@pytest.mark.parametrize("active", [True, False])
+def test_a_trained_variance_far_from_the_squared_error_is_no_posterior_collapse(variance, converged, active):
+    config = Config(decoder_variance=Learned())
+    expected = ["variance not converged"] if not converged else [] if active else ["posterior collapse"]
+    assert list(diagnose(scores(mse=0.0120, variance=variance, active=active), config, IMAGES)) == expected
+    assert "variance not converged" not in diagnose(scores(mse=0.0120, variance=variance), Config(), IMAGES)
+
+
 @pytest.mark.parametrize("variance_model", [Constant(0.5), Optimal("batch")])
 def test_posterior_collapse_and_the_critical_beta(variance_model):
     flat = (IMAGES.train / 16.0).reshape(len(IMAGES.train), -1)
@@ -62,10 +71,10 @@ def test_dead_decoder():
     assert diagnose(scores(mse=0.9 * VARIANCE), Config(), IMAGES) == {}
 
 
-def test_a_collapsed_run_says_so_in_its_log_and_its_evaluation(tmp_path, capsys):
+def test_a_collapsed_run_says_so_in_its_log_and_its_evaluation(tmp_path, caplog):
     config = Config(network=MLP((16,)), latent_size=4, beta=1000.0, epochs=40, evaluate_every=20, batch_size=500, devices=1)
     bv.fit(config, tmp_path / "run", progress=False)
-    errors = capsys.readouterr().err
+    errors = caplog.text
     assert errors.count("posterior collapse after step") == 1
     findings = json.loads((tmp_path / "run" / "evaluation.json").read_text())["findings"]
     assert list(findings) == ["posterior collapse"]

@@ -13,11 +13,11 @@ from bsvae_jax.distributed.mesh import data_mesh, replicate
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import importance_weighted as likelihood
 from bsvae_jax.evaluation.importance_weighted import Density, importance_weighted
-from bsvae_jax.models.vae import VAE
-from bsvae_jax.objective.elbo import Constant, Learned, Optimal, Predicted
+from bsvae_jax.models.vae import build_vae
+from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
 from bsvae_jax.random import example_keys
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
-from bsvae_jax.training.trainer import fit
 
 FROZEN = Density(frozen=True, dequantised=False)
 OWN = Density(frozen=False, dequantised=False)
@@ -114,7 +114,7 @@ def test_one_sample_is_the_elbo_and_dequantisation_costs_what_it_should(linear):
 
 def small(decoder_variance):
     """An MLP whose weights are far from zero."""
-    model = VAE((4, 4, 1), 2, MLP(hidden=(8,)), decoder_variance)
+    model = build_vae(MLP(hidden=(8,)), 2, (4, 4, 1), decoder_variance)
     images = np.random.default_rng(0).integers(0, LEVELS, (5, 4, 4, 1), dtype=np.uint8)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jax.random.key(1))
     generator = np.random.default_rng(1)

@@ -19,7 +19,7 @@ from bsvae_jax.evaluation.residuals import (
     structural_similarity,
 )
 from bsvae_jax.evaluation.scores import Calibration, score_split
-from bsvae_jax.models.vae import VAE
+from bsvae_jax.models.vae import build_vae
 from bsvae_jax.random import example_keys
 
 LEVELS = 17
@@ -67,7 +67,7 @@ def test_ssim_of_images_smaller_than_the_window():
 @pytest.fixture(scope="module")
 def passed():
     """One pass over 21 images, on one device and on eight, with a batch size that divides nothing."""
-    model = VAE((4, 4, 1), 3, MLP(hidden=(8,)))
+    model = build_vae(MLP(hidden=(8,)), 3, (4, 4, 1))
     images = np.random.default_rng(0).integers(0, LEVELS, (21, 4, 4, 1), dtype=np.uint8)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jax.random.key(1))
     calibration = Calibration(0, 0.04, np.linspace(0.02, 0.09, 16).reshape(4, 4, 1), 1 / (12 * 16**2))

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from bsvae_jax.errors import UserError
-from bsvae_jax.models.flow_matching import divergence, flow_matching_loss, integrate, log_density
+from bsvae_jax.models.priors.flow_matching import divergence, flow_matching_loss, integrate, log_density
 
 MEAN = np.array([1.0, -2.0, 0.5])
 COVARIANCE = np.array([[4.0, 1.2, 0.0], [1.2, 1.0, -0.3], [0.0, -0.3, 0.25]])

@@ -18,13 +18,13 @@ from bsvae_jax.config import Config, Digits, Optimizer, Spatial
 from bsvae_jax.data import load
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, lift, replicate
 from bsvae_jax.errors import UserError
-from bsvae_jax.models import pytorch, residual
+from bsvae_jax.models import pytorch
 from bsvae_jax.models.latent_map import Attention, ResidualBlock, SpatialDecoder, SpatialEncoder, doubled, latent_map
 from bsvae_jax.models.layers import stage_size
-from bsvae_jax.objective.elbo import Constant, Optimal
+from bsvae_jax.objective import Constant, Optimal
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.step import build_model, check_against_data, create_state, train_step
-from bsvae_jax.training.trainer import fit
 
 SMALL = Spatial(widths=(4, 6), blocks=1, groups=2)
 SHAPE, LATENT, BATCH = (6, 5, 2), 18, 8  # a map of 3 x 3 positions and 2 channels
@@ -32,7 +32,7 @@ SHAPE, LATENT, BATCH = (6, 5, 2), 18, 8  # a map of 3 x 3 positions and 2 channe
 
 def built(dtype=jnp.float32, network=SMALL):
     """Encoder and decoder, `(module, random variables, input)` each."""
-    modules = residual.build(network, LATENT, SHAPE, dtype=dtype)
+    modules = network.build(LATENT, SHAPE, dtype=dtype)
     inputs = normal(1, BATCH, *SHAPE), normal(2, BATCH, LATENT)
     return [(module, random_variables(module, value), value) for module, value in zip(modules, inputs, strict=True)]
 
@@ -125,7 +125,7 @@ def test_doubling_repeats_rows_and_columns(size, out):
 def test_shapes(shape, widths, latent, expected):
     network = Spatial(widths, blocks=1, groups=2)
     assert latent_map(network, latent, *shape[:2]) == expected
-    encoder, decoder = residual.build(network, latent, (*shape[:2], 5))
+    encoder, decoder = network.build(latent, (*shape[:2], 5))
 
     def run(module, inputs):
         return module.apply(module.init(jax.random.key(0), inputs), inputs)

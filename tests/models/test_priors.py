@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from bsvae_jax import config
-from bsvae_jax.models.priors import Prior, StandardNormal, build, gaussian_log_prob
+from bsvae_jax.models.priors import PriorModule, StandardNormal, gaussian_log_prob
+from bsvae_jax.models.priors.prior import StandardNormalModule
 
 MEAN = np.array([[0.0, 0.5, -2.0], [3.0, -0.1, 1.0]])
 LOG_VARIANCE = np.array([[0.0, -3.0, 1.0], [-0.5, 0.2, -6.0]])
@@ -19,7 +19,7 @@ def f32(*arrays):
     return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
 
 
-class OneSample(Prior):
+class OneSample(PriorModule):
     """N(0, I) that does not know its KL divergence: the base class's Monte Carlo rate."""
 
     def log_prob(self, z):
@@ -27,7 +27,7 @@ class OneSample(Prior):
 
 
 def test_standard_normal_log_prob_is_scipys():
-    value = StandardNormal(3).apply({}, *f32(Z), method="log_prob")
+    value = StandardNormalModule(3).apply({}, *f32(Z), method="log_prob")
     np.testing.assert_allclose(value, stats.norm.logpdf(Z).sum(-1), rtol=1e-6)
 
 
@@ -50,7 +50,7 @@ RATE = np.vectorize(quadrature_rate)(MEAN, LOG_VARIANCE).sum(-1)
 
 def test_rate_of_the_standard_normal_is_the_integral_whatever_the_sample():
     for z in (Z, Z + 1.0):
-        rate = StandardNormal(3).apply({}, *f32(MEAN, LOG_VARIANCE, z), method="rate")
+        rate = StandardNormalModule(3).apply({}, *f32(MEAN, LOG_VARIANCE, z), method="rate")
         np.testing.assert_allclose(rate, RATE, rtol=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_one_sample_rate_is_unbiased(row):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_standard_normal_samples(seed):
-    z = np.asarray(StandardNormal(3).apply({}, jax.random.key(seed), MANY, method="sample"), np.float64)
+    z = np.asarray(StandardNormalModule(3).apply({}, jax.random.key(seed), MANY, method="sample"), np.float64)
     assert z.shape == (MANY, 3)
     # Standard errors for N independent standard normals: mean 1, variance sqrt(2), correlation 1, each over sqrt(N).
     tolerance = 5 / np.sqrt(MANY)
@@ -85,13 +85,13 @@ def test_standard_normal_samples(seed):
 
 
 def test_samples_follow_the_key():
-    draw = [StandardNormal(3).apply({}, jax.random.key(seed), 4, method="sample") for seed in (0, 0, 1)]
+    draw = [StandardNormalModule(3).apply({}, jax.random.key(seed), 4, method="sample") for seed in (0, 0, 1)]
     np.testing.assert_array_equal(draw[0], draw[1])
     assert np.all(draw[0] != draw[2])
 
 
 def test_build_makes_the_module_of_the_config():
-    prior = build(config.StandardNormal(), 5)
+    prior = StandardNormal().build(5)
     assert type(prior) is StandardNormal
     assert prior.latent_size == 5
 
@@ -99,4 +99,4 @@ def test_build_makes_the_module_of_the_config():
 @pytest.mark.parametrize(("method", "arguments"), [("log_prob", f32(Z)), ("sample", (jax.random.key(0), 2))])
 def test_the_base_class_leaves_the_density_to_its_subclasses(method, arguments):
     with pytest.raises(NotImplementedError):
-        Prior(3).apply({}, *arguments, method=method)
+        PriorModule(3).apply({}, *arguments, method=method)

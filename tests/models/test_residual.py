@@ -7,18 +7,18 @@ where it is not installed; nothing else needs it.
 from collections import OrderedDict
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import normal, random_variables, relative_error
 
-from bsvae_jax.config import MLP, Linear, Residual
-from bsvae_jax.models import residual
+from bsvae_jax.config import MLP, Linear, Residual, Spatial
 from bsvae_jax.models.layers import stage_size
 from bsvae_jax.models.residual import TransposedConvolution
-from bsvae_jax.models.vae import VAE
-from bsvae_jax.objective.elbo import Predicted
+from bsvae_jax.models.vae import build_vae
+from bsvae_jax.objective import Predicted
 
 SHAPE, LATENT, BATCH = (5, 6, 2), 3, 8
 NETWORKS = {"linear": Linear(), "mlp": MLP(hidden=(7, 4)), "residual": Residual(widths=(4,))}
@@ -27,8 +27,8 @@ every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWOR
 
 def built(network, shape=SHAPE, *, dtype=jnp.float32, axis_name=None):
     """Encoder and decoder, `(module, random variables, input)` each."""
-    modules = residual.build(network, LATENT, shape, axis_name, dtype)
-    plain = residual.build(network, LATENT, shape)  # an average over a device axis cannot be traced outside of it
+    modules = network.build(LATENT, shape, axis_name, dtype)
+    plain = network.build(LATENT, shape)  # an average over a device axis cannot be traced outside of it
     inputs = normal(1, BATCH, *shape), normal(2, BATCH, LATENT)
     return [(m, random_variables(p, value), value) for m, p, value in zip(modules, plain, inputs, strict=True)]
 
@@ -242,7 +242,7 @@ def apply_both(modules, variables, x, z, train):
 
 @every_setup
 def test_residual_vae_evaluates_as_in_pytorch(shape, widths, latent):
-    reference, modules = TorchVAE(shape, widths, latent), residual.build(Residual(widths), latent, shape)
+    reference, modules = TorchVAE(shape, widths, latent), Residual(widths).build(latent, shape)
     variables, x, z = reference.to_flax(), normal(9, 2, *shape), normal(10, 2, latent)
     for module, inputs, expected in zip(modules, (x, z), variables.values(), strict=True):  # these layers and no others
         made = flatten_dict(jax.eval_shape(module.init, jax.random.key(0), inputs))
@@ -257,7 +257,7 @@ def test_residual_vae_evaluates_as_in_pytorch(shape, widths, latent):
 
 @every_setup
 def test_residual_vae_trains_as_in_pytorch(shape, widths, latent):
-    reference, modules = TorchVAE(shape, widths, latent), residual.build(Residual(widths), latent, shape)
+    reference, modules = TorchVAE(shape, widths, latent), Residual(widths).build(latent, shape)
     variables, x, z = reference.to_flax(), normal(11, 5, *shape), normal(12, 5, latent)
     outputs, statistics = jax.jit(lambda v: apply_both(modules, v, x, z, True))(variables)
     for value, expected in zip(outputs, reference.train_step(x, z), strict=True):
@@ -280,7 +280,7 @@ def test_residual_vae_has_pytorchs_gradients_in_training():
         (o * reference.torch.tensor(np.asarray(w, np.float64))).sum() for o, w in zip(expected, weights, strict=True)
     ).backward()
     with jax.enable_x64(True):
-        modules = residual.build(Residual(widths), latent, shape, dtype=jnp.float64)
+        modules = Residual(widths).build(latent, shape, dtype=jnp.float64)
         exact = flatten_dict(reference.to_flax(lambda parameter: parameter.grad, np.float64))
         variables = reference.to_flax(dtype=np.float64)
         x, z, *weights = (jnp.asarray(np.asarray(value, np.float64)) for value in (x, z, *weights))
@@ -371,7 +371,7 @@ def test_stage_sizes(size, stages, expected):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 9, 3), (2, 17, 1), (28, 28, 1), (7, 4, 5)], ids=str)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_any_height_width_and_channels(network, shape, train):
-    encoder, decoder = residual.build(network, LATENT, shape)
+    encoder, decoder = network.build(LATENT, shape)
 
     def run(module, inputs):
         variables = module.init(jax.random.key(0), inputs)
@@ -382,10 +382,25 @@ def test_any_height_width_and_channels(network, shape, train):
     assert (mean.shape, log_variance.shape, image.shape) == ((2, LATENT), (2, LATENT), (2, *shape))
 
 
+@pytest.mark.parametrize("network", [*NETWORKS.values(), Spatial(widths=(2,), blocks=1, groups=1)], ids=str)
+def test_a_free_batch_size_can_be_exported(network):
+    latent = 30
+    (count,) = jax.export.symbolic_shape("count")
+    modules = network.build(latent, SHAPE)
+    for module, shape in zip(modules, (SHAPE, (latent,)), strict=True):
+        variables = random_variables(module, jnp.zeros((2, *shape)))
+        exported = jax.export.export(jax.jit(module.apply))(variables, jax.ShapeDtypeStruct((count, *shape), jnp.float32))
+        x = normal(6, 3, *shape)
+        for value, expected in zip(
+            jax.tree.leaves(exported.call(variables, x)), jax.tree.leaves(module.apply(variables, x)), strict=True
+        ):
+            assert relative_error(value, expected) < 1e-5
+
+
 @every_network
 def test_a_predicted_variance_doubles_the_decoders_channels_and_only_those(network):
     def decoder_shape(**variance):
-        model = VAE((5, 6, 2), LATENT, network, **variance)
+        model = build_vae(network, LATENT, (5, 6, 2), **variance)
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 5, 6, 2)), jax.random.key(1))
         last = shapes["params"]["decoder"]["image" if isinstance(network, Residual) else "mean"]
         return last["bias"].shape, sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]["encoder"]))
@@ -416,7 +431,7 @@ def test_parameters_of_the_mnist_network_counted_by_hand():
     decoder += conv(3, 128, 64) + norm(64) + conv(3, 64, 32) + norm(32) + conv(3, 32, 32) + norm(32) + conv(3, 32, 1)
     assert (encoder, decoder) == (822_112, 469_409)
 
-    modules = residual.build(Residual((32, 64, 128)), 32, (28, 28, 1))
+    modules = Residual((32, 64, 128)).build(32, (28, 28, 1))
     for module, shape, expected in zip(modules, ((28, 28, 1), (32,)), (encoder, decoder), strict=True):
         made = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))
         assert sum(leaf.size for leaf in jax.tree.leaves(made["params"])) == expected

@@ -12,8 +12,8 @@ import pytest
 
 from bsvae_jax.config import MLP, Linear, Residual
 from bsvae_jax.errors import UserError
-from bsvae_jax.models.vae import VAE
-from bsvae_jax.objective.elbo import Constant, ElboTerms, Learned, Optimal, Predicted, mean_objective
+from bsvae_jax.models.vae import build_vae
+from bsvae_jax.objective import Constant, ElboTerms, Learned, Optimal, Predicted, mean_objective
 
 SHAPE, LATENT, BATCH, D = (4, 3, 2), 3, 6, 24
 EIGHT_BITS = 1 / (12 * 255**2)
@@ -39,7 +39,7 @@ def images(seed: int = 0, count: int = BATCH) -> jax.Array:
 
 def vae(network=NETWORKS["mlp"], variance=VARIANCES["example"], seed=0, **options):
     """A model and random variables in which nothing is zero and no two posteriors are alike."""
-    model = VAE(SHAPE, LATENT, network, variance, **options)
+    model = build_vae(network, LATENT, SHAPE, variance, **options)
     plain = model.clone(axis_name=None)  # an average over a device axis cannot be traced outside of it
     rng = np.random.default_rng(seed)
 
@@ -168,7 +168,7 @@ def test_samples_of_a_linear_model_have_its_mean_and_covariance(key):
 
 @pytest.mark.parametrize(("initial", "log_variance"), [(1.0, 0.0), (0.25, -1.3862943611), (np.e, 1.0)])
 def test_learned_starts_at_its_initial_variance(initial, log_variance, key):
-    model = VAE(SHAPE, LATENT, Linear(), Learned(initial_variance=float(initial)))
+    model = build_vae(Linear(), LATENT, SHAPE, Learned(initial_variance=float(initial)))
     variables = model.init(key, images(), key)
     assert variables["params"]["log_variance"].shape == ()
     np.testing.assert_allclose(variables["params"]["log_variance"], log_variance, rtol=1e-6, atol=1e-7)

@@ -28,16 +28,17 @@ from bsvae_jax.data import load
 from bsvae_jax.distributed.mesh import member_slots, stack, sweep_mesh
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import scores
-from bsvae_jax.objective.elbo import Constant, Learned, Optimal
+from bsvae_jax.objective import Constant, Learned, Optimal
 from bsvae_jax.sweeps import fit_sweep as sweeps
 from bsvae_jax.sweeps import gallery
 from bsvae_jax.sweeps.fit_sweep import choose_driving, fit_sweep, read_sweep
 from bsvae_jax.sweeps.grid import Sweep
-from bsvae_jax.training import program, step, trainer
+from bsvae_jax.training import program, step, workdir
 from bsvae_jax.training.checkpoints import saved_steps
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.restore import restore
-from bsvae_jax.training.trainer import Trainer, fit
+from bsvae_jax.training.trainer import Trainer
 from bsvae_jax.training.workdir import RunDirectory
 
 # 3 epochs of 3 steps; the last batch of an epoch straddles nothing, so every epoch ends a window early.
@@ -417,7 +418,7 @@ def interrupted(monkeypatch, folder, saves, **settings):
         if count == saves:
             raise KeyboardInterrupt
         count += 1
-        save(self, *arguments)
+        return save(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "save", stop)
@@ -447,7 +448,7 @@ def test_an_interrupted_stack_ends_as_if_it_had_not_been(saves, steps, turns, th
 
 
 def test_a_kill_between_two_evaluations_trains_nothing_again(three, trained, monkeypatch, tmp_path):
-    write, count = trainer.write_evaluation, 0
+    write, count = workdir.write_evaluation, 0
 
     def stop(*arguments, **options):
         nonlocal count
@@ -457,7 +458,7 @@ def test_a_kill_between_two_evaluations_trains_nothing_again(three, trained, mon
         write(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "write_evaluation", stop)
+        patch.setattr(workdir, "write_evaluation", stop)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(BASE, THREE, tmp_path / "sweep")
     first = contents(tmp_path / "sweep" / "members" / NAMES[0])
@@ -496,7 +497,7 @@ def test_a_member_may_be_continued_alone(three, trained, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("damaged", [[NAMES[1]], NAMES], ids=["one member", "all members"])
-def test_a_damaged_checkpoint_of_a_stack_is_reported_and_an_earlier_one_used(damaged, three, monkeypatch, tmp_path, capsys):
+def test_a_damaged_checkpoint_of_a_stack_is_reported_and_an_earlier_one_used(damaged, three, monkeypatch, tmp_path, caplog):
     left = interrupted(monkeypatch, tmp_path / "sweep", 6)
     assert list(left.values()) == [[3, 6]] * 3
     for name in damaged:
@@ -504,8 +505,8 @@ def test_a_damaged_checkpoint_of_a_stack_is_reported_and_an_earlier_one_used(dam
             if path.is_file() and "default" in path.parts:
                 path.write_bytes(b"damaged")
     assert run_sweep(BASE, THREE, tmp_path / "sweep").finished == NAMES
-    errors = capsys.readouterr().err
-    told = re.findall(r"warning: \S*/members/(\S+)/checkpoints/6 does not load .* moved to", errors)
+    errors = caplog.text
+    told = re.findall(r"\S*/members/(\S+)/checkpoints/6 does not load .* moved to", errors)
     assert told == damaged[:1]  # from then on, no member is continued from there
     for name in NAMES:
         assert (tmp_path / "sweep" / "members" / name / "damaged_checkpoints").is_dir() == (name in told)
@@ -561,7 +562,7 @@ def test_a_killed_sweep_ends_as_if_it_had_not_been(three, tmp_path):
 
 
 @pytest.mark.parametrize("driving", ["scan", "vmap"])
-def test_a_member_that_diverges_leaves_the_others_alone(driving, alone, trained, tmp_path, capsys):
+def test_a_member_that_diverges_leaves_the_others_alone(driving, alone, trained, tmp_path, caplog):
     grid = Sweep((0.5,), (Optimal(),), 1, learning_rate=(1e-3, 1e30, 1e-2))
     folder = tmp_path / "sweep"
     result = run_sweep(BASE, grid, folder, driving=driving)
@@ -578,7 +579,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(driving, alone, trained,
     )
     assert not (folder / "members" / lost.name / "evaluation.json").exists()
     assert saved_steps(folder / "members" / lost.name / "checkpoints") == []
-    assert re.search(rf"warning: {re.escape(lost.name)} diverged .* Step 2 is not finite", capsys.readouterr().err)
+    assert re.search(rf"{re.escape(lost.name)} diverged .* Step 2 is not finite", caplog.text)
     for member in (first, last):
         rate = member.config.optimizer.learning_rate
         check_same(folder / "members" / member.name, alone(member.config), driving == "scan", rate)

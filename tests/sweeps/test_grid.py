@@ -7,8 +7,8 @@ import pytest
 
 from bsvae_jax.config import MLP, MNIST, Config, Optimizer, from_dict, to_dict
 from bsvae_jax.errors import UserError
-from bsvae_jax.objective.elbo import Constant, Learned, Optimal, Predicted
-from bsvae_jax.sweeps.grid import Sweep, base_config, choose_variances, load_sweep, member_name, variance_name
+from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
+from bsvae_jax.sweeps.grid import Sweep, base_config, choose_variances, load_sweep, member_name
 
 BASE = Config(network=MLP((16,)), latent_size=4, beta=7.0, seed=3, optimizer=Optimizer(learning_rate=2e-3))
 
@@ -100,7 +100,7 @@ def test_the_members_do_not_depend_on_what_the_base_says_of_them():
     ids=str,
 )
 def test_variances_have_names(variance, name):
-    assert variance_name(variance) == name
+    assert variance.name == name
 
 
 @pytest.mark.parametrize(

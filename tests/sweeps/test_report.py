@@ -17,7 +17,7 @@ from bsvae_jax import theory
 from bsvae_jax.config import MLP, Config, Linear, Optimizer
 from bsvae_jax.data import load
 from bsvae_jax.errors import UserError
-from bsvae_jax.objective.elbo import Constant, Optimal
+from bsvae_jax.objective import Constant, Optimal
 from bsvae_jax.sweeps import report, results
 from bsvae_jax.sweeps.fit_sweep import fit_sweep
 from bsvae_jax.sweeps.grid import Sweep

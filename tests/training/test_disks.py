@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from helpers import refused
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
 
 import bsvae_jax as bv
 from bsvae_jax import data
@@ -24,7 +25,6 @@ from bsvae_jax.cli import main
 from bsvae_jax.errors import UserError
 from bsvae_jax.training import workdir
 from bsvae_jax.training.checkpoints import Checkpoints, SaveError
-from bsvae_jax.training.events import EventFile
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -113,50 +113,35 @@ def test_a_run_leaves_its_metrics_as_events(whole):
     assert not expected
 
 
-def test_events_stop_where_the_disk_is_full_and_go_on_later(disk):
-    events = EventFile(disk, 1)
-    (path,) = disk.glob("*tfevents*")
-    events.add(1, {"train/rate": 1.0})
-    fill(disk, 0)
-    step = 1
-    with contextlib.suppress(OSError):  # there is room in the page that the file has already
-        while True:
-            events.add(step := step + 1, {"train/rate": 1.0})
-    with pytest.raises(OSError, match="No space left"):
-        events.add(step, {"train/rate": 1.0})
-    assert read_events(path)[-1].step == step - 1
-    (disk / "ballast").unlink()
-    events.add(step, {"train/rate": 2.0})
-    events.close()
-    assert [event.step for event in read_events(path)[2:]] == list(range(1, step + 1))
+def test_events_that_do_not_fit_end_no_run(disk, caplog, whole, monkeypatch):
+    """The disk is full for the first row's events, and said to be so once; everything else finds room."""
+    write = RecordWriter.write
+
+    def full(self, content):
+        fill(disk, 0)
+        try:
+            write(self, content)
+            self.flush()
+        finally:
+            (disk / "ballast").unlink()
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    bv.fit(CONFIG, disk / "run", progress=False)
+    said = "TensorBoard events could not be written (No space left on device); metrics.jsonl has the numbers."
+    assert caplog.text.count(said) == 1
+    assert (disk / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
-def test_no_event_file_is_begun_on_a_full_disk(disk):
-    fill(disk, 0)
-    with pytest.raises(OSError, match="No space left"):
-        EventFile(disk / "tensorboard", 1)
-    assert not list((disk / "tensorboard").iterdir())
-
-
-def test_later_event_files_come_later_wherever_the_clock_stands(tmp_path, monkeypatch):
-    (tmp_path / "events.out.tfevents.1795346442.host").touch()  # as tensorboardX names them
-    for now in (2e18, 1e18, 0):
-        monkeypatch.setattr(time, "time_ns", lambda now=now: int(now))
-        EventFile(tmp_path, 1).close()
-    names = [path.name for path in sorted(tmp_path.iterdir())]
-    assert [name.split(".")[3] for name in names] == ["1795346442", *(str(2 * 10**18 + i) for i in range(3))]
-
-
-def test_events_that_cannot_be_written_end_no_run(tmp_path, capsys, whole):
-    (tmp_path / "run").mkdir()
+def test_events_of_a_run_that_is_continued_replace_those_from_there(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+    before = set((tmp_path / "run" / "tensorboard").iterdir())
     bv.fit(CONFIG, tmp_path / "run", progress=False)
-    shutil.rmtree(tmp_path / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workdir, "EventFile", lambda folder, step: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
-        bv.fit(CONFIG, tmp_path / "run", progress=False)
-    errors = capsys.readouterr().err
-    assert errors.count("TensorBoard events could not be written (Read-only file system); metrics.jsonl has the numbers.") == 1
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    (later,) = set((tmp_path / "run" / "tensorboard").iterdir()) - before
+    assert later.name > max(path.name for path in before)
+    _, start, *events = read_events(later)
+    assert (start.session_log.status, start.step) == (start.session_log.START, 7)
+    assert [event.step for event in events] == [9, 12, 12]
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -187,7 +172,7 @@ def test_a_checkpoint_that_finds_no_room_is_an_error_and_leaves_nothing(disk, le
     np.testing.assert_array_equal(restored["a"], state["a"])
 
 
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written_pauses_saving(disk, whole, monkeypatch, capsys):
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written_pauses_saving(disk, whole, monkeypatch, caplog):
     """After the look at the free space; free again before the next checkpoint."""
     save, log = Checkpoints.save, workdir.RunDirectory.log
 
@@ -196,16 +181,16 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_pauses_saving(disk, 
             fill(disk, 4096)
         save(self, step, *arguments)
 
-    def free(self, row, **clocked):
+    def free(self, row):
         if row["step"] == 9:
             self.settle()  # however slow the disk, it was full until then
             (disk / "ballast").unlink(missing_ok=True)
-        log(self, row, **clocked)
+        log(self, row)
 
     monkeypatch.setattr(Checkpoints, "save", full)
     monkeypatch.setattr(workdir.RunDirectory, "log", free)
     bv.fit(CONFIG, disk / "run", progress=False)
-    errors = capsys.readouterr().err
+    errors = caplog.text
     assert "is paused (The checkpoint of step 6 could not be written to" in errors
     assert "saving again, from step 12" in errors
     assert bv.restore(disk / "run").step == 12

@@ -293,7 +293,7 @@ def numbers(folder):
     return report, digest(bv.restore(folder).variables)
 
 
-def damage(folder, expected, work, count, seed, capsys):
+def damage(folder, expected, work, count, seed, caplog):
     """Mutate files of a run one at a time and use it; what came of it."""
     outcomes = {"unchanged": 0, "sentence": 0, "older checkpoint": 0, "continued": 0}
     generator = random.Random(seed)
@@ -305,13 +305,13 @@ def damage(folder, expected, work, count, seed, capsys):
         shutil.copytree(folder, copy)
         victim = copy / generator.choice(files).relative_to(folder)
         mutate(victim, generator)
-        capsys.readouterr()
+        caplog.clear()
         try:
             found = numbers(copy)
         except UserError:
             outcomes["sentence"] += 1
             continue
-        warned = "does not load" in capsys.readouterr().err
+        warned = "does not load" in caplog.text
         if found[1] != parameters:
             assert warned, f"{victim} gave other parameters without a word"
             outcomes["older checkpoint"] += 1
@@ -321,21 +321,21 @@ def damage(folder, expected, work, count, seed, capsys):
     return outcomes
 
 
-def test_damaged_files_of_a_run(whole, tmp_path, capsys):
-    outcomes = damage(whole, numbers(whole), tmp_path, 40, 0, capsys)
+def test_damaged_files_of_a_run(whole, tmp_path, caplog):
+    outcomes = damage(whole, numbers(whole), tmp_path, 40, 0, caplog)
     assert outcomes["sentence"] > 0
     assert outcomes["older checkpoint"] > 0
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
-def test_hundreds_of_damaged_files(whole, tmp_path, capsys):
-    outcomes = damage(whole, numbers(whole), tmp_path, 500, 1, capsys)
+def test_hundreds_of_damaged_files(whole, tmp_path, caplog, capsys):
+    outcomes = damage(whole, numbers(whole), tmp_path, 500, 1, caplog)
     with capsys.disabled():
         print(f"\n500 mutations: {outcomes}, 0 tracebacks, 0 wrong parameters")
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_seen(whole, tmp_path, capsys):
+def test_a_flipped_bit_in_a_checkpoint_is_seen(whole, tmp_path, caplog):
     """In every file of numbers of the newest checkpoint: the one before is used, and said to be."""
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
@@ -344,7 +344,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_seen(whole, tmp_path, capsys):
         content[len(content) // 2] ^= 1
         victim.write_bytes(content)
     assert bv.restore(copy).step == 6
-    assert "does not load" in capsys.readouterr().err
+    assert "does not load" in caplog.text
 
 
 def test_damaged_metrics_of_a_checkpoint_are_named_and_moved_aside(config, whole, tmp_path):
@@ -380,18 +380,18 @@ def test_a_disk_without_room_is_refused_before_training(config, tmp_path, monkey
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_disk_that_fills_up_pauses_saving_and_keeps_the_run_alive(config, whole, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_fills_up_pauses_saving_and_keeps_the_run_alive(config, whole, tmp_path, monkeypatch, caplog):
     free = [2**40]
     monkeypatch.setattr(workdir, "free_bytes", lambda folder: free[0])
     log = workdir.RunDirectory.log
 
-    def fill(self, row, **clocked):
+    def fill(self, row):
         free[0] = 0 if 6 <= row["step"] < 12 else 2**40  # full at the first checkpoint, free again at the second
-        log(self, row, **clocked)
+        log(self, row)
 
     monkeypatch.setattr(workdir.RunDirectory, "log", fill)
     bv.fit(config, tmp_path / "run", progress=False)
-    errors = capsys.readouterr().err
+    errors = caplog.text
     assert "Saving in" in errors
     assert "No checkpoint was saved yet" in errors
     assert "saving again, from step 12" in errors
@@ -501,7 +501,7 @@ def test_a_step_that_is_not_finite_can_be_run_again(tmp_path):
         exec("\n".join(lines), {})
 
 
-def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path, capsys):
+def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path, caplog):
     """A learning rate that overflows at every second step's gradient is hard to arrange; a batch with infinity is not."""
     import jax.numpy as jnp
 
@@ -525,7 +525,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path, capsys):
     rows = [row for row in workdir.read_metrics(tmp_path / "run") if row["split"] == "train"]
     assert [row.get("skipped_steps", 0) for row in rows] == [1, 1, 1]  # steps 3; 4; 7, of 3 in an epoch
     assert all(np.isfinite(row["objective"]) for row in rows)
-    assert "step 3 is not finite and is left out" in capsys.readouterr().err
+    assert "step 3 is not finite and is left out" in caplog.text
     # Three in a row are one too many.
     bad_steps = jnp.array([2, 3, 4])
     with pytest.MonkeyPatch.context() as patch:

@@ -22,8 +22,9 @@ from bsvae_jax.errors import DivergenceError, UserError
 from bsvae_jax.evaluation.evaluate import evaluate
 from bsvae_jax.evaluation.metrics import as_json
 from bsvae_jax.evaluation.scores import score_split
-from bsvae_jax.objective.elbo import Constant, Learned, Optimal, quantization_variance
+from bsvae_jax.objective import Constant, Learned, Optimal, quantization_variance
 from bsvae_jax.training import step as training
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.step import (
     build_model,
@@ -32,9 +33,7 @@ from bsvae_jax.training.step import (
     learning_rate_schedule,
     steps_per_dispatch,
     train_step,
-    with_data_floor,
 )
-from bsvae_jax.training.trainer import fit
 from bsvae_jax.training.workdir import read_calibration, read_failure, read_info
 
 SMALL = Config(
@@ -139,6 +138,16 @@ def test_a_learned_variance_converges_to_the_batch_optimal_one(tmp_path):
     assert learned == pytest.approx(calibration.variance, rel=0.03)
 
 
+def test_a_learned_variance_arrives_within_the_digits_own_schedule(tmp_path):
+    # Twelve epochs of small batches, 1,200 steps at the digits' rate of 1e-3: at that rate it would end near exp(-0.6) = 0.55.
+    config = dataclasses.replace(SMALL, decoder_variance=Learned(), epochs=12, evaluate_every=12, batch_size=15)
+    config = dataclasses.replace(config, optimizer=Optimizer(learning_rate=1e-3, schedule="cosine"))
+    fit(config, tmp_path / "run", progress=False)
+    calibration = read_calibration(tmp_path / "run")
+    learned = float(np.exp(restore(tmp_path / "run").variables["params"]["log_variance"]))
+    assert learned == pytest.approx(calibration.variance, rel=0.3)
+
+
 # --- One step ---------------------------------------------------------------------------------------------------------
 
 
@@ -232,9 +241,9 @@ def test_clipping_bounds_the_gradient_that_adam_sees():
 
 
 def test_the_floor_comes_from_the_data_unless_given():
-    assert with_data_floor(Optimal(), 1 / 16).floor == pytest.approx(1 / (12 * 256))
-    assert with_data_floor(Optimal(floor=0.5), 1 / 16).floor == 0.5
-    assert with_data_floor(Constant(0.1), 1 / 16) == Constant(0.1)
+    assert Optimal().with_floor(1 / 16).floor == pytest.approx(1 / (12 * 256))
+    assert Optimal(floor=0.5).with_floor(1 / 16).floor == 0.5
+    assert Constant(0.1).with_floor(1 / 16) == Constant(0.1)
 
 
 def test_steps_per_dispatch_is_one_only_for_convolutions_on_cpu():
@@ -317,8 +326,8 @@ def test_an_interrupted_run_continues_to_the_same_numbers(network, tmp_path, mon
 
     log, calls = RunDirectory.log, itertools.count()
 
-    def stop_in_the_third_epoch(self, row, **clocked):
-        log(self, row, **clocked)
+    def stop_in_the_third_epoch(self, row):
+        log(self, row)
         if next(calls) == 4:  # after the row of epoch 3, before its checkpoint
             raise _Stop
 
@@ -421,14 +430,14 @@ def test_best_is_the_least_held_out_objective(tmp_path):
     assert restore(tmp_path / "run").step == 400
 
 
-def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_path, capsys):
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_path, caplog):
     whole = fit(SMALL, tmp_path / "run", progress=False).state
     newest = tmp_path / "run" / "checkpoints" / "6"
     for path in newest.rglob("*"):
         if path.is_file() and "default" in path.parts and path.stat().st_size > 0:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     continued = fit(SMALL, tmp_path / "run", progress=False).state
-    assert "checkpoints/6 does not load" in capsys.readouterr().err
+    assert "checkpoints/6 does not load" in caplog.text
     chex.assert_trees_all_close(continued.params, whole.params, atol=1e-6)
     assert restore(tmp_path / "run").step == 6  # saved anew, the damaged one kept aside
     assert (tmp_path / "run" / "damaged_checkpoints" / "6_0").is_dir()
@@ -466,9 +475,9 @@ def test_a_second_process_is_kept_out(tmp_path):
     from bsvae_jax.training.workdir import RunDirectory
 
     images = load(Digits())
-    with RunDirectory(tmp_path / "run", SMALL, images, False), pytest.raises(UserError, match="Another process is training"):
-        RunDirectory(tmp_path / "run", SMALL, images, False)
-    with RunDirectory(tmp_path / "run", SMALL, images, False):
+    with RunDirectory(tmp_path / "run", SMALL, images), pytest.raises(UserError, match="Another process is training"):
+        RunDirectory(tmp_path / "run", SMALL, images)
+    with RunDirectory(tmp_path / "run", SMALL, images):
         pass  # the lock goes with its holder
 
 

@@ -16,14 +16,13 @@ from bsvae_jax.config import Config, Digits, FlowMatching, Optimizer, Spatial, S
 from bsvae_jax.distributed.mesh import data_mesh
 from bsvae_jax.distributed.preemption import Interrupted, Stop
 from bsvae_jax.errors import UserError
-from bsvae_jax.models import priors
-from bsvae_jax.models.velocity import Block, VelocityNetwork, time_features
+from bsvae_jax.models.priors.velocity import Block, VelocityNetwork, time_features
 from bsvae_jax.training import fit_flow
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.fit_flow import fit_flow_matching, map_moments
 from bsvae_jax.training.fit_prior import fit_prior
 from bsvae_jax.training.fitted_prior import FittedPrior, fit_density, read_fitted
 from bsvae_jax.training.restore import restore
-from bsvae_jax.training.trainer import fit
 from bsvae_jax.training.workdir import read_evaluation
 
 SMALL = FlowMatching(rows=2, columns=1, width=16, depth=1, heads=2, steps=20)
@@ -85,7 +84,7 @@ def test_a_fresh_network_is_the_zero_field():
 
 
 def prior_and_parameters(settings, latents, scale):
-    module = priors.build(settings, latents)
+    module = settings.build(latents)
     made = module.init(jax.random.key(0), jnp.zeros((1, latents)), method="log_prob")["params"]
     return module, random_parameters(made, scale)
 

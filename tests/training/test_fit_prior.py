@@ -20,12 +20,13 @@ from bsvae_jax.config import MLP, Config, Flow, Linear, Mixture, Optimizer
 from bsvae_jax.distributed.mesh import data_mesh
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import evaluate
-from bsvae_jax.objective.elbo import Optimal
+from bsvae_jax.objective import Optimal
 from bsvae_jax.training import fitted_prior
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.fit_prior import fit_prior
 from bsvae_jax.training.fitted_prior import FITTED_HERE, fit_density, read_fitted, write_fitted
 from bsvae_jax.training.restore import restore
-from bsvae_jax.training.trainer import Trainer, fit
+from bsvae_jax.training.trainer import Trainer
 from bsvae_jax.training.workdir import read_evaluation, write_evaluation
 
 MANY = 20_000

@@ -10,10 +10,10 @@ import pytest
 from bsvae_jax.config import MLP, Config, Optimizer, Residual
 from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, lift, replicate
 from bsvae_jax.errors import UserError
-from bsvae_jax.objective.elbo import Constant, Learned, Optimal, Predicted
+from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
 from bsvae_jax.random import arranged
 from bsvae_jax.training import step as training
-from bsvae_jax.training.trainer import fit
+from bsvae_jax.training.fit import fit
 
 IMAGES = np.random.default_rng(0).random((16, 8, 8, 1)).astype(np.float32)
 SMALL = Config(network=MLP((16,)), latent_size=3, batch_size=16, optimizer=Optimizer(gradient_clip=1e9))

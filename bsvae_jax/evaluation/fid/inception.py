@@ -23,6 +23,7 @@ from bsvae_jax._io.files import cache_folder, read_arrays, sha256_of
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.fid.features import FeatureNetwork
 from bsvae_jax.models._state_dict import read_state_dict
+from bsvae_jax.random import make_key
 
 FEATURES = 2048
 SIZE = 299
@@ -206,7 +207,7 @@ def features(variables: Mapping[str, Any], images: UInt8[Array, "batch _ _ _"]) 
 
 def _expected() -> dict[str, tuple[str, tuple[int, ...]]]:
     """PyTorch's name of every array to its place in the Flax variables and its shape there."""
-    shapes = jax.eval_shape(lambda: Inception().init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3))))
+    shapes = jax.eval_shape(lambda: Inception().init(make_key(0), jnp.zeros((1, SIZE, SIZE, 3))))
     leaves = {
         "/".join(str(part.key) for part in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     }

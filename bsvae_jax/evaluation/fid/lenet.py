@@ -30,6 +30,7 @@ from bsvae_jax.distributed.mesh import REPLICATED, data_mesh, lift
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.fid.features import FeatureNetwork
 from bsvae_jax.models.layers import HIGHEST
+from bsvae_jax.random import make_key
 
 FEATURES = 500
 CHANNELS = (20, 50)
@@ -97,7 +98,7 @@ def network(images: ImageSet, progress: bool = True) -> FeatureNetwork:
         arrays = read_arrays(path, remedy)
     known_accuracy = arrays.pop("accuracy", np.empty(0))
     variables = unflatten_dict(arrays, sep=".")
-    expected = jax.eval_shape(lambda: LeNet(classes).init(jax.random.key(0), jnp.zeros((1, *images.image_shape))))
+    expected = jax.eval_shape(lambda: LeNet(classes).init(make_key(0), jnp.zeros((1, *images.image_shape))))
     shapes = {name: leaf.shape for name, leaf in flatten_dict(expected, sep=".").items()}
     if known_accuracy.shape != () or {name: array.shape for name, array in arrays.items()} != shapes:
         raise UserError(f"{path} is damaged: it holds other arrays than this network's; {remedy}.")
@@ -138,7 +139,7 @@ def _step(
 
 def _train(images: ImageSet, labels: np.ndarray, classes: int, progress: bool) -> Any:
     """Variables after `STEPS` steps on one device; the same on every call."""
-    init_key, order_key = jax.random.split(jax.random.key(0))
+    init_key, order_key = jax.random.split(make_key(0))
     variables = jax.jit(LeNet(classes).init)(init_key, jnp.zeros((1, *images.image_shape)))
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, STEPS))
     state = (variables, jax.jit(optimizer.init)(variables))

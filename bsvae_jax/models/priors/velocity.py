@@ -4,12 +4,13 @@ Blocks of attention and MLP whose layer norms take scale and shift from the time
 start at zero: adaLN-Zero (Peebles & Xie 2023, section 3.2). A fresh network is the zero field. All in float32.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from bsvae_jax.config import FlowMatching
 from bsvae_jax.models.layers import HIGHEST, ZEROS, dense
 
 Latents = Float[Array, "batch latent"]
@@ -56,15 +57,16 @@ class Block(nn.Module):
 class VelocityNetwork(nn.Module):
     """u(x, t) of latents in row-major order of their map."""
 
-    prior: FlowMatching
+    prior: Any
+    """The settings: `FlowMatching`."""
 
     @nn.compact
     def __call__(self, x: Latents, time: Float[Array, " batch"]) -> Latents:
         """Latents [B, L] and times [B] to a velocity [B, L]."""
         positions, width = self.prior.rows * self.prior.columns, self.prior.width
-        tokens = x.reshape(len(x), positions, -1)
+        tokens = x.reshape(x.shape[0], positions, -1)
         channels = tokens.shape[-1]
-        places = self.param("places", nn.initializers.normal(0.02), (positions, width))
+        places = self.param("places", nn.initializers.normal(0.02), (positions, width), jnp.float32)
         y = dense(width, name="tokens")(tokens) + places[None]
         condition = dense(width, name="time1")(nn.silu(dense(width, name="time0")(time_features(time, width))))
         for block in range(self.prior.depth):

@@ -1,0 +1,53 @@
+"""What the open kinds have in common: networks, priors, decoder variances and data sets are frozen dataclasses that anyone may
+derive, in a file of their own. Nothing is registered.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+from bsvae_jax.errors import UserError
+
+
+class Kind:
+    """A frozen dataclass that says which of several models is meant, and with what settings."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in the name of a folder: the class in small letters, and the settings that are not the usual ones.
+
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class PerChannel(Kind):
+        ...     shrink: float = 0.0
+        >>> PerChannel().name, PerChannel(0.5).name
+        ('per_channel', 'per_channel-0.5')
+        """
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
+        values = [getattr(self, f.name) for f in dataclasses.fields(self) if f.init and getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        shown = [f"{value:.10g}" if isinstance(value, float) else re.sub(r"[^\w.+-]+", "-", str(value)) for value in values]
+        return "-".join([words, *(text.strip("-") for text in shown)])
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables and figures."""
+        return self.name.replace("_", " ")
+
+
+def check_kind_of(what: str, value: Any, base: type[Kind]) -> None:
+    """Raise a UserError unless `value` is an instance of a frozen, hashable dataclass derived from `base`.
+
+    Both are needed because a kind is a constant of the compiled program and a part of `config.json`.
+    """
+    if not isinstance(value, base):
+        given = (
+            f"the class {value.__name__}; give an instance, {value.__name__}(...)" if isinstance(value, type) else repr(value)
+        )
+        raise UserError(f"{what} must be an instance of a class derived from bsvae_jax.{base.__name__}, got {given}.")
+    name, parameters = type(value).__name__, vars(type(value)).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise UserError(f"{what}: {name} must be a frozen dataclass; write @dataclass(frozen=True) above its class.")
+    try:
+        hash(value)
+    except TypeError as error:
+        raise UserError(f"{what}: {name} must be hashable ({error}); a tuple can take the place of a list.") from error

@@ -1,0 +1,119 @@
+"""`fit`: one run from a config to its evaluation, in a folder.
+
+It checks what it is given, loads the data and opens the folder; the loop is `trainer.Trainer`.
+"""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from bsvae_jax._io.files import as_path
+from bsvae_jax._io.terminal import ProgressBar, log, messages_shown
+from bsvae_jax.config import Config, to_dict
+from bsvae_jax.data import ImageSet, load
+from bsvae_jax.distributed import multihost
+from bsvae_jax.distributed.hardware import check_precision
+from bsvae_jax.distributed.mesh import data_mesh, describe_devices
+from bsvae_jax.distributed.preemption import stop_on_signals
+from bsvae_jax.errors import UserError, check_kind
+from bsvae_jax.evaluation.metrics import Report
+from bsvae_jax.training.callbacks import Callback, Callbacks, Progress, TensorBoard
+from bsvae_jax.training.program import Program
+from bsvae_jax.training.step import TrainState, check_against_data
+from bsvae_jax.training.trainer import Member, Trainer
+from bsvae_jax.training.workdir import RunDirectory
+
+
+class FitResult(NamedTuple):
+    """A finished run.
+
+    >>> import tempfile
+    >>> from bsvae_jax.config import MLP
+    >>> config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = fit(config, folder, progress=False)
+    >>> int(result.state.step), result.images.name, result.report["test"]["rate"].unit
+    (3, 'digits', 'nats')
+    """
+
+    state: TrainState
+    """After the last step, on all the devices of the run."""
+    images: ImageSet
+    """What it was trained and evaluated on."""
+    workdir: Path
+    report: Report
+    """`{split: {name: Quantity}}` of the training and the test set."""
+
+
+def _check_agreement(config: Config) -> None:
+    """Before anything is computed, every process has the same config and the same program."""
+    if multihost.is_only():
+        return
+    if config.devices is not None:
+        raise UserError("With several processes all their devices take part; leave out --devices.")
+    versions = {name: version(name) for name in ("bsvae_jax", "jax", "jaxlib", "flax", "optax", "numpy")}
+    multihost.check_agreement("versions of the libraries", versions, "Install the same everywhere.")
+    multihost.check_agreement("config", to_dict(config), "Give every process the same command.")
+
+
+def fit(config: Config, workdir: str | Path, progress: bool = True, callbacks: Sequence[Callback] = ()) -> FitResult:
+    """Train as the config says, in `workdir`; continue there if a run of the same config was interrupted.
+
+    Writes `config.json`, `metrics.jsonl` (a row per line), TensorBoard events, checkpoints, and at the end `calibration.npz`,
+    the variance of the training set, and `evaluation.json`. A finished run is not trained again.
+
+    Args:
+      config: the experiment.
+      workdir: a folder of this run alone; with several processes (`multihost.join`), that of process 0 only. If one of them
+        dies, JAX ends the others within a minute: they wait for it in the middle of a step.
+      progress: show a progress bar, and what is logged (`logging.getLogger("bsvae_jax")`), on standard error.
+      callbacks: what else is done on the way (`Callback`); they may stop the run early.
+
+    >>> import tempfile
+    >>> from bsvae_jax.config import MLP
+    >>> config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = fit(config, folder, progress=False)
+    ...     sorted(path.name for path in Path(folder).glob("*.json"))
+    ['config.json', 'evaluation.json']
+
+    Raises:
+      UserError: before any training: the data, devices or workdir do not fit the config, or the processes do not agree; or at
+        its end: the disk is full.
+      DivergenceError: a loss, gradient or held-out objective is not finite; names the step, the terms and the last good
+        checkpoint.
+      Interrupted: SIGINT or SIGTERM; the steps in flight were finished and saved, the same call continues after them.
+      CallbackError: a callback raised an error; the run was saved first, the same call continues it.
+    """
+    check_kind("config", config, Config, "load_config(path) reads one from a file")
+    folder = as_path(workdir, "workdir")
+    Callbacks(callbacks)  # checked before anything is computed
+    with multihost.ends_together(), messages_shown(progress and multihost.is_primary()):
+        return _fit(config, folder, progress, callbacks)
+
+
+def _fit(config: Config, folder: Path, progress: bool, callbacks: Sequence[Callback]) -> FitResult:
+    _check_agreement(config)
+    mesh = data_mesh(config.devices, config.batch_size, config.gradient_accumulation)
+    check_precision(config.precision, mesh.devices.flat[0].device_kind)
+    images = load(config.data)
+    check_against_data(config, images)
+    multihost.check_agreement("images", {"fingerprint": images.fingerprint()}, "Give every process the same data.")
+    primary = multihost.is_primary()
+    # What is not primary touches no file.
+    other = RunDirectory(folder, config, images, primary=False)
+    directory = multihost.on_primary(lambda: RunDirectory(folder, config, images), other)
+    with stop_on_signals() as stop, directory as run:
+        program = Program(config, images, mesh)
+        if primary:
+            log.info(
+                f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
+                f"{config.epochs} epochs, {program.total} steps of {config.batch_size}; {describe_devices(mesh)}"
+                + ("" if program.resident else "; images are streamed from the host")
+            )
+        done = max(run.saved_steps(), default=0)
+        with ProgressBar(program.total * config.batch_size, done * config.batch_size, progress and primary) as bar:
+            member = Member(config, run)
+            state = Trainer(program, [member], [TensorBoard(), Progress(bar), *callbacks], stop).train()
+        return FitResult(state, images, run.folder, member.report or {})

@@ -1,0 +1,37 @@
+"""`stopped.json` in the folder of a run: where and why a callback ended training before the last step."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from bsvae_jax.errors import UserError
+
+
+class Stopped(NamedTuple):
+    """What `stopped.json` says."""
+
+    step: int
+    """The last one taken."""
+    reason: str
+
+
+def read_stopped(folder: Path) -> Stopped | None:
+    """Where and why a callback ended training before the last step; None where none did.
+
+    Raises:
+      UserError: a damaged file.
+    """
+    path = folder / "stopped.json"
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        return Stopped(int(values["step"]), str(values["reason"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it, and training goes on.") from error
+
+
+def final_step(folder: Path, total: int) -> int:
+    """The step at which the run ends: its last of `total`, or that at which a callback stopped it."""
+    stopped = read_stopped(folder)
+    return total if stopped is None else stopped.step
