@@ -30,8 +30,16 @@ DAMAGE: tuple[type[Exception], ...] = (
 
 
 def cache_folder() -> Path:
-    """Where downloads, prepared images and reference statistics are kept: `$BSVAE_CACHE`, or `~/.cache/bsvae_jax`."""
-    return Path(os.environ.get("BSVAE_CACHE") or Path.home() / ".cache" / "bsvae_jax")
+    """Where downloads, prepared images and reference statistics are kept: `$BSVAE_CACHE`, or `~/.cache/bsvae_jax`.
+
+    For a user without a name and a home, as containers have them, a folder among the temporary ones.
+    """
+    if folder := os.environ.get("BSVAE_CACHE"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache" / "bsvae_jax"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"bsvae_jax-{os.getuid()}"
 
 
 def as_path(path: Any, what: str) -> Path:

@@ -345,7 +345,7 @@ class _Preparation:
 
     @staticmethod
     def _refusal(error: CorruptImageError) -> UserError:
-        return UserError(f"{error} `bsvae prepare --skip-corrupt True` leaves such images out, and lists them.")
+        return UserError(f"{error} `bsvae prepare --skip-corrupt` leaves such images out, and lists them.")
 
     def _check_room(self, shape: tuple[int, int, int]) -> None:
         needed = self.count * math.prod(shape) + MARGIN

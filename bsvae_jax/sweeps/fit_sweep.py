@@ -421,5 +421,7 @@ def read_sweep(folder: Path) -> SweepInfo:
         shape = (height, width, channels)
         members = [str(name) for name in values["members"]]
         return SweepInfo(config, str(data["name"]), str(data["fingerprint"]), shape, int(data["levels"]), eigenvalues, members)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bsvae_jax import theory
-from bsvae_jax._io.files import write_atomically
+from bsvae_jax._io.files import as_path, write_atomically
 from bsvae_jax.config import Linear, StandardNormal, to_dict
 from bsvae_jax.evaluation.plots import save
 from bsvae_jax.objective import Constant, Optimal, quantization_variance
@@ -52,10 +52,15 @@ def write_report(folder: str | Path) -> list[Path]:
     Returns:
       The files written.
 
+    >>> write_report("nowhere")
+    Traceback (most recent call last):
+        ...
+    bsvae_jax.errors.UserError: nowhere is not a sweep: it has no sweep.json. Give the folder that `bsvae sweep` wrote.
+
     Raises:
       UserError: not a sweep, or nothing has finished yet.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     results = read_results(folder)
     pictures = draw(results)
     texts = {

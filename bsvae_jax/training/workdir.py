@@ -78,6 +78,8 @@ def read_info(folder: Path, like: Config | None = None) -> RunInfo:
         shape = tuple(int(size) for size in data["image_shape"])
         switches = dict(values.get("switches", {}))
         return RunInfo(config, shape, int(data["levels"]), str(data["fingerprint"]), switches)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 

@@ -388,7 +388,7 @@ def bad_folder(kind: str, folder: Path) -> Path:
         ("one image", "holds 1 images: too few to keep 1 for testing"),
         ("sizes differ", r"photos holds images of 2 sizes \(6 x 5: 3, 9 x 9: 1\); --size N"),
         ("channels differ", r"holds grey images and colour images \(colour: 3, grey: 1\); --channels 3"),
-        ("corrupt", "0001.png is not an image that can be read .*`bsvae prepare --skip-corrupt True` leaves such images out"),
+        ("corrupt", "0001.png is not an image that can be read .*`bsvae prepare --skip-corrupt` leaves such images out"),
         ("truncated", "0001.png is truncated or damaged .*--skip-corrupt"),
         ("train alone", "has a folder 'train' beside more, but no 'test'"),
         ("folder linked out of it", "photos/x is a symbolic link to /, in which it lies itself; delete it"),
