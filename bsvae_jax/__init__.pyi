@@ -5,7 +5,7 @@ from .distributed.preemption import Interrupted
 from .errors import BsvaeError, DivergenceError, UserError
 from .evaluation.evaluate import Fid, evaluate
 from .evaluation.trained import Restored
-from .models import VAE, Network, Prior
+from .models import VAE, Network, Prior, StandardNormal
 from .objective import (
     PAPER_FLOOR,
     QUANTIZATION_VARIANCE,
@@ -22,6 +22,7 @@ from .objective import (
     kl_per_latent,
     kl_to_standard_normal,
     mean_objective,
+    mean_over_devices,
     optimal_gaussian_nll,
     optimal_variance,
     quantization_variance,
@@ -68,6 +69,7 @@ __all__ = [
     "Predicted",
     "Prior",
     "Restored",
+    "StandardNormal",
     "Sweep",
     "SweepResult",
     "TrainState",
@@ -91,6 +93,7 @@ __all__ = [
     "kl_to_standard_normal",
     "load_config",
     "mean_objective",
+    "mean_over_devices",
     "models",
     "objective",
     "optimal_gaussian_nll",

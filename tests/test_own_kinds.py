@@ -12,6 +12,7 @@ from helpers import main, refused
 import bsvae_jax as bv
 from bsvae_jax.config import load_config, to_dict
 from bsvae_jax.errors import UserError
+from bsvae_jax.random import make_key
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SMALL = ("--epochs", "2", "--devices", "1")
@@ -47,8 +48,8 @@ def test_the_run_is_that_of_the_file(mine, run):
     assert type(opened.config.network).__name__ == "OverTime"
     # Its own distortion in float64: one variance per channel over the whole batch.
     x = load_config(mine).data.load().test
-    output = opened.model.apply(opened.variables, x, bv.random.make_key(0))
-    terms = opened.model.apply(opened.variables, x, bv.random.make_key(0), method="elbo_terms")
+    output = opened.model.apply(opened.variables, x, make_key(0))
+    terms = opened.model.apply(opened.variables, x, make_key(0), method="elbo_terms")
     squares = np.square(np.float64(x) - np.float64(output.decoded.mean))
     variance = squares.mean((0, 1)) + 1e-6
     expected = 0.5 * (np.log(2 * np.pi * variance) + squares / variance).sum((1, 2))
@@ -100,19 +101,19 @@ WRONG = {
     "no kind": ("network=OverTime", "network must be an instance of a class derived from bsvae_jax.Network, got the class"),
     "not frozen": ("network=Thawed()", "Thawed must be a frozen dataclass; write @dataclass\\(frozen=True\\)"),
     "not hashable": ("network=OverTime(width=[4])", "OverTime must be hashable"),
-    "one module": ("network=OneModule()", "build of OneModule must return two flax.linen modules, \\(encoder, decoder\\)"),
+    "one module": ("network=OneModule()", "build of OneModule must return two flax.linen modules"),
     "one output": ("network=OneOutput()", "encoder OneOutputEncoder must return two arrays, mean and log-variance"),
     "wrong latents": (
         "network=WrongLatents()",
-        "mean that the encoder Encoder returns must have shape \\(2, 4\\), got \\(2, 5\\)",
+        "mean that the encoder Encoder returns must have shape .*4\\), got .*5\\)",
     ),
     "wrong mean": (
         "network=WrongMean()",
-        "decoder Encoder must return|decoder Decoder must return shape \\(2, 64, 3\\), got \\(2, 64, 2\\)",
+        "decoder Decoder must return shape .*64, 3\\), got .*64, 2\\)",
     ),
     "a scalar": (
         "decoder_variance=Scalar()",
-        "distortion of Scalar must return the variance and a value in nats for each image",
+        "distortion of Scalar must return the variance and a value in nats",
     ),
 }
 CLASSES = """
@@ -160,7 +161,7 @@ class Scalar(PerChannel):
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_classes_end_in_a_sentence_before_training(mine, tmp_path, case, capsys):
+def test_wrong_classes_end_in_a_sentence_before_training(mine, tmp_path, case, capsys, unchecked):
     change, sentence = WRONG[case]
     field = change.partition("=")[0]
     text = re.sub(rf"{field}=\w+\(\)(?=, \w+=)", change, mine.read_text(), count=1)
