@@ -504,7 +504,7 @@ def evaluate(
     options = None
     if fid is not None:
         options = Fid(fid, protocol=protocol, network=fid_network)
-        if fid_network == "inception":
+        if inception_weights is not None:
             options = dataclasses.replace(options, weights=load_weights(inception_weights))
     is_sweep = (workdir / "sweep.json").is_file()
     load_once = functools.cache(load)  # members of a sweep share their data
@@ -553,6 +553,8 @@ def _evaluate_run(
         report = evaluation.beside(report, evaluate(with_fitted, images, split).report, fitted.describe())
     rundir.write_evaluation(folder, run.step, report, checkpoint)
     print(metrics.as_table(report))
+    if (sentence := metrics.left_out(images)) is not None:
+        print(sentence)
     if figures:
         diagnostic_figures.draw(run, images, found, folder)
         if with_fitted is not None:
@@ -569,15 +571,15 @@ def sample(
     prior: Literal["model", "fitted"] = "model",
     overwrite: bool = False,
 ) -> None:
-    """Draw images from a trained run: z from the prior, then the decoder's mean, as 8-bit images.
+    """Draw images from a trained run: z from the prior, then the decoder's mean, as 8-bit images; float32 for other data.
 
     An interrupted command continues where it stopped when it is given again.
 
     Args:
       workdir: Folder that bsvae train wrote.
       count: Number of images.
-      out: A .npz file (array images, uint8 [N, H, W, C]), a .png file (one grid), or a folder (one PNG per image);
-        WORKDIR/samples.npz if not given.
+      out: A .npz file (array images, uint8 [N, H, W, C]; of other data float32 [N, ...]), a .png file (one grid), or a folder
+        (one PNG per image); WORKDIR/samples.npz if not given.
       seed: Decides the images; the first ones do not depend on count.
       checkpoint: The end of training, or the least held-out objective.
       prior: The one that the model was trained with, or the one that bsvae fit-prior fitted afterwards.
@@ -596,9 +598,8 @@ def sample(
     if out.suffix in (".npz", ".png") and out.exists() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it.")
     run = restore(workdir, checkpoint, prior)
-    channels = run.image_shape[2]
-    if out.suffix != ".npz" and channels not in (1, 3):
-        raise UserError(f"PNG files hold 1 or 3 channels, the model has {channels}; give --out FILE.npz.")
+    if out.suffix != ".npz":
+        sampling.check_png(run)
     there = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -285,8 +285,8 @@ class Trainer:
             calibration = calibrate(train_scores, step, floor)
             run.write_calibration(calibration)
             reports[member] = {
-                "train": summarize(train_scores, config.beta, calibration),
-                "test": summarize(test_scores, config.beta, calibration),
+                "train": summarize(train_scores, config.beta, calibration, self.program.images.holds_images),
+                "test": summarize(test_scores, config.beta, calibration, self.program.images.holds_images),
             }
             also(member, test_scores)
             if multihost.is_writer():

@@ -52,6 +52,8 @@ class RunInfo(NamedTuple):
     levels: int
     fingerprint: str
     """Of the images trained on, `ImageSet.fingerprint`."""
+    holds_images: bool = True
+    """Whether they are images in [0, 1], `ImageSet.holds_images`."""
 
 
 def read_info(folder: Path, like: Config | None = None) -> RunInfo:
@@ -71,7 +73,8 @@ def read_info(folder: Path, like: Config | None = None) -> RunInfo:
             raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
         config, data = configs.from_dict(values["config"], given=configs.kinds_of(like)), values["data"]
         shape = tuple(int(size) for size in data["image_shape"])
-        return RunInfo(config, shape, int(data["levels"]), str(data["fingerprint"]))
+        images = bool(data.get("images", True))  # runs of earlier versions have no others
+        return RunInfo(config, shape, int(data["levels"]), str(data["fingerprint"]), images)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 
@@ -84,6 +87,7 @@ def describe_run(config: Config, images: ImageSet, **also: Any) -> bytes:
         "data": {
             "name": images.name,
             "image_shape": images.image_shape,
+            "images": images.holds_images,
             "levels": images.levels,
             "train": len(images.train),
             "test": len(images.test),
