@@ -181,6 +181,8 @@ def _train_command(default: Config) -> Callable[..., None]:
         if not multihost.is_writer():
             return
         print(metrics.as_table(result.report))
+        if (sentence := metrics.left_out(result.images)) is not None:
+            print(sentence)
         pictures.draw(restore(folder), result.images, folder)
         print(f"figures: {folder / 'figures'}")
 

@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 STYLE: dict[str, dict[str, Any]] = {
@@ -21,7 +22,7 @@ STYLE: dict[str, dict[str, Any]] = {
 }
 
 
-LINE_CELL = (3, 4)
+LINE_CELL = (12, 16)
 """Height and width of the cell in which an example is drawn as lines, in the place of an image's pixels."""
 PANELS = 12
 """Examples drawn as lines in panels of their own."""
@@ -116,7 +117,7 @@ def cell_size(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def show_examples(axes: Any, examples: np.ndarray, columns: int) -> None:
-    """Show examples [N, ...], `columns` a row, without ticks or frame; lines share one scale, which is written below them."""
+    """Show examples [N, ...], `columns` a row, without ticks or frame; lines share one scale, which is written beside them."""
     if not drawn_as_lines(examples.shape[1:]):
         while examples.ndim > 4:
             examples = examples[:, examples.shape[1] // 2]
@@ -142,9 +143,8 @@ def show_examples(axes: Any, examples: np.ndarray, columns: int) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-    axes.text(
-        1, 1, f"boxes: {low:.3g} to {high:.3g}", transform=axes.transAxes, ha="right", va="bottom", fontsize=7, color="#666666"
-    )
+    scale = f"boxes: {low:.3g} to {high:.3g}"
+    axes.text(1.01, 0.5, scale, transform=axes.transAxes, rotation=90, va="center", fontsize=7, color="#666666")
 
 
 def _channel_colors(channels: int) -> list[Any]:
@@ -185,10 +185,12 @@ def line_panels(examples: Mapping[str, np.ndarray], title: str, columns: int = 4
         below = panels[(count - 1 - column) // columns, column]
         below.set_xlabel("component" if first.ndim == 2 else "position")
         below.tick_params(labelbottom=True)
+        below.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     handles = [Line2D([], [], color="black", label=name, **style) for name, style in zip(examples, styles, strict=False)]
+    handles = handles if len(handles) > 1 else []
     if 1 < channels <= 10:
         handles += [Line2D([], [], color=color, label=f"channel {i}") for i, color in enumerate(colors)]
-    if len(handles) > 1:
+    if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7))
     return figure
 
