@@ -66,7 +66,7 @@ def evaluate(
     options = None
     if fid is not None:
         options = Fid(fid, protocol=protocol, network=fid_network)
-        if fid_network == "inception":
+        if inception_weights is not None:
             options = dataclasses.replace(options, weights=load_weights(inception_weights))
     check_platform()
     run.load_classes()
@@ -112,6 +112,8 @@ def _evaluate_run(
         report = evaluation.beside(report, evaluate(with_fitted, images, split).report, fitted.describe())
     rundir.write_evaluation(folder, restored.step, report, run.checkpoint)
     print(metrics.as_table(report))
+    if (sentence := metrics.left_out(images)) is not None:
+        print(sentence)
     if figures:
         diagnostic_figures.draw(restored, images, evaluated, folder)
         if with_fitted is not None:

@@ -15,15 +15,15 @@ def sample(
     prior: Prior = "model",
     overwrite: bool = False,
 ) -> None:
-    """Draw images from a trained run: z from the prior, then the decoder's mean, as 8-bit images.
+    """Draw images from a trained run: z from the prior, then the decoder's mean, as 8-bit images; float32 for other data.
 
     An interrupted command continues where it stopped when it is given again.
 
     Args:
       run: A trained run.
       count: Number of images.
-      out: A .npz file (array images, uint8 [N, H, W, C]), a .png file (one grid), or a folder (one PNG per image);
-        WORKDIR/samples.npz if not given.
+      out: A .npz file (array images, uint8 [N, H, W, C]; of other data float32 [N, ...]), a .png file (one grid), or a folder
+        (one PNG per image); WORKDIR/samples.npz if not given.
       seed: Seed of the samples; the first ones do not depend on count.
       prior: The one that the model was trained with, or the one that bsvae fit-prior fitted afterwards.
       overwrite: Replace what is already at out.
@@ -42,9 +42,8 @@ def sample(
     check_platform()
     run.load_classes()
     restored = run.restore(prior)
-    channels = restored.image_shape[2]
-    if out.suffix != ".npz" and channels not in (1, 3):
-        raise UserError(f"PNG files hold 1 or 3 channels, the model has {channels}; give --out FILE.npz.")
+    if out.suffix != ".npz":
+        sampling.check_png(restored)
     present = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,8 @@ def train(
     if not multihost.is_primary():
         return
     print(metrics.as_table(result.report))
+    if (sentence := metrics.left_out(result.images)) is not None:
+        print(sentence)
     figures.draw(restore(folder), result.images, folder)
     print(f"figures: {folder / 'figures'}")
 

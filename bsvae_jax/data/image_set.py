@@ -21,6 +21,20 @@ SPECTRUM_LIMIT = 4096
 """Largest number of pixels times channels whose covariance is decomposed: 4,096 take a minute, ten times as many a day."""
 
 
+def is_image(shape: tuple[int, ...]) -> bool:
+    """Whether one example is an image, [height, width, channels]: what needs the two axes of an image asks here.
+
+    >>> [is_image(shape) for shape in ((28, 28, 1), (64, 3), (10,), (8, 16, 16, 1))]
+    [True, False, False, False]
+    """
+    return len(shape) == 3
+
+
+def no_images(shape: tuple[int, ...]) -> str:
+    """What examples are that are no images in [0, 1], for a message: `of shape (64, 3)`."""
+    return f"of shape {shape}" + (", not all in [0, 1]" if is_image(shape) else "")
+
+
 class DataShape(NamedTuple):
     """What is known of a set of images without reading it.
 
@@ -94,7 +108,9 @@ class ImageSet:
                     f"{name} must hold examples [N, ...], images [N, H, W, C] say, at least one, got shape {images.shape}."
                 )
             if images.dtype not in (np.uint8, np.float32):
-                raise UserError(f"{name} must be uint8 or float32 in [0, 1], got {images.dtype}; see data.check_images.")
+                raise UserError(
+                    f"{name} must be uint8 or float32 (images: in [0, 1]), got {images.dtype}; see data.check_images."
+                )
         if self.train.shape[1:] != self.test.shape[1:] or self.train.dtype != self.test.dtype:
             one, other = (f"{images.dtype} of shape {images.shape[1:]}" for images in (self.train, self.test))
             raise UserError(f"train and test must be images of one kind, got {one} and {other}.")
@@ -134,6 +150,24 @@ class ImageSet:
     def scale(self) -> float:
         """Factor from stored values to [0, 1]: the step for integers, 1 for floats."""
         return self.step if self.train.dtype == np.uint8 else 1.0
+
+    @functools.cached_property
+    def holds_images(self) -> bool:
+        """Whether the examples are images [H, W, C] in [0, 1], which PSNR, SSIM, FID and 8-bit files suppose."""
+        if not is_image(self.image_shape) or self.train.dtype == np.uint8:
+            return is_image(self.image_shape)
+        return all(block.min() >= 0 and block.max() <= 1 for split in (self.train, self.test) for block in _blocks(split))
+
+    def as_shown(self, values: np.ndarray) -> np.ndarray:
+        """Values [..., *image_shape] as figures take them, black and white at 0 and 1.
+
+        Pictures of data beyond that are scaled by the range of the test split. Vectors and sequences are drawn as lines, by
+        their own values.
+        """
+        if len(self.image_shape) < 3 or self.holds_images or self.train.dtype == np.uint8:
+            return values
+        low, high = float(self.test.min()), float(self.test.max())
+        return (values - low) / max(high - low, 1e-30)
 
     @functools.cached_property
     def covariance_eigenvalues(self) -> np.ndarray | None:

@@ -68,7 +68,7 @@ def restore(
     if calibration is not None and calibration.step != step:
         calibration = None
     variables = {"params": params, "batch_stats": arrays["batch_stats"]}
-    run = Restored(model, variables, info.config, step, info.image_shape, info.levels, calibration)
+    run = Restored(model, variables, info.config, step, info.image_shape, info.levels, calibration, info.holds_images)
     return run if prior == "model" else _with_fitted_prior(folder, run, checkpoint)
 
 
