@@ -268,6 +268,11 @@ def _unknown_field(class_name: str, name: str, *also: type) -> str:
     return f"{class_name} has no field {name!r}{nearest(name, known)}."
 
 
+def is_builtin(kind: Kind) -> bool:
+    """Whether a kind is one of the library's."""
+    return type(kind) in _SHORT
+
+
 def kind_name(kind: type) -> str:
     """What `config.json` calls a class: the short name of one of the library, `module:Class` of any other.
 

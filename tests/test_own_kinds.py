@@ -5,6 +5,7 @@ import re
 import signal
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import main, refused
@@ -47,7 +48,7 @@ def test_the_run_is_that_of_the_file(mine, run):
     assert opened.image_shape == (64, 3)
     assert type(opened.config.network).__name__ == "OverTime"
     # Its own distortion in float64: one variance per channel over the whole batch.
-    x = load_config(mine).data.load().test
+    x = jnp.asarray(load_config(mine).data.load().test)
     output = opened.model.apply(opened.variables, x, make_key(0))
     terms = opened.model.apply(opened.variables, x, make_key(0), method="elbo_terms")
     squares = np.square(np.float64(x) - np.float64(output.decoded.mean))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from bsvae_jax import config as configs
 from bsvae_jax import objective
-from bsvae_jax.config import Config
+from bsvae_jax.config import Config, is_builtin
 from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder, augment
 from bsvae_jax.data.image_set import is_image, to_unit_interval
 from bsvae_jax.errors import UserError, check_kind
@@ -520,3 +520,7 @@ def check_against_shape(config: Config, data: DataShape) -> None:
             "Leave augmentation out of the config."
         )
     config.network.check(config.latent_size, data.image_shape)
+    if not all(is_builtin(getattr(config, field)) for field in configs.KINDS):  # what a class of the user's own returns
+        model = build_model(config, data.image_shape, data.step)
+        example, key = jnp.zeros((2, *data.image_shape)), make_key(0)
+        jax.eval_shape(lambda: model.init(key, example, key, method="elbo_terms"))
