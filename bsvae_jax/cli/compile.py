@@ -41,7 +41,7 @@ def compile(
     """
     from bsvae_jax.data import shape_of
     from bsvae_jax.profiling import aot
-    from bsvae_jax.training.step import check_against_shape
+    from bsvae_jax.training.state import check_against_shape
 
     config = experiment.config
     check_platform()

@@ -12,7 +12,6 @@ says, with checksums, which images are there already, so that an interrupted pre
 import collections
 import concurrent.futures
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -20,72 +19,27 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.features
 from tqdm.auto import tqdm
 
 from bsvae_jax._io.disk import MARGIN, free_bytes, mebibytes
-from bsvae_jax._io.files import cache_folder, locked, sha256_of, write_atomically
+from bsvae_jax._io.files import locked, sha256_of, write_atomically
 from bsvae_jax._io.terminal import log
 from bsvae_jax.data._workers import Decoders
-from bsvae_jax.data.decoding import CorruptImageError, Header, Preprocessing, read_header
-from bsvae_jax.data.image_files import Encoded, EncodedImages
+from bsvae_jax.data.decoding import CorruptImageError, Header, read_header
+from bsvae_jax.data.image_files import Encoded
 from bsvae_jax.data.image_set import ImageSet
+from bsvae_jax.data.recipe import FORMAT, SPLITS, Recipe, digest_of
 from bsvae_jax.errors import UserError
-
-FORMAT = 2
-"""Version of the layout of a prepared set."""
 
 CHUNK = 256
 """Images decoded by one thread at a time; what an interruption may cost."""
 
 FEW = 4
 """Chunks that are decoded sooner than processes for it would have started."""
-
-SPLITS = ("train", "test")
-
-
-class Recipe(NamedTuple):
-    """A set of encoded images and what is to be done to them."""
-
-    name: str
-    source: dict[str, Any]
-    """JSON values that are others where the images, or the way they are divided, are others."""
-    splits: dict[str, EncodedImages]
-    """Of `SPLITS`."""
-    preprocessing: Preprocessing
-    label_names: tuple[str, ...] = ()
-    """Of classes or attributes; empty: no names."""
-    header: Header | None = None
-    """Size and channels of all images, where the source promises them."""
-
-    def key(self) -> str:
-        """Hash of everything that changes a pixel: source, preprocessing, versions of the decoders."""
-        return hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode()).hexdigest()
-
-    def _description(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "name": self.name,
-            "source": self.source,
-            "preprocessing": self.preprocessing._asdict(),
-            "decoders": {
-                "pillow": version("pillow"),
-                **{codec: PIL.features.version(codec) for codec in ("jpg", "webp", "libtiff") if PIL.features.check(codec)},
-            },
-        }
-
-    def manifest(self) -> dict[str, Any]:
-        """What the manifest says from the beginning."""
-        return {**self._description(), "bsvae_jax": version("bsvae_jax"), "label_names": self.label_names}
-
-    def folder(self) -> Path:
-        """Where it is, once it is prepared."""
-        return cache_folder() / "prepared" / f"{self.name.replace('/', '-')}-{self.key()[:16]}"
 
 
 def prepared(recipe: Recipe, skip_corrupt: bool = False, progress: bool = True) -> ImageSet:
@@ -124,14 +78,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         digest = manifest.pop("digest")
-        return manifest if manifest["format"] == FORMAT and digest == _digest(manifest) else None
+        return manifest if manifest["format"] == FORMAT and digest == digest_of(manifest) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-
-
-def _digest(values: Any) -> str:
-    """Of JSON values, so that a change of any is seen."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _open(recipe: Recipe, progress: bool) -> ImageSet | None:
@@ -140,7 +89,7 @@ def _open(recipe: Recipe, progress: bool) -> ImageSet | None:
     manifest = read_manifest(folder)
     try:
         # Whatever version of the package has made it.
-        if manifest is None or _digest(manifest | recipe.manifest() | {"bsvae_jax": manifest["bsvae_jax"]}) != _digest(
+        if manifest is None or digest_of(manifest | recipe.manifest() | {"bsvae_jax": manifest["bsvae_jax"]}) != digest_of(
             manifest
         ):
             return None
@@ -252,7 +201,7 @@ class _Preparation:
             bar.update(finished)
             for decoded in self._in_threads(self._decode, left):
                 row = [list(decoded.chunk), *decoded[1:]]
-                log.write(json.dumps([*row, _digest(row)]) + "\n")
+                log.write(json.dumps([*row, digest_of(row)]) + "\n")
                 log.flush()
                 done[decoded.chunk] = decoded
                 bar.update(decoded.chunk.stop - decoded.chunk.start)
@@ -391,7 +340,7 @@ class _Preparation:
         for line in path.read_bytes().splitlines() if path.is_file() else []:
             try:
                 *row, digest = json.loads(line)
-                if digest != _digest(row):
+                if digest != digest_of(row):
                     continue
             except (ValueError, TypeError, RecursionError):  # torn by a kill
                 continue
@@ -473,7 +422,7 @@ class _Preparation:
             "skipped": list(corrupt.values()),
             "notes": notes,
         }
-        manifest["digest"] = _digest(manifest)
+        manifest["digest"] = digest_of(manifest)
         write_atomically(source / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
         (source / "progress.jsonl").unlink(missing_ok=True)
         source.rename(self.folder)

@@ -30,7 +30,7 @@ from bsvae_jax.evaluation.sampling import lift_sampling
 from bsvae_jax.profiling.cost_analysis import Footprint, footprint
 from bsvae_jax.random import make_key
 from bsvae_jax.training.program import abstract_arguments, lift_training, program_config, program_model
-from bsvae_jax.training.step import create_state, steps_per_dispatch
+from bsvae_jax.training.state import create_state, steps_per_dispatch
 
 QUICK = {"exec_time_optimization_effort": -1.0}
 """Compiler options for TPUs under which a program compiles in a fraction of the time, with the same FLOPs and about the same

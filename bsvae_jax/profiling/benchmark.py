@@ -23,7 +23,8 @@ from bsvae_jax.models.layers import exact
 from bsvae_jax.objective import Optimal
 from bsvae_jax.profiling.cost_analysis import Footprint, footprint
 from bsvae_jax.training.program import Program
-from bsvae_jax.training.step import build_hyperparameters, check_against_data, create_state, data_order
+from bsvae_jax.training.state import build_hyperparameters, check_against_data, create_state
+from bsvae_jax.training.step import data_order
 
 TORCH = Path(__file__).parents[2] / "tests" / "benchmarks" / "torch_vae.py"
 """The same network and recipe in PyTorch; part of the repository, not of an installed package."""

@@ -37,7 +37,8 @@ from bsvae_jax.sweeps.grid import GridMember, Sweep, base_config
 from bsvae_jax.training.callbacks import Callback, Callbacks, Progress, TensorBoard
 from bsvae_jax.training.checkpoints import DamagedCheckpointError, check_place, saved_steps
 from bsvae_jax.training.program import Program, program_config
-from bsvae_jax.training.step import TrainState, check_against_data
+from bsvae_jax.training.state import check_against_data
+from bsvae_jax.training.step import TrainState
 from bsvae_jax.training.stopped import final_step
 from bsvae_jax.training.trainer import Member, Trainer
 from bsvae_jax.training.workdir import (

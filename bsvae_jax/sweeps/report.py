@@ -1,7 +1,7 @@
 """The report of a sweep: table, figures and one self-contained page, from the files in its folder alone."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,24 +10,32 @@ from matplotlib.figure import Figure
 
 from bsvae_jax import theory
 from bsvae_jax._io.files import as_path, write_atomically
-from bsvae_jax.config import Linear, StandardNormal
+from bsvae_jax.config import StandardNormal
 from bsvae_jax.evaluation.plots import drawn_as_lines, save
-from bsvae_jax.objective import Constant, Optimal, quantization_variance
+from bsvae_jax.objective import Constant, quantization_variance
 from bsvae_jax.sweeps import plots
+from bsvae_jax.sweeps.curves import (
+    as_curve,
+    beta_names,
+    compare_with_theory,
+    constant_grid,
+    families_of_one_prior,
+    largest_disagreement,
+    member_values,
+    points_of,
+    readings,
+    shannon,
+)
 from bsvae_jax.sweeps.page import page
 from bsvae_jax.sweeps.plots import Curve, Line
 from bsvae_jax.sweeps.results import (
     HEADINGS,
     SPLITS,
-    Family,
-    MemberResult,
     SweepResults,
     as_csv,
     as_markdown,
-    collapse_constants,
     display,
     families,
-    has_several_priors,
     mean_and_deviation,
     members_csv,
     read_results,
@@ -115,84 +123,14 @@ def findings(results: SweepResults) -> list[str]:
 # --- Curves -----------------------------------------------------------------------------------------------------------
 
 
-def _spread(values: np.ndarray) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
-
-
-def _curve(label: str, points: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str] = ()) -> Curve:
-    """A curve through the means over seeds of (x values, y values)."""
-    x, y = (np.array([float(pair[axis].mean()) for pair in points]) for axis in (0, 1))
-    x_deviation, y_deviation = (np.array([_spread(pair[axis]) for pair in points]) for axis in (0, 1))
-    return Curve(label, x, y, x_deviation, y_deviation, tuple(names))
-
-
-def _values(members: Sequence[MemberResult], quantity: str, split: str) -> np.ndarray:
-    return np.array([member.value(quantity, split) for member in members])
-
-
-def _names(betas: Sequence[float]) -> list[str]:
-    """Labels of the points of a curve; the figure leaves out those for which it has no room."""
-    return [f"β={beta:g}" for beta in betas]
-
-
-def readings(results: SweepResults, split: str) -> list[Curve]:
-    """Distortion against rate: the four readings of the paper, and every other model's own.
-
-    A constant variance v with weight beta trains SSE + b * KL with b = 2 v beta, which says nothing of sigma^2. Read with
-    sigma^2 = 1/2 its distortion is `D/2 log(pi) + SSE`, with sigma^2 = b/2 `D/2 log(pi b) + SSE/b`, with the optimal sigma^2 of
-    each image the closed form. BS-VAE is read as trained.
-    """
-    found = families(results)
-    pixels = math.prod(results.info.image_shape)
-    curves = []
-    for family in found:
-        if not isinstance(family.decoder_variance, Constant):
-            points = [(_values(own, "rate", split), _values(own, "distortion", split)) for own in family.members]
-            names = _names(family.betas.tolist()) if family.prior == found[0].prior else []  # other priors lie close by
-            curves.append(_curve(family.label, points, names))
-    for prior in dict.fromkeys(family.prior for family in found):
-        constants = collapse_constants([family for family in found if family.prior == prior])
-        if not constants:
-            continue
-        suffix = f", prior: {prior.label}" if has_several_priors(results) else ""
-        rates = [_values(own, "rate", split) for _, own in constants]
-        errors = [pixels * _values(own, "mse", split) for _, own in constants]
-        optimal = [_values(own, "profile_distortion", split) for _, own in constants]
-        curves.append(_curve(f"β-VAE read with optimal σ² per image{suffix}", list(zip(rates, optimal, strict=True))))
-        half = [0.5 * pixels * math.log(math.pi) + error for error in errors]
-        curves.append(_curve(f"β-VAE read with σ² = 1/2{suffix}", list(zip(rates, half, strict=True))))
-        positive = [index for index, (b, _) in enumerate(constants) if b > 0]
-        scaled = [(b, error) for (b, _), error in zip(constants, errors, strict=True)]
-        by_beta = [(rates[i], 0.5 * pixels * math.log(math.pi * scaled[i][0]) + scaled[i][1] / scaled[i][0]) for i in positive]
-        if by_beta:
-            curves.append(_curve(f"β-VAE read with σ² = β/2{suffix}", by_beta))
-    return curves
-
-
-def shannon(results: SweepResults, largest_rate: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """Shannon's R(D) of the Gaussian with the training data's covariance, from rate 0 to `largest_rate`.
-
-    Returns:
-      `(rates [n] in nats, mean squared errors [n])`; None for images too large to know the spectrum.
-    """
-    eigenvalues = results.info.eigenvalues
-    if eigenvalues is None or eigenvalues[0] <= 0:
-        return None
-    total = float(eigenvalues.sum())
-    errors = total * np.geomspace(1.0, 1e-6, 400)
-    rates = np.array([theory.gaussian_rate_distortion(eigenvalues, float(error)) for error in errors])
-    kept = rates <= 1.05 * largest_rate + 1e-9
-    return rates[kept], errors[kept] / len(eigenvalues)
-
-
 def _rate_distortion(results: SweepResults) -> Picture:
     split = "test"
     curves = readings(results, split)
     errors = [
-        _curve(
+        as_curve(
             family.label,
-            [(_values(own, "rate", split), _values(own, "mse", split)) for own in family.members],
-            _names(family.betas.tolist()) if index == 0 else (),
+            [(member_values(own, "rate", split), member_values(own, "mse", split)) for own in family.members],
+            beta_names(family.betas.tolist()) if index == 0 else (),
         )
         for index, family in enumerate(families(results))
     ]
@@ -220,9 +158,9 @@ def _metrics(results: SweepResults) -> Picture:
     panels: dict[str, list[Curve]] = {}
     for quantity in tabled_quantities(results):
         panels[HEADINGS[quantity]] = [
-            _curve(
+            as_curve(
                 f"{family.label}, {'test' if split == 'test' else 'training'}",
-                [(np.full(len(own), beta), _values(own, quantity, split)) for beta, own in _points(family)],
+                [(np.full(len(own), beta), member_values(own, quantity, split)) for beta, own in points_of(family)],
             )._replace(family=index, dashed=split == "train")
             for index, family in enumerate(families(results))
             for split in SPLITS
@@ -232,10 +170,6 @@ def _metrics(results: SweepResults) -> Picture:
         "models; profile and calibrated likelihood can, each among its kind."
     )
     return Picture(plots.metrics_against_beta(panels, f"Metrics against β on {results.info.data_name}"), caption)
-
-
-def _points(family: Family) -> list[tuple[float, list[MemberResult]]]:
-    return list(zip(family.betas.tolist(), family.members, strict=True))
 
 
 def _as_shown(values: np.ndarray, originals: np.ndarray) -> np.ndarray:
@@ -287,42 +221,6 @@ def _latent_rates(results: SweepResults) -> Picture:
 # --- The grid of beta and sigma^2 -------------------------------------------------------------------------------------
 
 
-def _of_one_prior(results: SweepResults) -> list[Family]:
-    """The families with the first of the sweep's priors, the standard normal one where it is among them."""
-    found = families(results)
-    return [family for family in found if family.prior == found[0].prior]
-
-
-def constant_grid(results: SweepResults, quantity: str) -> tuple[list[float], list[float], np.ndarray]:
-    """`(betas, variances, values [variances, betas])` of the constant model, test set, means over seeds, NaN if absent."""
-    found = [
-        (float(family.decoder_variance.variance), family)
-        for family in _of_one_prior(results)
-        if isinstance(family.decoder_variance, Constant)
-    ]
-    variances = [variance for variance, _ in found]
-    betas = sorted({beta for _, family in found for beta in family.betas.tolist()})
-    values = np.full((len(variances), len(betas)), np.nan)
-    for row, (_, family) in enumerate(found):
-        for beta, own in _points(family):
-            values[row, betas.index(beta)] = mean_and_deviation(own, quantity, "test")[0]
-    return betas, variances, values
-
-
-def largest_disagreement(betas: Sequence[float], variances: Sequence[float], values: np.ndarray) -> tuple[float, int]:
-    """Among cells of equal beta * sigma^2: the largest relative difference `(max - min) / mean`, and how many groups there are.
-
-    Cells whose group mean is below 1% of the grid's largest value are left out: a collapsed model's rate is noise.
-    """
-    groups: dict[float, list[float]] = {}
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            groups.setdefault(float(f"{betas[column] * variances[row]:.9g}"), []).append(float(value))
-    least = 0.01 * float(np.nanmax(np.abs(values)))
-    shared = [group for group in groups.values() if len(group) > 1 and abs(np.mean(group)) > least]
-    return max((float(np.ptp(group) / abs(np.mean(group))) for group in shared), default=math.nan), len(shared)
-
-
 def _beta_variance(results: SweepResults) -> dict[str, Picture]:
     error = "psnr" if "psnr" in tabled_quantities(results) else "mse"
     quantities = {"rate": "rate [nats per image]", error: HEADINGS[error]}
@@ -332,21 +230,21 @@ def _beta_variance(results: SweepResults) -> dict[str, Picture]:
     values = {label: constant_grid(results, quantity)[2] for quantity, label in quantities.items()}
     others: dict[str, Mapping[str, np.ndarray]] = {}
     collapse = []
-    for family in _of_one_prior(results):
-        positive = [(beta, own) for beta, own in _points(family) if beta > 0]
+    for family in families_of_one_prior(results):
+        positive = [(beta, own) for beta, own in points_of(family) if beta > 0]
         if isinstance(family.decoder_variance, Constant):
             products = [np.full(len(own), beta * family.decoder_variance.variance) for beta, own in positive]
             label = f"σ² = {family.decoder_variance.variance:g}"
         else:
-            products = [beta * _values(own, "variance", "train") for beta, own in positive]
+            products = [beta * member_values(own, "variance", "train") for beta, own in positive]
             label = family.decoder_variance.label
-            by_beta = dict(_points(family))
+            by_beta = dict(points_of(family))
             others[family.label.split(",")[0] + " σ²*"] = {
                 name: np.array([mean_and_deviation(by_beta.get(beta, []), quantity, "test")[0] for beta in betas])
                 for quantity, name in quantities.items()
             }
-        rates_of = [_values(own, "rate", "test") for _, own in positive]
-        collapse.append(_curve(label, list(zip(products, rates_of, strict=True))))
+        rates_of = [member_values(own, "rate", "test") for _, own in positive]
+        collapse.append(as_curve(label, list(zip(products, rates_of, strict=True))))
     worst, count = largest_disagreement(betas, variances, rates)
     caption = "A constant σ² and β act through their product alone: cells of equal β·σ² agree along the diagonals. "
     if count:
@@ -359,47 +257,6 @@ def _beta_variance(results: SweepResults) -> dict[str, Picture]:
 
 
 # --- Linear models against theory -------------------------------------------------------------------------------------
-
-
-class LinearComparison(NamedTuple):
-    """Trained linear models with one optimal variance beside `theory.linear_optimum`, training set, means over seeds."""
-
-    betas: np.ndarray
-    active: np.ndarray
-    """Latents that theory leaves active."""
-    measured: dict[str, np.ndarray]
-    """rate, mse, objective."""
-    expected: dict[str, np.ndarray]
-    """The same by theory."""
-
-
-def compare_with_theory(results: SweepResults) -> LinearComparison | None:
-    """Linear members with `Optimal('batch')` against the exact optimum; None where there are none."""
-    info = results.info
-    floor = quantization_variance(1.0 / (info.levels - 1))
-    linear = [
-        family
-        for family in families(results)
-        if isinstance(family.decoder_variance, Optimal)
-        and isinstance(family.prior, StandardNormal)
-        and family.decoder_variance.over == "batch"
-        and family.decoder_variance.floor in (None, floor)
-    ]
-    if info.eigenvalues is None or not isinstance(info.config.network, Linear) or not linear:
-        return None
-    points = [(beta, own) for beta, own in _points(linear[0]) if beta > 0]
-    optima = [theory.linear_optimum(info.eigenvalues, info.config.latent_size, beta, floor) for beta, _ in points]
-    measured = {
-        name: np.array([mean_and_deviation(own, name, "train")[0] for _, own in points])
-        for name in ("rate", "mse", "objective")
-    }
-    expected = {
-        "rate": np.array([optimum.rate for optimum in optima]),
-        "mse": np.array([optimum.variance - floor for optimum in optima]),
-        "objective": np.array([optimum.objective for optimum in optima]),
-    }
-    active = np.array([optimum.active for optimum in optima])
-    return LinearComparison(np.array([beta for beta, _ in points]), active, measured, expected)
 
 
 def _linear_theory(results: SweepResults) -> dict[str, Picture]:
@@ -426,7 +283,7 @@ def _linear_theory(results: SweepResults) -> dict[str, Picture]:
         ),
     ]
     nothing = np.zeros(len(betas))
-    curve = Curve("trained", measured["rate"], measured["mse"], nothing, nothing, tuple(_names(betas.tolist())))
+    curve = Curve("trained", measured["rate"], measured["mse"], nothing, nothing, tuple(beta_names(betas.tolist())))
     figure = plots.linear_theory(
         [curve],
         lines,

@@ -15,15 +15,8 @@ from bsvae_jax.data import ImageSet
 from bsvae_jax.data.prefetch import gather
 from bsvae_jax.errors import UserError
 from bsvae_jax.random import wrap_key
-from bsvae_jax.training.step import (
-    TrainState,
-    build_hyperparameters,
-    build_model,
-    create_state,
-    data_order,
-    prepare_batch,
-    train_step,
-)
+from bsvae_jax.training.state import build_hyperparameters, build_model, create_state
+from bsvae_jax.training.step import TrainState, data_order, prepare_batch, train_step
 from bsvae_jax.training.workdir import RunDirectory, read_info
 
 

@@ -20,7 +20,8 @@ from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.training.callbacks import Callback, Callbacks, Progress, TensorBoard
 from bsvae_jax.training.program import Program
-from bsvae_jax.training.step import TrainState, check_against_data
+from bsvae_jax.training.state import check_against_data
+from bsvae_jax.training.step import TrainState
 from bsvae_jax.training.trainer import Member, Trainer
 from bsvae_jax.training.workdir import RunDirectory
 

@@ -17,7 +17,7 @@ from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.models import pytorch
 from bsvae_jax.models._state_dict import read_state_dict
 from bsvae_jax.training.checkpoints import Checkpoints, check_place
-from bsvae_jax.training.step import build_model, check_against_data, create_state
+from bsvae_jax.training.state import build_model, check_against_data, create_state
 from bsvae_jax.training.workdir import describe_run
 
 

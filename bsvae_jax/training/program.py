@@ -36,16 +36,8 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.scores import EVALUATION_BATCH, SplitScores, score_members, split_key
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.random import arranged
-from bsvae_jax.training.step import (
-    StepMetrics,
-    TrainState,
-    build_hyperparameters,
-    build_model,
-    create_state,
-    run_steps,
-    run_streamed_steps,
-    steps_per_dispatch,
-)
+from bsvae_jax.training.state import build_hyperparameters, build_model, create_state, steps_per_dispatch
+from bsvae_jax.training.step import StepMetrics, TrainState, run_steps, run_streamed_steps
 
 _DEFAULT = 0.5
 """In place of every number of a decoder variance that a program takes as an array."""

@@ -13,7 +13,8 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.training.checkpoints import Checkpoints
 from bsvae_jax.training.fitted_prior import FILE, read_fitted
-from bsvae_jax.training.step import PRIOR, build_model, create_state
+from bsvae_jax.training.state import build_model, create_state
+from bsvae_jax.training.step import PRIOR
 from bsvae_jax.training.workdir import check_switches, read_calibration, read_info
 
 

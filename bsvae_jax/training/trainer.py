@@ -29,15 +29,8 @@ from bsvae_jax.training.callbacks import Callback, Callbacks, Run
 from bsvae_jax.training.failed_step import failing_step
 from bsvae_jax.training.metrics_log import MetricsRow
 from bsvae_jax.training.program import Program
-from bsvae_jax.training.step import (
-    LOG_EVERY,
-    StepMetrics,
-    TrainState,
-    build_hyperparameters,
-    create_state,
-    data_order,
-    learning_rate_schedule,
-)
+from bsvae_jax.training.state import build_hyperparameters, create_state, learning_rate_schedule
+from bsvae_jax.training.step import LOG_EVERY, StepMetrics, TrainState, data_order
 from bsvae_jax.training.workdir import RunDirectory, evaluation_at
 
 Extras = Callable[[TrainState], Callable[[int, SplitScores], None]]

@@ -24,7 +24,8 @@ from bsvae_jax.data import ImageSet, ShuffledOrder, load, tfds_builders
 from bsvae_jax.data.prefetch import DeviceImages, Stream
 from bsvae_jax.distributed.mesh import P, data_mesh, replicate
 from bsvae_jax.training.program import Program
-from bsvae_jax.training.step import build_hyperparameters, create_state, data_order
+from bsvae_jax.training.state import build_hyperparameters, create_state
+from bsvae_jax.training.step import data_order
 
 BATCH = 256
 

@@ -90,7 +90,7 @@ def of_run(call):
 
 
 def training_state(run):
-    from bsvae_jax.training.step import create_state
+    from bsvae_jax.training.state import create_state
 
     return create_state(run.config, run.model, 3)
 

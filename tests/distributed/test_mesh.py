@@ -27,7 +27,8 @@ from bsvae_jax.distributed.mesh import (
 )
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
-from bsvae_jax.training.step import StepMetrics, TrainState, build_model, create_state, train_step
+from bsvae_jax.training.state import build_model, create_state
+from bsvae_jax.training.step import StepMetrics, TrainState, train_step
 
 BATCH = 16
 VARIANCES = [Constant(0.1), Optimal("example"), Optimal("batch"), Optimal("pixel"), Learned(), Predicted()]

@@ -24,7 +24,8 @@ from bsvae_jax.models.layers import stage_size
 from bsvae_jax.objective import Constant, Optimal
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
-from bsvae_jax.training.step import build_model, check_against_data, create_state, train_step
+from bsvae_jax.training.state import build_model, check_against_data, create_state
+from bsvae_jax.training.step import train_step
 
 SMALL = Spatial(widths=(4, 6), blocks=1, groups=2)
 SHAPE, LATENT, BATCH = (6, 5, 2), 18, 8  # a map of 3 x 3 positions and 2 channels

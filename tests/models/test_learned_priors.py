@@ -22,14 +22,16 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import evaluate
 from bsvae_jax.models.pytorch import from_state_dict
 from bsvae_jax.objective import Constant, Optimal, kl_to_standard_normal
+from bsvae_jax.sweeps.curves import readings
 from bsvae_jax.sweeps.fit_sweep import fit_sweep
 from bsvae_jax.sweeps.grid import Sweep, base_config, choose_priors
-from bsvae_jax.sweeps.report import draw, readings
+from bsvae_jax.sweeps.report import draw
 from bsvae_jax.sweeps.results import as_csv, read_results
 from bsvae_jax.training import step as training
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
-from bsvae_jax.training.step import build_model, check_against_data, create_state, train_step
+from bsvae_jax.training.state import build_model, check_against_data, create_state
+from bsvae_jax.training.step import train_step
 from bsvae_jax.training.trainer import Trainer
 
 LEARNED = [Mixture(3), Mixture(3, "full"), VampPrior(5), Flow(3, 8)]

@@ -26,7 +26,7 @@ from bsvae_jax.config import MLP, Arrays, Config, Optimizer, Residual
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.pytorch import counterparts, flatten, unflatten
 from bsvae_jax.training.checkpoints import Checkpoints
-from bsvae_jax.training.step import build_model
+from bsvae_jax.training.state import build_model
 
 DIGITS, WIDTHS, LATENT = (8, 8, 1), (8, 16), 4
 SMALL = Config(network=Residual(WIDTHS), latent_size=LATENT, epochs=1, batch_size=500, devices=1)

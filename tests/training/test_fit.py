@@ -26,14 +26,8 @@ from bsvae_jax.objective import Constant, Learned, Optimal, quantization_varianc
 from bsvae_jax.training import step as training
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
-from bsvae_jax.training.step import (
-    build_model,
-    build_optimizer,
-    create_state,
-    learning_rate_schedule,
-    steps_per_dispatch,
-    train_step,
-)
+from bsvae_jax.training.state import build_model, build_optimizer, create_state, learning_rate_schedule, steps_per_dispatch
+from bsvae_jax.training.step import train_step
 from bsvae_jax.training.workdir import read_calibration, read_failure, read_info
 
 SMALL = Config(

@@ -21,7 +21,7 @@ from bsvae_jax.models.priors.velocity import VelocityNetwork
 from bsvae_jax.random import example_keys, make_key, normal_per_example, uniform_per_example
 from bsvae_jax.training.checkpoints import Checkpoints, saved_steps
 from bsvae_jax.training.fit_flow import _losses as flow_losses
-from bsvae_jax.training.step import build_model, create_state
+from bsvae_jax.training.state import build_model, create_state
 from bsvae_jax.training.workdir import read_failure
 
 SMALL = bv.Config(network=configs.MLP((8,)), latent_size=2, epochs=2, batch_size=500, devices=1)

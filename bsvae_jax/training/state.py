@@ -1,0 +1,168 @@
+"""How a config becomes a model, an optimizer and the state before the first step; and what config and data must agree in."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key
+
+from bsvae_jax import config as configs
+from bsvae_jax.config import Config, is_builtin
+from bsvae_jax.data import DataShape, ImageSet
+from bsvae_jax.data.image_set import is_image, to_unit_interval
+from bsvae_jax.errors import UserError
+from bsvae_jax.models.vae import VAE, build_vae
+from bsvae_jax.random import make_key
+from bsvae_jax.training.step import LOG_EVERY, PRIOR, Hyperparameters, TrainState, data_shape_of
+
+
+def learning_rate_schedule(optimizer: configs.Optimizer, steps: int) -> optax.Schedule:
+    """Learning rate by step over a run of `steps`."""
+    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
+    if optimizer.schedule == "cosine_restarts":
+        # As the paper's code: cycles of floor(steps / cycles) + 1, so the last ends just short of 0.
+        length = steps // optimizer.cycles + 1
+        cycles = [optax.cosine_decay_schedule(peak, length) for _ in range(optimizer.cycles)]
+        return optax.join_schedules(cycles, [length * i for i in range(1, optimizer.cycles)])
+    if optimizer.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, max(steps, warmup + 1))
+    rise = optax.linear_schedule(0.0, peak, warmup)
+    return optax.join_schedules([rise, optax.constant_schedule(peak)], [warmup])
+
+
+def build_optimizer(optimizer: configs.Optimizer, steps: int, learned_prior: bool = False) -> optax.GradientTransformation:
+    """AdamW with its schedule, after clipping where asked for, at a peak learning rate of 1 (`TrainState.learning_rate`).
+
+    The parameters of a prior do not decay: towards 0, a mixture's means would meet and a pseudo-input would turn black.
+
+    The same object for the same arguments, so that states made from them share one compiled program.
+    """
+    return _unit_optimizer(dataclasses.replace(optimizer, learning_rate=1.0), steps, learned_prior)
+
+
+def _decays(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether each parameter decays."""
+    return {name: jax.tree.map(lambda _, own=name: own != PRIOR, part) for name, part in params.items()}
+
+
+@functools.cache
+def _unit_optimizer(optimizer: configs.Optimizer, steps: int, learned_prior: bool) -> optax.GradientTransformation:
+    # Without a prior to spare there is no mask: it would be one more level in the state of every checkpoint.
+    mask = _decays if learned_prior else None
+    adamw = optax.adamw(learning_rate_schedule(optimizer, steps), weight_decay=optimizer.weight_decay, mask=mask)
+    if optimizer.gradient_clip is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(optimizer.gradient_clip), adamw)
+
+
+def build_model(
+    config: Config, data_shape: tuple[int, ...], bin_width: float = 1.0 / 255.0, axis_name: str | None = None, dtype: Any = None
+) -> VAE:
+    """The VAE of a config for data of a shape and grid spacing; `dtype`: in place of the config's precision."""
+    return build_vae(
+        config.network,
+        config.latent_size,
+        data_shape,
+        config.decoder_variance.with_floor(bin_width),
+        config.prior,
+        axis_name,
+        jnp.dtype(config.precision) if dtype is None else dtype,
+        config.rematerialize,
+    )
+
+
+def build_hyperparameters(config: Config) -> Hyperparameters:
+    """The numbers of a config's objective."""
+    model = config.decoder_variance
+    return Hyperparameters(jnp.float32(config.beta), {name: jnp.float32(getattr(model, name)) for name in model.traced})
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _initial_arrays(model: VAE, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> tuple[Any, Any, Any]:
+    """Compiled once for all the members of a sweep."""
+    variables = model.init(key, jnp.zeros((2, *data_shape_of(model))), key)
+    return variables["params"], variables.get("batch_stats", {}), optimizer.init(variables["params"])
+
+
+def create_state(
+    config: Config,
+    model: VAE,
+    steps: int,
+    variables: Mapping[str, Any] | None = None,
+    images: ImageSet | None = None,
+) -> TrainState:
+    """The state before the first step: `variables`, or parameters drawn from the config's seed; float32.
+
+    The pseudo-inputs of a `VampPrior` are training images of `images`, chosen by the seed; without them noise around grey.
+    """
+    init_key, run_key = jax.random.split(make_key(config.seed))
+    optimizer = build_optimizer(config.optimizer, steps, not isinstance(config.prior, configs.StandardNormal))
+    if variables is None:
+        params, batch_stats, optimizer_state = _initial_arrays(model.clone(axis_name=None), optimizer, init_key)
+        started = None if images is None else config.prior.initial_parameters(images.train, config.seed)
+        if started is not None and images is not None:
+            own = {name: to_unit_interval(jnp.asarray(values), images.levels) for name, values in started.items()}
+            params = {**params, PRIOR: {**params[PRIOR], **own}}
+    else:
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        optimizer_state = jax.jit(optimizer.init)(params)
+    ema_params = None if config.optimizer.ema_decay is None else jax.tree.map(jnp.copy, params)
+    return TrainState(
+        jnp.zeros((), jnp.int32),
+        params,
+        batch_stats,
+        optimizer_state,
+        ema_params,
+        run_key,
+        jnp.float32(config.optimizer.learning_rate),
+        model,
+        optimizer,
+        config.optimizer.ema_decay,
+        config.optimizer.skip_nonfinite > 0,
+        config.gradient_accumulation,
+    )
+
+
+def steps_per_dispatch(config: Config, platform: str) -> int:
+    """Steps in one compiled call: one for convolutions on CPU, which XLA runs slowly inside loops; else `LOG_EVERY`."""
+    if config.steps_per_dispatch is not None:
+        return config.steps_per_dispatch
+    return 1 if platform == "cpu" and config.network.convolutional else LOG_EVERY
+
+
+def check_against_data(config: Config, images: ImageSet) -> None:
+    """What only config and data together can show to be wrong.
+
+    Raises:
+      UserError: a batch larger than the training set, more latents than pixels, or more pseudo-inputs than training images.
+    """
+    if config.batch_size > len(images.train):
+        raise UserError(f"batch_size {config.batch_size} exceeds the {len(images.train)} training images of {images.name}.")
+    config.prior.check(len(images.train))
+    check_against_shape(config, images.shape)
+
+
+def check_against_shape(config: Config, data: DataShape) -> None:
+    """What only config and the sizes of the data together can show to be wrong.
+
+    Raises:
+      UserError: more latents than pixels, or a number of them that is no latent map; augmentation of what is no image.
+    """
+    pixels = math.prod(data.image_shape)
+    if config.latent_size > pixels:
+        raise UserError(f"latent_size {config.latent_size} exceeds the {pixels} values of one example.")
+    if config.augmentation != configs.Augmentation() and not is_image(data.image_shape):
+        raise UserError(
+            f"augmentation rotates, crops and flips images [H, W, C]; one example of these data has shape {data.image_shape}. "
+            "Leave augmentation out of the config."
+        )
+    config.network.check(config.latent_size, data.image_shape)
+    if not all(is_builtin(getattr(config, field)) for field in configs.KINDS):  # what a class of the user's own returns
+        model = build_model(config, data.image_shape, data.step)
+        example, key = jnp.zeros((2, *data.image_shape)), make_key(0)
+        jax.eval_shape(lambda: model.init(key, example, key, method="elbo_terms"))
