@@ -110,6 +110,8 @@ class Config:
     """Steps in one compiled call; None: one for convolutions on a CPU, 50 otherwise (measured to be fastest)."""
     devices: int | None = None
     """Devices to share the batch; None: all there are."""
+    device_map: Literal["shard_map", "pmap"] = "shard_map"
+    """How a training step is run on all devices: `jit` of `shard_map`, or `pmap`; the numbers are the same."""
     resident_memory: float = 0.5
     """Share of a device's memory that the images may take; a larger set is streamed to the devices batch by batch."""
     seed: int = 0
@@ -145,6 +147,7 @@ class Config:
             raise UserError(f"rematerialize must be True or False, got {self.rematerialize!r}.")
         check_count("evaluate_every", self.evaluate_every)
         check_choice("precision", self.precision, ("float32", "bfloat16"))
+        check_choice("device_map", self.device_map, ("shard_map", "pmap"))
         for name in ("steps_per_dispatch", "devices"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
@@ -265,6 +268,11 @@ def _unknown_field(class_name: str, name: str, *also: type) -> str:
     return f"{class_name} has no field {name!r}{nearest(name, known)}."
 
 
+def is_builtin(kind: Kind) -> bool:
+    """Whether a kind is one of the library's."""
+    return type(kind) in _SHORT
+
+
 def kind_name(kind: type) -> str:
     """What `config.json` calls a class: the short name of one of the library, `module:Class` of any other.
 
@@ -355,7 +363,7 @@ def _as_tuple(value: Any) -> Any:
 def with_execution_of(config: Config, other: Config) -> Config:
     """`config` with those fields of `other` that say on what and in what pieces it is computed, and do not change what."""
     return dataclasses.replace(
-        config, devices=other.devices, steps_per_dispatch=other.steps_per_dispatch, resident_memory=other.resident_memory
+        config, **{name: getattr(other, name) for name in ("devices", "device_map", "steps_per_dispatch", "resident_memory")}
     )
 
 

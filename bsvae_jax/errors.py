@@ -19,10 +19,11 @@ class BsvaeError(Exception):
     """
 
 
-class UserError(BsvaeError):
+class UserError(BsvaeError, ValueError):
     """Something the user gave is wrong; the message says what, what was expected and what to do.
 
-    Raised before any computation starts, where it can be known by then (a disk may fill up later).
+    Raised before any computation starts, where it can be known by then (a disk may fill up later). It is a ValueError, as NumPy
+    and JAX raise of a wrong argument, so that code written for them catches it.
 
     >>> from bsvae_jax import Config
     >>> Config(latent_size=0)

@@ -12,19 +12,19 @@ Hardware and time: an accelerator; this network has not been measured yet. A sma
 CPU cores, 9,000 of the 10,000 validation images of Tiny ImageNet, three epochs in 15 minutes beside other jobs (`--data folder
 --data.path FOLDER --data.size 64 --data.channels 3 --network.widths 8 16 32 32 --network.blocks 1 --network.groups 4
 --batch-size 32 --epochs 3 --optimizer.learning-rate 2e-3 --optimizer.warmup-steps 0 --optimizer.ema-decay 0.99 --precision
-bfloat16 --rematerialize True`): on the other 1,000, calibrated ELBO 7,152 +- 99 nats (7.155 bits/dim), rate 435.5, MSE 0.0170,
+bfloat16 --rematerialize`): on the other 1,000, calibrated ELBO 7,152 +- 99 nats (7.155 bits/dim), rate 435.5, MSE 0.0170,
 all 256 latents active. Reconstructions have the forms and no fine detail; samples of N(0, I) are textures, for the 8 x 8
 positions are drawn independently: that is what a second stage is for (latent_flow.py).
 
-Computed: at 64 x 64 with four stages, as above, 128 images a step, bfloat16 and `--rematerialize True`, eight TPU v5e chips
+Computed: at 64 x 64 with four stages, as above, 128 images a step, bfloat16 and `--rematerialize`, eight TPU v5e chips
 take at least 6.9 ms a step (18,500 images/s, 45% of their peak, bound by memory) and 2.4 GiB each: `bsvae compile
 configs/spatial_cifar10.py --topology v5e:2x4 --image-shape 64 64 3 --images 162770 --network.widths 64 128 256 256 --precision
-bfloat16 --rematerialize True`, four minutes on one busy core.
+bfloat16 --rematerialize`, four minutes on one busy core.
 
 The sweep asks whether beta and sigma^2 stay apart in a larger architecture: with a constant variance only their product counts,
 with the optimal one beta alone moves along the curve. Measured with a small network of this kind on the first 2,048 training
 and 512 test images for 10 epochs (`--data arrays --network.widths 8 16 32 --network.blocks 1 --network.groups 4 --epochs 10
---batch-size 32 --augmentation.flip False --optimizer.learning-rate 2e-3 --optimizer.warmup-steps 0 --optimizer.ema-decay 0.99
+--batch-size 32 --augmentation.no-flip --optimizer.learning-rate 2e-3 --optimizer.warmup-steps 0 --optimizer.ema-decay 0.99
 --optimizer.gradient-clip None`; 9 models, 47 minutes on one CPU core beside other jobs), on the test images:
 
     variance          beta   beta sigma^2   rate [nats]   PSNR [dB]   profile ELBO   calibrated ELBO [nats]

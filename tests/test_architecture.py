@@ -81,6 +81,39 @@ def test_importing_touches_no_device_and_no_tensorflow():
     assert result.stdout.strip() == "untouched", result.stderr
 
 
+HEAVY = ("matplotlib", "orbax", "tensorboardX", "sklearn", "tensorflow_datasets", "dm_pix", "pandas", "scipy", "tensorflow")
+
+
+def _loaded(code: str) -> set[str]:
+    """The packages that are loaded in a fresh process after `code`."""
+    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+def test_importing_the_package_is_light():
+    assert not _loaded("import bsvae_jax") & {*HEAVY, "jax", "flax", "optax"}
+    loaded = _loaded("import bsvae_jax as bv; bv.Config(), bv.elbo_terms, bv.VAE")
+    assert "jax" in loaded
+    assert not loaded & set(HEAVY)
+
+
+def test_help_needs_no_jax():
+    code = "import bsvae_jax.cli.main as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass"
+    assert not _loaded(code) & {*HEAVY, "jax", "flax", "optax", "tyro", "numpy"}
+
+
+def test_public_names_are_declared_once():
+    """`__init__.pyi` says both what a type checker sees and what is imported when it is used."""
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    (declared,) = [ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)]
+    assert set(bsvae_jax.__all__) == imported == set(declared)
+    assert all(getattr(bsvae_jax, name) is not None for name in imported)
+    assert {"models", "data", "training", "evaluation", "sweeps", "objective", "fit", "Config"} <= imported
+
+
 def test_only_public_names_of_jax_are_imported():
     private = [
         f"{path.name}: {line.strip()}"

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import lzma
 import os
 import re
 import struct
@@ -11,7 +12,7 @@ import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,14 +24,22 @@ from bsvae_jax.errors import UserError, check_kind
 
 DAMAGE: tuple[type[Exception], ...] = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, MemoryError, RuntimeError, SyntaxError),
-    *(struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError),
+    *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tokenize.TokenError, IndexError),
 )
 """What NumPy and the standard library have been seen to raise on damaged archives."""
 
 
 def cache_folder() -> Path:
-    """Where downloads, prepared images and reference statistics are kept: `$BSVAE_CACHE`, or `~/.cache/bsvae_jax`."""
-    return Path(os.environ.get("BSVAE_CACHE") or Path.home() / ".cache" / "bsvae_jax")
+    """Where downloads, prepared images and reference statistics are kept: `$BSVAE_CACHE`, or `~/.cache/bsvae_jax`.
+
+    For a user without a name and a home, as containers have them, a folder among the temporary ones.
+    """
+    if folder := os.environ.get("BSVAE_CACHE"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache" / "bsvae_jax"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"bsvae_jax-{os.getuid()}"
 
 
 def as_path(path: Any, what: str) -> Path:
@@ -89,8 +98,10 @@ def locked(path: Path, name: str, remedy: str) -> Iterator[None]:
         yield
 
 
-def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, remedy: str, choose: Callable[[list[str]], Iterable[str]] = list) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` or the one of an `.npy` (under the name ''); never runs anything in it.
+
+    `choose` is told the names of all arrays of an `.npz`, and answers with those to be read.
 
     Raises:
       UserError: not such a file, or a damaged one; the sentence ends with `remedy`.
@@ -98,8 +109,10 @@ def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:  # np.load by name would leave a damaged file open
             content = np.load(file, allow_pickle=False)
-            arrays = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else {"": content}
-            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            several = isinstance(content, np.lib.npyio.NpzFile)
+            arrays = {name: content[name] for name in choose(content.files)} if several else {"": content}
+            others = several and content.zip.namelist() and not any(name.endswith(".npy") for name in content.zip.namelist())
+            if others or not all(isinstance(array, np.ndarray) for array in arrays.values()):
                 raise ValueError("an archive of other files")
             return arrays
     except DAMAGE as error:

@@ -14,11 +14,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from bsvae_jax.data.decoding import Preprocessing, decode
+from bsvae_jax.data.decoding import Preprocessing, decode_noted
 from bsvae_jax.errors import UserError
 
 Named = tuple[str, bytes]
 """Name and content of an image file."""
+
+Noted = tuple[np.ndarray, tuple[str, ...]]
+"""Its pixels, and what was lost of it."""
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -32,12 +35,12 @@ serve(sys.stdin.buffer, sys.stdout.buffer)
 """
 
 
-def decode_all(files: list[Named], preprocessing: Preprocessing) -> list[np.ndarray | UserError]:
-    """`decode` of every file; an error in place of one that it refuses."""
-    found: list[np.ndarray | UserError] = []
+def decode_all(files: list[Named], preprocessing: Preprocessing) -> list[Noted | UserError]:
+    """`decode_noted` of every file; an error in place of one that it refuses."""
+    found: list[Noted | UserError] = []
     for name, content in files:
         try:
-            found.append(decode(content, preprocessing, name))
+            found.append(decode_noted(content, preprocessing, name))
         except UserError as error:
             found.append(error)
     return found
@@ -78,7 +81,7 @@ class Decoders:
             process.kill()
             process.communicate()  # closes the pipes
 
-    def decode(self, files: list[Named], preprocessing: Preprocessing) -> list[np.ndarray | UserError]:
+    def decode(self, files: list[Named], preprocessing: Preprocessing) -> list[Noted | UserError]:
         """`decode_all`, by a worker.
 
         Raises:
@@ -92,7 +95,7 @@ class Decoders:
         try:
             pickle.dump((files, tuple(preprocessing)), process.stdin, protocol=5)
             process.stdin.flush()
-            found: list[np.ndarray | UserError] = pickle.load(process.stdout)
+            found: list[Noted | UserError] = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
             raise UserError(
                 f"A process that decodes images died (status {process.poll()}), perhaps of lack of memory, at one of "

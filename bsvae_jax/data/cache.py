@@ -2,7 +2,8 @@
 
 NAME-KEY/images.npy       [N, H, W, C], the training images first
 NAME-KEY/labels.npy       [N] classes or [N, A] attributes, where the source has them
-NAME-KEY/manifest.json    where they come from, what was done to them, counts, SHA-256 of both files, what was skipped
+NAME-KEY/manifest.json    where they come from, what was done to them, counts, SHA-256 of both files and of
+                          itself, what was skipped, what was lost of images
 
 A folder of this name is whole or not there. While it is made it is called `.NAME-KEY.unfinished`, and `progress.jsonl` in it
 says, with checksums, which images are there already, so that an interrupted preparation continues.
@@ -36,7 +37,7 @@ from bsvae_jax.data.image_files import Encoded, EncodedImages
 from bsvae_jax.data.image_set import ImageSet
 from bsvae_jax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of a prepared set."""
 
 CHUNK = 256
@@ -102,11 +103,11 @@ def prepared(recipe: Recipe, skip_corrupt: bool = False, progress: bool = True) 
         no room on the disk, known before anything is decoded.
     """
     folder = recipe.folder()
-    if (images := _open(folder, progress)) is not None:
+    if (images := _open(recipe, progress)) is not None:
         return images
     with locked(folder.with_name(f".{folder.name}.lock"), recipe.name, "set BSVAE_CACHE to a folder for prepared images"):
         # Looked at again: another process may have made it, or made it anew. Only here may it be deleted.
-        if (images := _open(folder, progress)) is not None:
+        if (images := _open(recipe, progress)) is not None:
             return images
         if folder.exists():
             log.warning(f"{folder} is damaged; it is made again")
@@ -119,19 +120,31 @@ def prepared(recipe: Recipe, skip_corrupt: bool = False, progress: bool = True) 
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a prepared set; None where there is none, or a damaged one."""
+    """The manifest of a prepared set, as it was written; None where there is none, or a damaged or changed one."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return manifest if manifest["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        digest = manifest.pop("digest")
+        return manifest if manifest["format"] == FORMAT and digest == _digest(manifest) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _open(folder: Path, progress: bool) -> ImageSet | None:
-    """A finished set; None where there is none, or a damaged one."""
+def _digest(values: Any) -> str:
+    """Of JSON values, so that a change of any is seen."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _open(recipe: Recipe, progress: bool) -> ImageSet | None:
+    """A finished set; None where there is none, a damaged one, or one of another recipe."""
+    folder = recipe.folder()
+    manifest = read_manifest(folder)
     try:
-        manifest = read_manifest(folder)
-        return _map(folder, manifest) if manifest is not None and _undamaged(folder, manifest["files"], progress) else None
+        # Whatever version of the package has made it.
+        if manifest is None or _digest(manifest | recipe.manifest() | {"bsvae_jax": manifest["bsvae_jax"]}) != _digest(
+            manifest
+        ):
+            return None
+        return _map(folder, manifest) if _undamaged(folder, manifest["files"], progress) else None
     except FileNotFoundError:  # just deleted by another process, which makes it again
         return None
 
@@ -141,16 +154,19 @@ def _map(folder: Path, manifest: dict[str, Any]) -> ImageSet:
     if manifest["skipped"]:
         count = len(manifest["skipped"])
         log.warning(f"{manifest['name']}: {count} corrupt images were left out, see {folder / 'manifest.json'}")
+    for note, count in manifest["notes"].items():
+        log.info(f"{manifest['name']}: {count:,} images {note}")
     images = np.load(folder / "images.npy", mmap_mode="r")
     labels = np.load(folder / "labels.npy") if "labels.npy" in manifest["files"] else None
     count = manifest["splits"]["train"]
+    test_labels = None if labels is None or (labels[count:] == -1).all() else labels[count:]
     return ImageSet(
         manifest["name"],
         images[:count],
         images[count:],
         256,
         None if labels is None else labels[:count],
-        None if labels is None else labels[count:],
+        test_labels,
         tuple(manifest["label_names"]),
         manifest["fingerprint"],
     )
@@ -186,6 +202,8 @@ class _Decoded(NamedTuple):
     """CRC-32 of pixels and labels as they were written."""
     corrupt: list[tuple[int, str]]
     """Number in the whole set, and why."""
+    notes: dict[str, int]
+    """What was lost of images, and of how many."""
 
 
 def _crc(pixels: np.ndarray, labels: np.ndarray | None) -> int:
@@ -233,11 +251,13 @@ class _Preparation:
         ):
             bar.update(finished)
             for decoded in self._in_threads(self._decode, left):
-                log.write(json.dumps([list(decoded.chunk), decoded.checksum, decoded.corrupt]) + "\n")
+                row = [list(decoded.chunk), *decoded[1:]]
+                log.write(json.dumps([*row, _digest(row)]) + "\n")
                 log.flush()
                 done[decoded.chunk] = decoded
                 bar.update(decoded.chunk.stop - decoded.chunk.start)
-        return self._finish({number: why for decoded in done.values() for number, why in decoded.corrupt})
+        notes = sum((collections.Counter(decoded.notes) for decoded in done.values()), collections.Counter[str]())
+        return self._finish({number: why for decoded in done.values() for number, why in decoded.corrupt}, dict(notes))
 
     def _in_threads(self, work: Callable[[_Chunk], Any], chunks: Iterable[_Chunk]) -> Iterator[Any]:
         """Results in order; a few chunks at a time, so that an error or Ctrl-C ends it soon."""
@@ -325,7 +345,7 @@ class _Preparation:
 
     @staticmethod
     def _refusal(error: CorruptImageError) -> UserError:
-        return UserError(f"{error} `bsvae prepare --skip-corrupt True` leaves such images out, and lists them.")
+        return UserError(f"{error} `bsvae prepare --skip-corrupt` leaves such images out, and lists them.")
 
     def _check_room(self, shape: tuple[int, int, int]) -> None:
         needed = self.count * math.prod(shape) + MARGIN
@@ -368,12 +388,15 @@ class _Preparation:
         """Chunks whose images are in the files, by their checksum."""
         done, chunks = {}, set(self.chunks)
         path = self.unfinished / "progress.jsonl"
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        for line in path.read_bytes().splitlines() if path.is_file() else []:
             try:
-                chunk, checksum, corrupt = json.loads(line)
-                decoded = _Decoded(_Chunk(*chunk), checksum, [(number, why) for number, why in corrupt])
-            except (ValueError, TypeError):  # torn by a kill
+                *row, digest = json.loads(line)
+                if digest != _digest(row):
+                    continue
+            except (ValueError, TypeError, RecursionError):  # torn by a kill
                 continue
+            chunk, checksum, corrupt, notes = row
+            decoded = _Decoded(_Chunk(*chunk), checksum, [(number, why) for number, why in corrupt], notes)
             if decoded.chunk in chunks and self._checksum(decoded.chunk) == checksum:
                 if decoded.corrupt and not self.skip_corrupt:
                     continue  # it will say which
@@ -385,20 +408,23 @@ class _Preparation:
 
     def _decode(self, chunk: _Chunk) -> _Decoded:
         corrupt = []
+        notes: collections.Counter[str] = collections.Counter()
         pixels = np.zeros((chunk.stop - chunk.start, *self.images.shape[1:]), np.uint8)
         labels = None if self.labels is None else np.zeros((len(pixels), *self.labels.shape[1:]), self.labels.dtype)
         read = self.recipe.splits[chunk.split].read(chunk.start, chunk.stop)
         files = {row: encoded for row, encoded in enumerate(read) if isinstance(encoded, Encoded)}
         decoded = iter(self.decoders.decode([file[:2] for file in files.values()], self.recipe.preprocessing))
         for row, encoded in enumerate(read):
-            image = next(decoded) if isinstance(encoded, Encoded) else encoded
-            if isinstance(image, CorruptImageError) and self.skip_corrupt:
-                corrupt.append((chunk.first + row, str(image)))
+            answer = next(decoded) if isinstance(encoded, Encoded) else encoded
+            if isinstance(answer, CorruptImageError) and self.skip_corrupt:
+                corrupt.append((chunk.first + row, str(answer)))
                 continue
-            if isinstance(image, CorruptImageError):
-                raise self._refusal(image)
-            if isinstance(image, UserError):
-                raise image
+            if isinstance(answer, CorruptImageError):
+                raise self._refusal(answer)
+            if isinstance(answer, UserError):
+                raise answer
+            image, lost = answer
+            notes.update(lost)
             if image.shape != pixels.shape[1:]:
                 raise UserError(
                     f"{files[row].name} has shape {image.shape}, the others {pixels.shape[1:]}; --size N (in a config: "
@@ -411,11 +437,11 @@ class _Preparation:
         for array, file in ((pixels, self.images), (labels, self.labels)):
             if array is not None and file is not None:
                 _write(file, chunk.first, array)
-        return _Decoded(chunk, _crc(pixels, labels), corrupt)
+        return _Decoded(chunk, _crc(pixels, labels), corrupt, dict(notes))
 
     # The end
 
-    def _finish(self, corrupt: dict[int, str]) -> dict[str, Any]:
+    def _finish(self, corrupt: dict[int, str], notes: dict[str, int]) -> dict[str, Any]:
         train = len(self.recipe.splits["train"])
         kept = np.setdiff1d(np.arange(self.count), list(corrupt))
         splits = {"train": int((kept < train).sum()), "test": int((kept >= train).sum())}
@@ -445,7 +471,9 @@ class _Preparation:
             "files": files,
             "fingerprint": fingerprint.result(),
             "skipped": list(corrupt.values()),
+            "notes": notes,
         }
+        manifest["digest"] = _digest(manifest)
         write_atomically(source / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
         (source / "progress.jsonl").unlink(missing_ok=True)
         source.rename(self.folder)

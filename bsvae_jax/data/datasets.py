@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bsvae_jax._io.terminal import messages_shown
 from bsvae_jax.data.image_set import DataShape, ImageSet
 from bsvae_jax.errors import UserError, check_count, check_kind, check_number, check_path
 from bsvae_jax.objective import Kind, check_kind_of
@@ -86,7 +87,10 @@ class MNIST(Dataset):
 
 @dataclass(frozen=True)
 class Arrays(Dataset):
-    """Images of one's own: a `.npz` with `train` (and optionally `test`), or a `.npy`; see `bsvae_jax.data`."""
+    """Images of one's own: a `.npz` with `train` (and optionally `test`), or a `.npy`; see `bsvae_jax.data`.
+
+    Other usual names are known (`x_train`, `train_images`, `images`, `arr_0`; labels `y_train`, `train_labels`).
+    """
 
     path: str = ""
     """A `.npz` or `.npy` of shape [N, H, W] or [N, H, W, C]: uint8, or floats in [0, 1]."""
@@ -94,17 +98,22 @@ class Arrays(Dataset):
     """Share of the images kept for testing, at random, when the file has no `test`."""
     holdout_seed: int = 0
     """Decides which; apart from the run's seed, so that runs of different seeds are tested on the same images."""
+    levels: int | None = None
+    """Number of gray levels, on which bits per dimension depend: uint8 values are 0 ... levels - 1, floats multiples of
+    1 / (levels - 1); None: 256 of uint8, and what the values of floats show."""
 
     def __post_init__(self) -> None:
         check_path(self, "path")
         check_number("data.holdout", self.holdout, low=0.0, high=0.9, open_low=True)
         check_count("data.holdout_seed", self.holdout_seed, low=0)
+        if self.levels is not None:
+            check_count("data.levels", self.levels, low=2)
 
     def load(self, progress: bool = True) -> ImageSet:
         """Read the file."""
         from bsvae_jax.data import sources
 
-        return sources.read_arrays_file(Path(self.path), self.holdout, self.holdout_seed)
+        return sources.read_arrays_file(Path(self.path), self.holdout, self.holdout_seed, self.levels)
 
 
 def _check_preprocessing(source: "TFDS | Folder") -> None:
@@ -168,8 +177,8 @@ class TFDS(Dataset):
 class Folder(Dataset):
     """Images of one's own: a folder, or a .zip, of image files.
 
-    Folders named train and test (or validation, val) in it are those splits; else a share is held out. Folders below are
-    classes.
+    Folders named train and test in it are those splits, by any usual name (Training, eval, test_set; validation where there is
+    no test); else a share is held out. Folders of the training images are classes. Transparent images are laid on white.
     """
 
     path: str = ""
@@ -214,7 +223,8 @@ def load(source: Dataset, progress: bool = True) -> ImageSet:
     """
     check_kind_of("source", source, Dataset)
     loads: Any = source.load
-    images = loads(progress) if "progress" in inspect.signature(loads).parameters else loads()
+    with messages_shown(progress):
+        images = loads(progress) if "progress" in inspect.signature(loads).parameters else loads()
     check_kind(f"what load of {type(source).__name__} returns", images, ImageSet, "bsvae_jax.data.ImageSet(name, train, test)")
     return images
 

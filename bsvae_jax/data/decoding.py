@@ -1,23 +1,36 @@
 """From the bytes of an image file to pixels: decoding, cropping, resizing. By Pillow, outside Python's lock."""
 
 import io
+import os
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
+import PIL.PngImagePlugin
 
 from bsvae_jax.errors import UserError
 
-CHANNELS = {"1": 1, "L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "PA": 3, "CMYK": 3, "YCbCr": 3}
-"""Channels of Pillow's modes of 8 bits; transparency is dropped, palettes are colour."""
+CHANNELS = dict.fromkeys(("1", "L", "LA", "La"), 1) | dict.fromkeys(
+    ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV"), 3
+)
+"""Channels of Pillow's modes of 8 bits; palettes are colour."""
+
+BACKGROUND = (255, 255, 255, 255)
+"""White: what transparent pixels are laid on. What is stored under them was never meant to be seen."""
+
+MAX_PIXELS, MAX_TEXT = "BSVAE_MAX_PIXELS", "BSVAE_MAX_TEXT"
+"""Environment variables that raise Pillow's limits: pixels of an image, and bytes of text in a PNG."""
 
 _TRANSPOSED = {5, 6, 7, 8}
 """Orientations of EXIF that exchange width and height."""
 _ORIENTATION = 0x0112
 
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error, MemoryError)
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error, MemoryError),
+    *(RuntimeError, TypeError, OverflowError, ArithmeticError, AssertionError, AttributeError),
+)
 """What Pillow has been seen to raise on damaged files."""
 
 
@@ -48,7 +61,8 @@ def read_header(content: bytes, what: str) -> Header:
     """Size and channels of an image file, as `decode` would find them, without decoding it.
 
     Raises:
-      CorruptImageError: not an image, or one of more than 8 bits.
+      CorruptImageError: not an image.
+      UserError: one of more than 8 bits a pixel in gray.
     """
     with _opened(content, what) as image:
         width, height = image.size
@@ -57,7 +71,12 @@ def read_header(content: bytes, what: str) -> Header:
 
 
 def decode(content: bytes, preprocessing: Preprocessing, what: str) -> np.ndarray:
-    """The pixels of an image file, uint8 [H, W, C], upright, cropped and resized.
+    """The pixels of an image file, as `decode_noted` finds them."""
+    return decode_noted(content, preprocessing, what)[0]
+
+
+def decode_noted(content: bytes, preprocessing: Preprocessing, what: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The pixels of an image file, uint8 [H, W, C], upright, on white, cropped and resized; and what was lost of it.
 
     Args:
       content: of the file.
@@ -65,20 +84,30 @@ def decode(content: bytes, preprocessing: Preprocessing, what: str) -> np.ndarra
       what: name of the image, for messages.
 
     Raises:
-      CorruptImageError: not an image, a truncated or damaged one, or one of more than 8 bits.
-      UserError: an image smaller than the crop.
+      CorruptImageError: not an image, or a truncated or damaged one.
+      UserError: an image smaller than the crop, or of more than 8 bits in gray.
     """
     crop, size, channels = preprocessing
+    notes = []
     with _opened(content, what) as image:
         channels = channels or _channels(image, what)
         try:
+            if image.format in _FILMS and getattr(image, "is_animated", False):
+                notes.append("have several frames, of which the first is taken")
+            if any(_is_deep(tile) for tile in getattr(image, "tile", ())):
+                notes.append("have 16 bits a channel, of which the upper 8 are taken")
             image.load()
             if "exif" in image.info and (turn := _TURNS.get(image.getexif().get(_ORIENTATION, 1))) is not None:
                 image = image.transpose(turn)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                if np.asarray(image)[..., 3].min() < 255:
+                    notes.append("are transparent in part, and were laid on white")
+                image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, BACKGROUND), image)
             mode = "L" if channels == 1 else "RGB"
             image = image if image.mode == mode else image.convert(mode)
         except _DAMAGE as error:
-            raise CorruptImageError(f"{what} is truncated or damaged ({error}).") from error
+            raise CorruptImageError(_limit(error, what) or f"{what} is truncated or damaged ({error}).") from error
         if crop is not None:
             image = _centre(image, crop, what)
         if size is not None:
@@ -88,7 +117,18 @@ def decode(content: bytes, preprocessing: Preprocessing, what: str) -> np.ndarra
                 image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
             image = _centre(image, size, what)
         pixels = np.asarray(image)
-    return pixels[..., None] if channels == 1 else pixels
+    return pixels[..., None] if channels == 1 else pixels, tuple(notes)
+
+
+_FILMS = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
+"""Formats of which a file may hold several images on purpose; cameras put previews into others."""
+
+
+def _is_deep(tile: Any) -> bool:
+    """Whether a part of an image is stored with 16 bits, of which Pillow keeps the upper 8."""
+    arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+    depth = arguments[1] if tile[0] == "ppm" and len(arguments) > 1 else 255  # the largest value
+    return ";16" in str(arguments[:1]) or (isinstance(depth, int) and depth > 255)
 
 
 _TURNS = {
@@ -103,15 +143,40 @@ _TURNS = {
 
 
 def _opened(content: bytes, what: str) -> PIL.Image.Image:
+    if pixels := os.environ.get(MAX_PIXELS):
+        PIL.Image.MAX_IMAGE_PIXELS = _whole(MAX_PIXELS, pixels)
+    if text := os.environ.get(MAX_TEXT):
+        PIL.PngImagePlugin.MAX_TEXT_CHUNK = PIL.PngImagePlugin.MAX_TEXT_MEMORY = _whole(MAX_TEXT, text)
     try:
         return PIL.Image.open(io.BytesIO(content))
-    except (*_DAMAGE, PIL.Image.DecompressionBombError) as error:
-        raise CorruptImageError(f"{what} is not an image that can be read ({type(error).__name__}).") from error
+    except PIL.UnidentifiedImageError as error:
+        start = f"it starts with {content[:12]!r}" if content else "it is empty"
+        raise CorruptImageError(f"{what} is not an image that can be read ({start}).") from error
+    except (*_DAMAGE, PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise CorruptImageError(_limit(error, what) or f"{what} is not an image that can be read ({error}).") from error
+
+
+def _whole(name: str, value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"{name} must be a whole number >= 1, got {value!r}.")
+    return int(value)
+
+
+def _limit(error: Exception, what: str) -> str:
+    """The sentence on an image that is larger than Pillow reads by itself; '' of other errors."""
+    if isinstance(error, (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)):
+        return f"{what} has more pixels than are read ({error}); make it smaller, or set {MAX_PIXELS} to a larger number."
+    if "text chunks" in str(error) or "MAX_TEXT" in str(error):
+        return f"{what} holds more text than is read ({error}); save it without, or set {MAX_TEXT} to a larger number of bytes."
+    return ""
 
 
 def _channels(image: PIL.Image.Image, what: str) -> int:
     if image.mode not in CHANNELS:
-        raise CorruptImageError(f"{what} has pixels of kind {image.mode!r}; images of 8 bits a channel are wanted.")
+        raise UserError(
+            f"{what} has pixels of kind {image.mode!r}; images of 8 bits a channel are wanted. Convert it, or give all images "
+            "as floats in [0, 1] in a .npz with --data arrays --data.levels 65536."
+        )
     return CHANNELS[image.mode]
 
 

@@ -1,11 +1,16 @@
 """Image files as a source has them, still encoded: a folder, a zip archive. Found and ordered, not decoded."""
 
+import collections
 import dataclasses
+import functools
 import hashlib
+import itertools
 import os
+import re
 import stat
+import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
@@ -16,11 +21,34 @@ from bsvae_jax._io.files import DAMAGE
 from bsvae_jax.data.decoding import CorruptImageError
 from bsvae_jax.errors import UserError
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Of the files that are taken for images, in small or capital letters."""
+SUFFIXES = (
+    *(".apng", ".avif", ".bmp", ".cur", ".dds", ".dib", ".gif", ".icns", ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe"),
+    *(".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".ras", ".rgb"),
+    *(".rgba", ".sgi", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm"),
+)
+"""Of the files that are taken for images, in small or capital letters: what Pillow decodes by itself."""
 
-TEST_FOLDERS = ("test", "validation", "valid", "val")
-"""Names of a folder of held-out images beside `train`; the first that is there is taken."""
+_SPLIT = re.compile(
+    r"(?:(?P<train>train|training)|(?P<test>test|testing|eval|evaluation)|(?P<val>val|valid|validation))"
+    r"(?P<more>[\s_.-]?(?:set|data|images?|imgs|split))?[\s_.-]?\d*",
+    re.IGNORECASE,
+)
+"""Names of folders that are splits: Train, testing, validation_set, train2017."""
+
+_WORDS = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
+"""What parts the words of a name: trainA, DIV2K_train_HR."""
+
+_NO_DATA = {
+    "__macosx",
+    "@eadir",
+    "#recycle",
+    "@recycle",
+    "$recycle.bin",
+    "#snapshot",
+    "lost+found",
+    "system volume information",
+}
+"""Folders that systems and network disks add, in small letters; they hold thumbnails, or deleted files."""
 
 
 class Encoded(NamedTuple):
@@ -84,114 +112,275 @@ class Found(NamedTuple):
     """Their folders, if the images lie in several; else empty."""
     stamp: str
     """Hash of names, sizes and times of change (of a zip: checksums): another where the images are others."""
+    division: str
+    """A sentence: which images are trained on, which are held out, and what was left out."""
 
 
 def find_images(path: Path) -> Found:
     """Look through a folder, or a `.zip`, for image files.
 
+    Folders `train` and `test` are splits, by any usual name and in letters of any case, wherever they lie; without a test
+    folder one of validation images takes its place. Folders of the training images are their classes.
+
     Raises:
-      UserError: neither, an empty or damaged one, a name or symbolic link that leads out of it, or splits that are not both
-        there.
+      UserError: neither, an empty or damaged one, a name that leads out of an archive, or folders of which some look like
+        splits that are not both there.
     """
+    archive, links, members = None, dict[str, str](), dict[str, str]()
     if path.is_dir():
-        entries, archive = _walk(path), None
+        entries, links = _walk(path)
     elif path.is_file():
-        entries, archive = _members(path)
+        entries, archive, members = _members(path)
     else:
         raise UserError(f"There is no folder or file {str(path)!r}; data.path must name a folder, or a .zip, of images.")
-    names = sorted(name for name in entries if PurePosixPath(name).suffix.lower() in SUFFIXES)
+    names = sorted(name for name in entries if _suffix(name) in SUFFIXES)
     if not names:
         others = f"; it holds {len(entries)} other files, {sorted(entries)[0]!r} first" if entries else ""
-        raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)}){others}.")
-    stamp = hashlib.sha256("\n".join(f"{name} {entries[name]}" for name in names).encode()).hexdigest()
-    names, prefix = _without_common_folder(names)
-    splits = {name.split("/")[0] for name in names if "/" in name}
-    test_folder = next((folder for folder in TEST_FOLDERS if folder in splits), None)
-    train_names, test_names = names, []
-    if "train" in splits and test_folder is not None:
-        train_names = [name for name in names if name.startswith("train/")]
-        test_names = [name for name in names if name.startswith(f"{test_folder}/")]
-    elif "train" in splits and len(splits) > 1:
-        raise UserError(f"{path} has a folder 'train' beside {', '.join(sorted(splits - {'train'}))}, but no 'test'.")
-    depth = 1 if test_names else 0
-    classes = sorted({_folder(name, depth) for name in (*train_names, *test_names)})
-    labelled = len(classes) > 1 and "" not in classes
+        raise UserError(f"{path} holds no images (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp){others}.")
+    lines = "\n".join(f"{name} {entries[name]}" for name in names)
+    stamp = hashlib.sha256(lines.encode(errors="surrogatepass")).hexdigest()  # names need not be UTF-8
+    divided, left_out = _divide(names, path)
+    if links and (again := _seen_twice([name for split in divided.values() for name in split], links, path.resolve())):
+        left_out.append(f"{_count(len(again))} to which links lead again ({min(again)!r} first)")
+        divided = {split: {name: rest for name, rest in of.items() if name not in again} for split, of in divided.items()}
+        if not all(divided.values()):
+            raise UserError(f"{path} has links by which training images and test images are the same; give others for testing.")
+    train, test = divided["train"], divided.get("test", {})
+    notes = []
+    folders = _folders(train.values())
+    counts = collections.Counter(folders)
+    stray = counts.pop("", 0)
+    labelled = len(counts) > 1 and stray <= max(1, counts.total() // 10)
+    if labelled and stray:  # as torchvision's ImageFolder does with all
+        left_out.append(f"{_count(stray)} beside the class folders ({list(train)[folders.index('')]!r} first)")
+        train = {name: rest for (name, rest), folder in zip(train.items(), folders, strict=True) if folder}
+        folders = [folder for folder in folders if folder]
+    elif len(counts) > 1 and not labelled:
+        notes.append(f"no classes, since {_count(stray)} lie in no class folder")
+    classes = sorted(counts) if labelled else []
+    looks = [folder for folder in classes if _kind(folder)]
+    if len(set(map(_kind, looks))) > 1:
+        raise UserError(
+            f"{path} has class folders that look like splits: {_listed(looks)}. Name the folders of splits train and test, and "
+            "rename those that are classes."
+        )
     numbers = {name: number for number, name in enumerate(classes)}
+    labels = [numbers[folder] for folder in folders] if labelled else None
+    test_labels = None
+    if labelled and test:
+        test_labels = [numbers.get(folder, -1) for folder in _folders(test.values())]
+        if without := test_labels.count(-1):
+            notes.append(f"{'all' if without == len(test) else f'{without:,}'} test images lie in no class folder of training")
 
-    def files(chosen: list[str]) -> Files:
-        labels = [numbers[_folder(name, depth)] for name in chosen] if labelled else None
-        return Files(path, [prefix + name for name in chosen], labels, archive)
+    def files(chosen: Iterable[str], labels: list[int] | None) -> Files:
+        return Files(path, [members.get(name, name) for name in chosen], labels, archive)
 
-    return Found(files(train_names), files(test_names) if test_names else None, tuple(classes) if labelled else (), stamp)
-
-
-def _folder(name: str, depth: int) -> str:
-    """The folder at a depth of a name; '' where the file itself is there."""
-    parts = name.split("/")
-    return parts[depth] if len(parts) > depth + 1 else ""
-
-
-def _without_common_folder(names: list[str]) -> tuple[list[str], str]:
-    """The names without the folders that they all share, as archives tend to have, and those."""
-    shared = os.path.commonpath([os.path.dirname(name) for name in names])
-    prefix = f"{shared}/" if shared else ""
-    return [name.removeprefix(prefix) for name in names], prefix
+    kinds = collections.Counter(_suffix(name) or "without suffix" for name in entries if _suffix(name) not in SUFFIXES)
+    if kinds:
+        shown = [f"{count:,} {suffix!a}".replace("'", "") for suffix, count in kinds.most_common(5)]
+        left_out.append(f"other files ({', '.join(shown)}{', ...' if len(kinds) > 5 else ''})")
+    said = [f"{_count(len(train))}{' for training' if test else ''}{_within(train)}"]
+    said.append(f"{_count(len(test))} for testing{_within(test)}" if test else "of which a share is held out at random")
+    said += notes
+    division = f"{printable(path.name)}: {', '.join(said)}{'; left out: ' if left_out else ''}{', '.join(left_out)}."
+    label_names = tuple(map(printable, classes))
+    return Found(files(train, labels), files(test, test_labels) if test else None, label_names, stamp, division)
 
 
-def _walk(root: Path) -> dict[str, str]:
-    """Size and time of change of every file below, by its name relative to the root; hidden ones are left out."""
+def printable(name: str) -> str:
+    """The name of a file, with bytes that are not UTF-8 spelled out."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _count(number: int) -> str:
+    return f"{number:,} image{'' if number == 1 else 's'}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Quoted, at most three of them; names that are not UTF-8 can be printed so."""
+    shown = sorted(names)
+    return ", ".join(map(repr, shown[:3])) + (", ..." if len(shown) > 3 else "")
+
+
+@functools.cache
+def _kind(folder: str) -> str:
+    """Which split the name of a folder means: 'train', 'test' or 'val'; '' for other names."""
+    match = _SPLIT.fullmatch(folder)
+    return "" if match is None else next(kind for kind in ("train", "test", "val") if match[kind])
+
+
+def _within(split: Iterable[str]) -> str:
+    """Where the images of a split lie, if its folder has a name: " in 'Train'"."""
+    folders = {next((folder for folder in name.split("/")[:-1] if _kind(folder)), "") for name in split} - {""}
+    return f" in {_listed(folders)}" if folders else ""
+
+
+def _divide(names: list[str], path: Path) -> tuple[dict[str, dict[str, tuple[str, ...]]], list[str]]:
+    """The names of the training images and of the held-out ones, each with its folders but that of the split; what is left out.
+
+    Raises:
+      UserError: some folders look like splits, and do not say which images are which.
+    """
+    splits: dict[str, dict[str, tuple[str, ...]]] = collections.defaultdict(dict)
+    spellings: dict[tuple[str, ...], set[str]] = collections.defaultdict(set)
+    for name in names:
+        folders = tuple(name.split("/")[:-1])
+        depth = next((depth for depth, folder in enumerate(folders) if _kind(folder)), len(folders))
+        kind = _kind(folders[depth]) if depth < len(folders) else ""
+        splits[kind][name] = (*folders[:depth], *folders[depth + 1 :])
+        if kind:
+            spellings[(*folders[:depth], kind)].add(folders[depth])
+    beside = splits.pop("", {})
+    remedy = "Name the folders of splits train and test, and move or rename the others."
+    if len(splits) == 1 and not beside:  # a folder 'train' and nothing else: no split
+        return {"train": next(iter(splits.values()))}, []
+    if not splits:
+        words = {folder for name in names for folder in name.split("/")[:-1]}
+        first = [_WORDS.split(name.split("/")[-1])[0] for name in names]
+        looks = {folder: {_kind(word) for word in _WORDS.split(folder)} - {""} for folder in words}
+        if len({frozenset(kinds) for kinds in looks.values() if kinds}) > 1 or (
+            all(map(_kind, first)) and len(set(map(_kind, first))) > 1
+        ):
+            which = sorted(folder for folder, kinds in looks.items() if kinds) or [names[0], names[-1]]
+            raise UserError(f"{path} has names that look like splits: {_listed(which)}. {remedy}")
+        return {"train": beside}, []
+    if "train" not in splits or len(splits) == 1:
+        kind = "train" if "train" in splits else min(splits)
+        found = {folder for place, folders in spellings.items() if place[-1] == kind for folder in folders}
+        others = {name.split("/")[0] for name in beside} or set(splits) - {kind}
+        shown = ", ".join(map(printable, sorted(others)[:3]))
+        lacks = "test" if "train" in splits else "train"
+        raise UserError(f"{path} has a folder {_listed(found)} beside {shown}, but no '{lacks}'. {remedy}")
+    left_out = []
+    held_out = "test" if "test" in splits else "val"
+    if held_out == "test" and "val" in splits:
+        left_out.append(f"{_count(len(splits['val']))}{_within(splits['val'])}, apart from those for testing")
+    for place, several in spellings.items():
+        if len(several) > 1 and place[-1] in ("train", held_out):
+            raise UserError(f"{path} has several folders of one split, {_listed(several)}; keep one of them, or make them one.")
+    if beside:
+        left_out.append(f"{_count(len(beside))} beside those folders ({min(beside)!r} first)")
+    return {"train": splits["train"], "test": splits[held_out]}, left_out
+
+
+def _folders(rests: Iterable[tuple[str, ...]]) -> list[str]:
+    """The first folder of every image, after those that all share; '' where there is none."""
+    rests = list(rests)
+    ends = zip(min(rests), max(rests), strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+    return [rest[shared] if len(rest) > shared else "" for rest in rests]
+
+
+def _is_data(name: str) -> bool:
+    """Not hidden, and not what a system adds."""
+    return not name.startswith(".") and name.lower() not in _NO_DATA
+
+
+def _walk(root: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Size and time of change of every file below, by its name relative to the root; hidden ones are left out.
+
+    Links are followed. The second answer is where those files really are to which one led.
+    """
     found: dict[str, str] = {}
+    links: dict[str, str] = {}
     inside = root.resolve()
 
-    def look(folder: str, prefix: str) -> None:
+    def look(folder: str, prefix: str, above: tuple[str, ...], linked: bool) -> None:
         with os.scandir(folder) as entries:
-            listed = sorted(entries, key=lambda entry: entry.name)
+            listed = sorted((entry for entry in entries if _is_data(entry.name)), key=lambda entry: entry.name)
         for entry in listed:
-            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside):
-                raise UserError(
-                    f"{entry.path} is a symbolic link out of the folder, to {Path(entry.path).resolve()}; "
-                    "copy the images, or give that folder."
-                )
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                look(entry.path, f"{prefix}{entry.name}/")
-            elif not entry.is_dir():  # what a link to a folder inside leads to is seen where it is
-                status = entry.stat()
-                found[prefix + entry.name] = f"{status.st_size} {status.st_mtime_ns}"
+            real = os.path.realpath(entry.path) if linked or entry.is_symlink() else os.path.join(above[-1], entry.name)
+            if entry.is_dir():
+                if any(Path(folder).is_relative_to(real) for folder in above):  # a circle
+                    if Path(real).is_relative_to(inside):
+                        continue  # nothing is there that is not seen anyway
+                    raise UserError(
+                        f"{entry.path} is a symbolic link to {real}, in which it lies itself; delete it, or give the folder "
+                        "that has the images."
+                    )
+                look(entry.path, f"{prefix}{entry.name}/", (*above, real), linked or entry.is_symlink())
+            elif _suffix(entry.name) in SUFFIXES or entry.is_file():
+                status = entry.stat()  # an error, of an image that is a link to nowhere
+                if stat.S_ISREG(status.st_mode):
+                    found[prefix + entry.name] = f"{status.st_size} {status.st_mtime_ns}"
+                    if linked or entry.is_symlink():
+                        links[prefix + entry.name] = real
 
     try:
-        look(str(root), "")
+        look(str(root), "", (str(inside),), False)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
-    return found
+    return found, links
 
 
-def _members(path: Path) -> tuple[dict[str, str], zipfile.ZipFile]:
-    """Size and checksum of every file of a zip archive, by its name; and the open archive."""
+def _seen_twice(names: list[str], links: dict[str, str], root: Path) -> set[str]:
+    """Names that links give to files which are among the others."""
+    seen = {os.path.join(root, name) for name in names if name not in links}
+    again = set()
+    for name in names:
+        if name in links:
+            if links[name] in seen:
+                again.add(name)
+            seen.add(links[name])
+    return again
+
+
+def _members(path: Path) -> tuple[dict[str, str], zipfile.ZipFile, dict[str, str]]:
+    """Size and checksum of every file of a zip archive, by its name; the open archive; and how it calls those files."""
     archive = open_zip(path)
-    found = {}
+    found, members = {}, {}
     for member in archive.infolist():
-        hidden = any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(member.filename).parts)
-        if not member.is_dir() and not hidden:
-            found[member.filename] = f"{member.file_size} {member.CRC:08x}"
-    return found, archive
+        name = PurePosixPath(member.filename.replace("\\", "/"))  # as Windows writes it
+        if not member.filename.endswith(("/", "\\")) and all(map(_is_data, name.parts)):
+            found[str(name)] = f"{member.file_size} {member.CRC:08x}"
+            members[str(name)] = member.filename
+    return found, archive, members
+
+
+_PACKED = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, getattr(zipfile, "ZIP_ZSTANDARD", 0)}
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
     """A zip archive whose members all stay inside; they are read, never unpacked.
 
     Raises:
-      UserError: not a zip archive, a damaged one, or one with a name that leads out of it or a symbolic link.
+      UserError: not a zip archive, a damaged one, or one with a name that leads out of it, a symbolic link or a member that
+        Python cannot unpack.
     """
     try:
         archive = zipfile.ZipFile(path)
     except DAMAGE as error:
+        if path.suffix.lower() == ".npy":
+            raise UserError(f"{path} is a file of arrays; give it as --data arrays --data.path {path}.") from error
+        if _is_tar(path):
+            folder = path.name.split(".")[0]
+            raise UserError(
+                f"{path} is a tar archive, in which single images are not found quickly; unpack it and give the folder: "
+                f"mkdir {folder} && tar -xf {path} -C {folder}"
+            ) from error
         raise UserError(f"{path} is not a zip archive that can be read ({error}); download it again, or unpack it.") from error
+    if path.suffix.lower() == ".npz":
+        raise UserError(f"{path} is a file of arrays; give it as --data arrays --data.path {path}.")
     for member in archive.infolist():
         name = PurePosixPath(member.filename.replace("\\", "/"))
-        if name.is_absolute() or ".." in name.parts or ":" in member.filename.split("/")[0]:
+        if not member.filename:
+            raise UserError(f"{path} has a member without a name: it is damaged; download it again, or unpack it.")
+        if name.is_absolute() or ".." in name.parts or re.match(r"[A-Za-z]:/", str(name)):
             raise UserError(f"{path} has a member {member.filename!r}, which leads out of it; it is not read.")
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise UserError(f"{path} has a symbolic link, {member.filename!r}; it is not read.")
+            raise UserError(f"{path} has a symbolic link, {member.filename!r}; it is not read. Unpack it, and give the folder.")
+        if member.flag_bits & 1 or member.compress_type not in _PACKED:
+            why = "is encrypted" if member.flag_bits & 1 else f"is packed by method {member.compress_type}, which Python lacks"
+            raise UserError(f"{path} has a member {member.filename!r} that {why}. Unpack it, and give the folder.")
     return archive
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except DAMAGE:
+        return False

@@ -14,8 +14,25 @@ from jaxtyping import Array, Float
 from bsvae_jax import theory
 from bsvae_jax.errors import UserError, check_count, check_kind
 
+ROUNDING = 1e-6
+"""By how much floats may leave [0, 1]; they are clipped."""
+
 SPECTRUM_LIMIT = 4096
 """Largest number of pixels times channels whose covariance is decomposed: 4,096 take a minute, ten times as many a day."""
+
+
+def is_image(shape: tuple[int, ...]) -> bool:
+    """Whether one example is an image, [height, width, channels]: what needs the two axes of an image asks here.
+
+    >>> [is_image(shape) for shape in ((28, 28, 1), (64, 3), (10,), (8, 16, 16, 1))]
+    [True, False, False, False]
+    """
+    return len(shape) == 3
+
+
+def no_images(shape: tuple[int, ...]) -> str:
+    """What examples are that are no images in [0, 1], for a message: `of shape (64, 3)`."""
+    return f"of shape {shape}" + (", not all in [0, 1]" if is_image(shape) else "")
 
 
 class DataShape(NamedTuple):
@@ -76,7 +93,7 @@ class ImageSet:
     train_labels: np.ndarray | None = None
     """Where the source has them: classes, [N] integers, or A attributes, [N, A] booleans."""
     test_labels: np.ndarray | None = None
-    """The same of the test images."""
+    """The same of the test images; -1: none."""
     label_names: tuple[str, ...] = ()
     """Names of the classes or of the attributes, where the source has them."""
     known_fingerprint: str | None = None
@@ -91,7 +108,9 @@ class ImageSet:
                     f"{name} must hold examples [N, ...], images [N, H, W, C] say, at least one, got shape {images.shape}."
                 )
             if images.dtype not in (np.uint8, np.float32):
-                raise UserError(f"{name} must be uint8 or float32 in [0, 1], got {images.dtype}; see data.check_images.")
+                raise UserError(
+                    f"{name} must be uint8 or float32 (images: in [0, 1]), got {images.dtype}; see data.check_images."
+                )
         if self.train.shape[1:] != self.test.shape[1:] or self.train.dtype != self.test.dtype:
             one, other = (f"{images.dtype} of shape {images.shape[1:]}" for images in (self.train, self.test))
             raise UserError(f"train and test must be images of one kind, got {one} and {other}.")
@@ -131,6 +150,24 @@ class ImageSet:
     def scale(self) -> float:
         """Factor from stored values to [0, 1]: the step for integers, 1 for floats."""
         return self.step if self.train.dtype == np.uint8 else 1.0
+
+    @functools.cached_property
+    def holds_images(self) -> bool:
+        """Whether the examples are images [H, W, C] in [0, 1], which PSNR, SSIM, FID and 8-bit files suppose."""
+        if not is_image(self.image_shape) or self.train.dtype == np.uint8:
+            return is_image(self.image_shape)
+        return all(block.min() >= 0 and block.max() <= 1 for split in (self.train, self.test) for block in _blocks(split))
+
+    def as_shown(self, values: np.ndarray) -> np.ndarray:
+        """Values [..., *image_shape] as figures take them, black and white at 0 and 1.
+
+        Pictures of data beyond that are scaled by the range of the test split. Vectors and sequences are drawn as lines, by
+        their own values.
+        """
+        if len(self.image_shape) < 3 or self.holds_images or self.train.dtype == np.uint8:
+            return values
+        low, high = float(self.test.min()), float(self.test.max())
+        return (values - low) / max(high - low, 1e-30)
 
     @functools.cached_property
     def covariance_eigenvalues(self) -> np.ndarray | None:
@@ -176,14 +213,14 @@ def check_images(images: Any, what: str) -> np.ndarray:
     >>> checked = check_images(np.ones((5, 8, 8)), "my images")
     >>> checked.shape, checked.dtype
     ((5, 8, 8, 1), dtype('float32'))
-    >>> check_images(np.full((5, 8, 8), 255.0), "my images")
+    >>> check_images(np.full((5, 8, 8), 255.0), "x")
     Traceback (most recent call last):
         ...
-    bsvae_jax.errors.UserError: my images must lie in [0, 1], got values from 255 to 255; divide 8-bit values by 255.
+    bsvae_jax.errors.UserError: x must lie in [0, 1], got values from 255 to 255; divide 8-bit values by 255, n levels by n - 1.
 
     Raises:
-      UserError: a rank other than [N, H, W] or [N, H, W, C], no images, a dtype other than uint8 or float, or floats that are
-        NaN or outside [0, 1].
+      UserError: a rank other than [N, H, W] or [N, H, W, C], channels that are not last, no images, a dtype other than uint8 or
+        float, or floats that are NaN or outside [0, 1] by more than rounding.
     """
     try:
         images = np.asarray(images)
@@ -195,13 +232,47 @@ def check_images(images: Any, what: str) -> np.ndarray:
         raise UserError(f"{what} must have shape [N, H, W] or [N, H, W, C], got {images.shape}.")
     if 0 in images.shape:
         raise UserError(f"{what} is empty: its shape is {images.shape}.")
+    _, height, width, channels = images.shape
+    if (channels > 4 and {height, width} & {1, 3, 4}) or (channels == 4 == width and height in (1, 3)):
+        axis = 2 if width in (1, 3, 4) and height not in (1, 3, 4) else 1
+        order = (0, 2, 3, 1) if axis == 1 else (0, 1, 3, 2)
+        raise UserError(
+            f"{what} would be images of height {height} and width {width} with {channels} channels, shape {images.shape}; "
+            f"channels must be last: give images.transpose{order}."
+        )
     if images.dtype == np.uint8:
         return np.ascontiguousarray(images)
     if not np.issubdtype(images.dtype, np.floating):
-        raise UserError(f"{what} must be uint8 (0 ... 255) or floating point in [0, 1], got dtype {images.dtype}.")
+        raise UserError(
+            f"{what} must be uint8 (0 ... 255) or floating point in [0, 1], got dtype {images.dtype}; divide wider integers by "
+            "the largest value that they can have (65535 of 16 bits)."
+        )
     if not np.all(np.isfinite(images)):
         raise UserError(f"{what} holds NaN or infinite values in {np.sum(~np.isfinite(images).all(axis=(1, 2, 3)))} images.")
     low, high = float(images.min()), float(images.max())
-    if low < 0.0 or high > 1.0:
-        raise UserError(f"{what} must lie in [0, 1], got values from {low:g} to {high:g}; divide 8-bit values by 255.")
-    return np.ascontiguousarray(images, np.float32)
+    if low < -ROUNDING or high > 1.0 + ROUNDING:
+        if low >= 0.0:
+            remedy = "divide 8-bit values by 255, n levels by n - 1"
+        else:
+            remedy = "take (x + 1) / 2 of values in [-1, 1]" if max(-low, high) <= 1.0 + ROUNDING else "shift and scale them"
+        raise UserError(f"{what} must lie in [0, 1], got values from {low:.7g} to {high:.7g}; {remedy}.")
+    images = np.ascontiguousarray(images, np.float32)
+    return np.clip(images, 0.0, 1.0) if low < 0.0 or high > 1.0 else images
+
+
+def distinct_values(images: np.ndarray, limit: int) -> np.ndarray:
+    """The values that images take, in order; some, more than `limit`, where there are more."""
+    found = np.empty(0, images.dtype)
+    for block in _blocks(images):
+        found = np.union1d(found, block)
+        if len(found) > limit:
+            break
+    return found
+
+
+def on_grid(images: np.ndarray, levels: int, precision: float) -> bool:
+    """Whether floats are multiples of 1 / (levels - 1), but for their rounding, to a relative `precision`."""
+    tolerance = max(1e-3, precision * (levels - 1) / 2)
+    # Scaled in double precision, so that only the images' own rounding counts.
+    scaled = (np.multiply(block, levels - 1, dtype=np.float64) for block in _blocks(images))
+    return tolerance < 0.2 and all(float(np.abs(block - np.rint(block)).max()) <= tolerance for block in scaled)

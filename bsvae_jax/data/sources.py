@@ -1,6 +1,8 @@
 """How the data sets of the library are read: the digits, MNIST's idx files, arrays, folders and TFDS sets."""
 
+import contextlib
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from bsvae_jax._io.files import DAMAGE, read_arrays
+from bsvae_jax._io.terminal import log
 from bsvae_jax.data.cache import Recipe
 from bsvae_jax.data.datasets import TFDS, Folder
 from bsvae_jax.data.decoding import CorruptImageError, Header, Preprocessing
 from bsvae_jax.data.idx import read_pair
-from bsvae_jax.data.image_files import Encoded, EncodedImages, find_images
-from bsvae_jax.data.image_set import ImageSet, check_images
+from bsvae_jax.data.image_files import Encoded, EncodedImages, find_images, printable
+from bsvae_jax.data.image_set import ImageSet, check_images, distinct_values, on_grid
 from bsvae_jax.errors import UserError, nearest
 
 _UNREADABLE: tuple[type[Exception], ...] = (IndexError, *DAMAGE)
@@ -69,27 +72,137 @@ def read_mnist(folder: Path) -> ImageSet:
 # --- Arrays of one's own ----------------------------------------------------------------------------------------------
 
 
-def read_arrays_file(path: Path, holdout: float, seed: int) -> ImageSet:
+_PART = r"(?:(?P<train>train|training)|(?P<test>test|testing|eval|evaluation)|(?P<val>val|valid|validation))"
+_X, _Y = "(?:x|images?|imgs?|data)", "(?:y|labels?|targets?|classes)"
+_IMAGES = re.compile(f"(?:{_X}_?)?{_PART}(?:_?{_X})?")
+_LABELS = re.compile(f"{_Y}_?{_PART}|{_PART.replace('?P<', '?P<of_')}_?{_Y}")
+_BARE = {"train": ("images", "imgs", "x", "data", "arr_0"), "train labels": ("labels", "label", "y", "targets", "target")}
+"""Names of the only images and labels of a file."""
+
+
+def _roles(names: list[str]) -> dict[str, str]:
+    """Which arrays of an `.npz` are what, by their names: 'train', 'test', 'val', 'train labels', ..."""
+    roles: dict[str, str] = {}
+    plain = {name: name.casefold().replace("-", "_") for name in names}
+    for name in sorted(names, key=lambda name: plain[name] not in ("train", "test", "val")):  # these first
+        for pattern, of in ((_IMAGES, ""), (_LABELS, " labels")):
+            if match := pattern.fullmatch(plain[name]):
+                kind = next(kind for kind, text in match.groupdict().items() if text)
+                roles.setdefault(kind.removeprefix("of_") + of, name)
+    if "train" not in roles:
+        for role, bare in _BARE.items():
+            named = {text: name for name, text in plain.items()}
+            if match_name := next((named[text] for text in bare if text in named), None):
+                roles[role] = match_name
+    if "test" not in roles and "val" in roles:
+        roles.pop("test labels", None)
+        roles |= {role.replace("val", "test"): name for role, name in roles.items() if role.startswith("val")}
+    return {role: name for role, name in roles.items() if not role.startswith("val")}
+
+
+def read_arrays_file(path: Path, holdout: float, seed: int, levels: int | None) -> ImageSet:
     """Arrays of a `.npz` or `.npy` file."""
     if not path.is_file():
         raise UserError(f"There is no file {str(path)!r}; data.path must name a .npz or .npy of images.")
-    named = read_arrays(path, "data.path must name a .npz or .npy of images")
-    if "" in named:
-        named = {"train": named[""]}
-    names = {key: next((n for n in (key, f"x_{key}", f"{key}_images") if n in named), None) for key in ("train", "test")}
-    if names["train"] is None:
-        found = ", ".join(named) or "nothing"
-        raise UserError(f"{path} needs an array 'train' (and may have 'test'); it holds {found}{nearest('train', named)}.")
-    train = check_images(named[names["train"]], f"{names['train']!r} in {path}")
-    if names["test"] is None:
-        train, test = (train[part] for part in _holdout(len(train), holdout, seed, str(path)))
+    remedy = "data.path must name a .npz or .npy of images"
+    held: list[str] = []
+    roles: dict[str, str] = {}
+
+    def choose(names: list[str]) -> list[str]:  # others may be large, or objects
+        held.extend(names)
+        roles.update(_roles(names))
+        return [roles[split] for split in ("train", "test") if split in roles]
+
+    arrays = read_arrays(path, remedy, choose)
+    if "" in arrays:
+        held, roles = [""], {"train": ""}
+    if "train" not in roles:
+        found = ", ".join(held) or "nothing"
+        raise UserError(f"{path} needs an array 'train' (and may have 'test'); it holds {found}{nearest('train', held)}.")
+    what = {
+        split: f"{roles[split]!r} in {path}" if roles[split] else str(path) for split in ("train", "test") if split in roles
+    }
+    images = {split: check_images(arrays[roles[split]], what[split]) for split in what}
+    floats: list[Any] = [np.float32, *(array.dtype for array in arrays.values() if array.dtype.kind == "f")]
+    precision = max(float(np.finfo(kind).eps) for kind in floats)
+    train = images["train"]
+    labels, names = _labels(path, roles, {split: len(of) for split, of in images.items()})
+    notes = [f"{len(train):,} images{' ' * bool(roles['train'])}{roles['train'] and repr(roles['train'])}"]
+    if "test" in images:
+        test = images["test"]
+        notes.append(f"{len(test):,} for testing {roles['test']!r}")
     else:
-        test = check_images(named[names["test"]], f"{names['test']!r} in {path}")
+        parts = _holdout(len(train), holdout, seed, str(path))
+        notes.append(f"of which {len(parts[1]):,} are held out for testing")
+        labels = {split: labels["train"][part] for split, part in zip(("train", "test"), parts, strict=True) if labels}
+        train, test = (train[part] for part in parts)
     if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
         raise UserError(
             f"{path}: training images {train.shape[1:]} {train.dtype} and test images {test.shape[1:]} {test.dtype} differ."
         )
-    return ImageSet(path.stem, train, test)
+    height, width, channels = train.shape[1:]
+    levels, sentence = _levels([train, test], levels, path, precision)
+    notes.append(f"{height} pixels high, {width} wide, {channels} channel{'s' * (channels > 1)}, {levels:,} levels")
+    left_out = [repr(name) for name in held if name not in roles.values()]
+    log.info(f"{printable(path.name)}: {', '.join(notes)}{'; left out: ' if left_out else ''}{', '.join(left_out)}.{sentence}")
+    return ImageSet(printable(path.stem), train, test, levels, labels.get("train"), labels.get("test"), names)
+
+
+def _labels(path: Path, roles: dict[str, str], counts: dict[str, int]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Classes of the images of an `.npz`, by split, and their names; those of the training images are all there are.
+
+    Takes those that are no classes out of `roles`.
+    """
+    wanted = {split: roles[f"{split} labels"] for split in counts if f"{split} labels" in roles}
+    found = {}
+    for split, name in wanted.items():
+        with contextlib.suppress(UserError):  # objects
+            array = read_arrays(path, "", lambda _, name=name: [name])[name]  # type: ignore[misc]
+            array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+            if array.shape == (counts[split],) and array.dtype.kind in "iubUS":
+                found[split] = array
+    if "train" not in found:
+        found.clear()
+    for role in [role for role in roles if role.endswith(" labels") and role.removesuffix(" labels") not in found]:
+        del roles[role]
+    if not found:
+        return {}, ()
+    classes = np.unique(found["train"])
+    numbers = {value: number for number, value in enumerate(classes.tolist())}
+    labels = {split: np.array([numbers.get(value, -1) for value in array.tolist()]) for split, array in found.items()}
+    return labels, () if list(numbers) == list(range(len(numbers))) else tuple(map(str, numbers))
+
+
+def _levels(splits: list[np.ndarray], levels: int | None, path: Path, precision: float) -> tuple[int, str]:
+    """Number of gray levels of images, and a sentence where it is guessed.
+
+    Raises:
+      UserError: values that need more levels than are given, or floats whose number of levels cannot be told.
+    """
+    if splits[0].dtype == np.uint8:
+        high = max(int(images.max()) for images in splits)
+        if levels is not None and not high < levels <= 256:
+            raise UserError(
+                f"{path} holds uint8 values up to {high}, which needs data.levels of {high + 1} ... 256, not {levels}."
+            )
+        if levels is None and high <= 16:
+            return 256, f" Its values are 0 ... {high}, nearly black; --data.levels {high + 1} if there are no others."
+        return levels or 256, ""
+    if levels is not None:
+        return levels, ""
+    few = distinct_values(splits[0], 256)
+    for count in (256, *range(2, 256), 1 << 10, 1 << 12, 1 << 14, 1 << 16):
+        if on_grid(few, count, precision) and all(on_grid(images, count, precision) for images in splits):
+            return (
+                count,
+                f" Its floats are multiples of 1/{count - 1}: {count:,} levels are a guess, which --data.levels sets right.",
+            )
+    if len(few) > 256:
+        raise UserError(
+            f"{path} holds floats of more than 256 values, which are multiples of no 1 / (levels - 1); bits per dimension "
+            "depend on the levels: give --data.levels (in a config: data.levels), 256 for images that had 8 bits, 65536 for 16."
+        )
+    return 256, f" Its floats take {len(few)} values: 256 levels are a guess, which --data.levels sets right."
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
@@ -109,6 +222,7 @@ def _folder(source: Folder) -> Recipe:
     if not source.path:
         raise UserError("data.path must name a folder, or a .zip, of images.")
     found = find_images(path)
+    log.info(found.division)
     if found.test is not None:
         train, test, division = found.train, found.test, None
     else:
@@ -116,7 +230,7 @@ def _folder(source: Folder) -> Recipe:
         train, test = (found.train.take(part.tolist()) for part in positions)
         division = [source.holdout, source.holdout_seed]
     return Recipe(
-        path.resolve().stem,
+        printable(path.resolve().stem),
         {"files": found.stamp, "holdout": division},
         {"train": train, "test": test},
         Preprocessing(source.crop, source.size, source.channels),

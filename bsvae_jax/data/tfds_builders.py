@@ -222,6 +222,8 @@ def _tar_members(path: Path, names: list[str]) -> Iterator[bytes]:
                 file = archive.extractfile(members[name])
                 assert file is not None  # of a file
                 yield file.read()
+    except UserError:
+        raise
     except _UNREADABLE as error:
         raise UserError(f"{path} is truncated or damaged ({error}); download it again.") from error
 
@@ -300,7 +302,10 @@ class CelebA(ImageBuilder):
             archive = open_zip(path)
             names = [member.filename for member in archive.infolist() if member.filename.endswith(".jpg")]
             found = Files(path, names, None, archive)
-        return {Path(name).name: functools.partial(found.read, index, index + 1) for index, name in enumerate(found.names)}
+        return {
+            Path(name.replace("\\", "/")).name: functools.partial(found.read, index, index + 1)
+            for index, name in enumerate(found.names)
+        }
 
     def _table(self, purpose: str) -> dict[str, list[str]] | None:
         """Values by the name of the image, from the published file or Kaggle's; None where there is neither."""

@@ -32,6 +32,9 @@ Driving = Literal["loop", "scan", "vmap"]
 """How members share a compiled program: 'loop': one member a call, no member axis; 'vmap': all members side by side, their
 matrix products batched; 'scan': all in one call, one after the other."""
 
+DeviceMap = Literal["shard_map", "pmap"]
+"""How a function of one device's share is run on all devices."""
+
 REPLICATED = P()
 """The same value on every device."""
 SHARDED = P(DATA_AXIS)
@@ -91,8 +94,12 @@ def lift(
     driving: Driving = "loop",
     shared: tuple[int, ...] = (),
     convolutional: bool = False,
+    by: DeviceMap = "shard_map",
 ) -> Callable:
-    """`jit(shard_map(function))` over the mesh, for one model or for a stack of them.
+    """`jit(shard_map(function))` over the mesh, or `pmap(function)`, for one model or for a stack of them.
+
+    Either runs the same function and gives the same numbers. With `shard_map` arrays stay where they are, and the memory of
+    donated ones is used again; `pmap` hands replicated arrays to every device at each call.
 
     `check_vma=False` keeps `pmean` the plain average it is under `pmap`: with checking on, the gradient of replicated
     parameters is already a sum over devices, and averaging it afterwards is silently n times too large.
@@ -106,6 +113,15 @@ def lift(
       driving: 'loop' for one model. With 'scan' or 'vmap' every argument and result has a leading axis of members.
       shared: arguments without that axis, the same for all members.
       convolutional: most of its time goes into convolutions; compiled for them where that takes an option.
+      by: 'shard_map', or 'pmap' for one process and devices that share one batch.
+
+    >>> mesh = data_mesh(1)
+    >>> mean = lambda x: jax.lax.pmean(jnp.mean(x), DATA_AXIS)
+    >>> [float(lift(mean, mesh, (SHARDED,), REPLICATED, by=by)(jnp.arange(4.0))) for by in ("shard_map", "pmap")]
+    [1.5, 1.5]
+
+    Raises:
+      UserError: `pmap` with several processes, or with members divided over devices.
     """
     if driving == "loop":
         over_members, ins, outs = function, in_specs, out_specs
@@ -113,9 +129,42 @@ def lift(
         over_members = _over_members(function, driving, len(in_specs), shared)
         ins = tuple(spec if i in shared else _with_members(spec) for i, spec in enumerate(in_specs))
         outs = _with_members(out_specs)
+    if by == "pmap":
+        return _by_pmap(over_members, mesh, ins, outs)
     mapped = jax.shard_map(over_members, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
     options = _for_convolutions(mesh.devices.flat[0].platform) if convolutional else None
     return jax.jit(mapped, donate_argnums=donate, compiler_options=options)
+
+
+def _by_pmap(function: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
+    """`jax.pmap` over the data axis, of the arrays that the `shard_map` of the same specs takes and to those it gives."""
+    if jax.process_count() > 1 or mesh.shape.get(MEMBER_AXIS, 1) > 1:
+        raise UserError("pmap is for one process whose devices share one batch; choose shard_map.")
+    devices = mesh.shape[DATA_AXIS]
+
+    def by_leaf(change: Callable[[Any, Any], Any], specs: Any, trees: Any) -> Any:
+        over = lambda spec, tree: jax.tree.map(lambda leaf: change(spec, leaf), tree)  # noqa: E731
+        return jax.tree.map(over, specs, trees, is_leaf=lambda node: isinstance(node, P))
+
+    def axis_of(spec: Any) -> int | None:
+        return spec.index(DATA_AXIS) if DATA_AXIS in spec else None
+
+    def split(spec: Any, leaf: Any) -> Any:
+        axis = axis_of(spec)
+        if axis is None:
+            return leaf
+        shares = leaf.reshape(*leaf.shape[:axis], devices, leaf.shape[axis] // devices, *leaf.shape[axis + 1 :])
+        return jax.device_put(shares, NamedSharding(mesh, P(*(None,) * axis, DATA_AXIS)))
+
+    def join(spec: Any, leaf: Any) -> Any:
+        axis = axis_of(spec)
+        if axis is not None:
+            leaf = leaf.reshape(*leaf.shape[:axis], -1, *leaf.shape[axis + 2 :])
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    axes = [jax.tree.map(axis_of, specs, is_leaf=lambda node: isinstance(node, P)) for specs in (in_specs, out_specs)]
+    mapped = jax.pmap(function, DATA_AXIS, in_axes=axes[0], out_axes=axes[1], devices=list(mesh.devices.flat))
+    return lambda *arguments: by_leaf(join, out_specs, mapped(*by_leaf(split, in_specs, arguments)))
 
 
 _ON_CPU: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}

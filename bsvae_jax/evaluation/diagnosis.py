@@ -1,4 +1,4 @@
-"""Ailments that numbers alone do not name: variance collapse, posterior collapse, a dead decoder; with what usually helps."""
+"""Ailments that numbers alone do not name, such as variance collapse, posterior collapse, a dead decoder; with what helps."""
 
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
@@ -6,7 +6,7 @@ from bsvae_jax.evaluation.metrics import active_latents
 from bsvae_jax.evaluation.scores import SplitScores
 from bsvae_jax.models.linear import Linear
 from bsvae_jax.models.priors import StandardNormal
-from bsvae_jax.objective import Constant, quantization_variance
+from bsvae_jax.objective import Constant, Learned, quantization_variance
 
 
 def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str, str]:
@@ -27,7 +27,15 @@ def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str,
         )
     mse = float(scores.squared_error.mean() / scores.pixels)
     rate = float(scores.rate.mean())
-    if active_latents(scores) == 0:
+    optimum = mse + floor
+    # Wider below: the variance is that of the training set, whose error is smaller than the test set's.
+    if isinstance(config.decoder_variance, Learned) and not 0.25 < scores.model_variance / optimum < 2.0:
+        found["variance not converged"] = (
+            f"the trained decoder variance {scores.model_variance:.3g} is far from its optimum, squared error + v0 = "
+            f"{optimum:.3g}, so that latents may be idle for that reason alone. Longer training helps, or a start nearby: "
+            f"Learned(initial_variance={optimum:.2g})."
+        )
+    elif active_latents(scores) == 0:
         found["posterior collapse"] = (
             f"no latent is active (rate {rate:.3g} nats): z says nothing about the image. A smaller beta helps"
             f"{_critical_beta(config, images)}; so does starting with a small beta."

@@ -13,6 +13,7 @@ from bsvae_jax.data import ImageSet
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.evaluation import diagnostic_plots, plots, residuals
 from bsvae_jax.evaluation.evaluate import Evaluated, SplitEvaluation, bound_name
+from bsvae_jax.evaluation.figures import title_of
 from bsvae_jax.evaluation.metrics import mean_quantity
 from bsvae_jax.evaluation.nearest_neighbors import nearest_images
 from bsvae_jax.evaluation.sampling import sample_prior
@@ -47,7 +48,7 @@ BOUND_LABELS = {
 
 def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -> list[Path]:
     """All figures of an evaluation, as PNG files in `workdir/figures`."""
-    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
+    title = title_of(run, images)
     drawn: dict[str, Any] = {
         "interpolations": _interpolations(run, images, title),
         "nearest_neighbours": _neighbours(run, images, title),
@@ -56,7 +57,7 @@ def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -
         own = f"{title}, {split} set"
         drawn[f"residuals_{split}"] = _residuals(parts, own)
         drawn[f"variance_maps_{split}"] = diagnostic_plots.variance_maps(
-            images.mean_image, parts.scores.pixel_squared_error, evaluated.calibration.variance_per_pixel, own
+            images.as_shown(images.mean_image), parts.scores.pixel_squared_error, evaluated.calibration.variance_per_pixel, own
         )
         drawn[f"variance_by_difficulty_{split}"] = _difficulty(images, split, parts, evaluated, own)
         drawn[f"rate_parts_{split}"] = _rate(parts, own)
@@ -93,7 +94,7 @@ def draw_fitted(run: Restored, fitted: Restored, images: ImageSet, evaluated: Ev
         latents[name] = np.asarray(drawn, np.float64)
     decode = jax.jit(run.model.apply, static_argnames="method")
     pictures = {
-        name: np.asarray(decode(run.variables, jnp.asarray(z[:DECODED], jnp.float32), method="decode").mean)
+        name: images.as_shown(np.asarray(decode(run.variables, jnp.asarray(z[:DECODED], jnp.float32), method="decode").mean))
         for name, z in latents.items()
     }
     plane = np.zeros((2, aggregate.shape[1])) if aggregate.shape[1] < 2 else axes[:2]
@@ -102,7 +103,7 @@ def draw_fitted(run: Restored, fitted: Restored, images: ImageSet, evaluated: Ev
     points = {name: (z - mean) @ plane.T for name, z in latents.items()}
     together = np.concatenate(list(points.values()))
     reach = np.quantile(together, 0.002, axis=0) - 0.5, np.quantile(together, 0.998, axis=0) + 0.5
-    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
+    title = title_of(run, images)
     figure = diagnostic_plots.prior_and_posterior(points, pictures, reach, f"Latents and what they decode to: {title}")
     path = workdir / "figures" / "fitted_prior.png"
     plots.save(figure, path)
@@ -137,15 +138,15 @@ def _difficulty(images: ImageSet, split: str, parts: SplitEvaluation, evaluated:
         return np.asarray(to_unit_interval(jnp.asarray(stored[positions]), images.levels))
 
     parts_of_split = np.split(np.arange(len(stored)), range(1000, len(stored), 1000))
-    difficulty = np.concatenate([np.square(at(part) - mean).mean(axis=(1, 2, 3)) for part in parts_of_split])
+    difficulty = np.concatenate([np.square(at(part) - mean).reshape(len(part), -1).mean(axis=1) for part in parts_of_split])
     order = np.argsort(variance)
     return diagnostic_plots.variance_by_difficulty(
         variance,
         difficulty,
         parts.scores.rate,
         evaluated.calibration.variance,
-        at(order[:EXTREMES]),
-        at(order[-EXTREMES:]),
+        images.as_shown(at(order[:EXTREMES])),
+        images.as_shown(at(order[-EXTREMES:])),
         title,
     )
 
@@ -229,23 +230,25 @@ def _interpolations(run: Restored, images: ImageSet, title: str) -> Any:
     paths = [path(ends[i], ends[i + 1], shares) for i in range(0, 2 * pairs, 2) for path in ways.values()]
     z = np.concatenate(paths).astype(np.float32)
     decoded = np.asarray(apply(run.variables, z, method="decode").mean).reshape(len(paths), STEPS, *run.image_shape)
+    decoded = images.as_shown(decoded)
     return diagnostic_plots.interpolations(decoded, [*ways] * pairs, f"Between the posterior means of held-out images: {title}")
 
 
 def _neighbours(run: Restored, images: ImageSet, title: str) -> Any:
-    samples = sample_prior(run, COMPARED, run.config.seed) / 255.0
+    limits = (0.0, 1.0) if images.holds_images else (-np.inf, np.inf)
+    samples = sample_prior(run, COMPARED, run.config.seed) / (255.0 if images.holds_images else 1.0)
     held_out = to_unit_interval(jnp.asarray(images.test[:COMPARED]), images.levels)
     output: Any = jax.jit(run.model.apply)(run.variables, held_out, split_key(run.config.seed, "test"))
     sets = {
         "samples": samples,
-        "held-out reconstructions": np.clip(np.asarray(output.decoded.mean), 0.0, 1.0),
+        "held-out reconstructions": np.clip(np.asarray(output.decoded.mean), *limits),
         "held-out images": np.asarray(held_out),
     }
     found = {name: nearest_images(queries, images.train, images.levels) for name, queries in sets.items()}
     nearest = to_unit_interval(jnp.asarray(images.train[found["samples"].positions[:SHOWN]]), images.levels)
     return diagnostic_plots.nearest_neighbours(
-        samples[:SHOWN],
-        np.asarray(nearest),
+        images.as_shown(samples[:SHOWN]),
+        images.as_shown(np.asarray(nearest)),
         {name: neighbours.distance for name, neighbours in found.items()},
         f"Are samples memories? {title}",
     )

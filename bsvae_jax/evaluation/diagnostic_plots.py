@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from bsvae_jax.evaluation.plots import new_figure, show_image, tile
+from bsvae_jax.evaluation.plots import cell_size, drawn_as_lines, new_figure, show_examples
 
 COLOURS = ("#4477aa", "#cc3311", "#228833", "#aa3377", "#997700", "#009988")
 
@@ -81,20 +81,36 @@ def variance_maps(mean_image: np.ndarray, squared_error: np.ndarray, variance: n
     """The data's mean image, the standard error of the reconstruction per pixel and the per-pixel optimal standard deviation.
 
     Args:
-      mean_image: [H, W, C] in [0, 1].
+      mean_image: [H, W, C] in [0, 1], or another example.
       squared_error: averaged over the examples of this split, [H, W, C].
       variance: optimal per pixel on the training set, [H, W, C].
       title: of the figure.
     """
+    names = ("root mean squared error, this split", "optimal σ, training set")
+    lines = drawn_as_lines(mean_image.shape)
     figure = new_figure(11.0, 3.6)
     figure.suptitle(title)
-    left, middle, right = figure.subplots(1, 3)
-    show_image(left, mean_image)
-    left.set_title("mean image of the training set")
+    left, *others = figure.subplots(1, 2 if lines else 3)
+    left.set_title("mean image of the training set" if not lines else "mean of the training set")
+    if lines:
+        (right,) = others
+        left.plot(mean_image)
+        for values, name, style in zip((squared_error, variance), names, ("-", "--"), strict=True):
+            right.plot(np.sqrt(values.reshape(len(values), -1).mean(axis=1)), style, label=name)
+        right.set_title("deviation" + (", mean over channels" if variance.ndim > 1 else ""))
+        right.set_ylim(bottom=0)
+        right.legend()
+        for axes in (left, right):
+            axes.set_xlabel("position" if mean_image.ndim > 1 else "component")
+            axes.set_ylabel("value")
+            axes.grid(alpha=0.3)
+        return figure
+    show_examples(left, mean_image[None], 1)
+    while variance.ndim > 3:
+        squared_error, variance = (values[len(values) // 2] for values in (squared_error, variance))
     deviations = [np.sqrt(values.mean(axis=-1)) for values in (squared_error, variance)]
     top = max(values.max() for values in deviations)
-    names = ("root mean squared error, this split", "optimal σ, training set")
-    for axes, values, name in zip((middle, right), deviations, names, strict=True):
+    for axes, values, name in zip(others, deviations, names, strict=True):
         shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
@@ -138,7 +154,7 @@ def variance_by_difficulty(
     axes.legend()
     for row, (images, name) in enumerate(((least, "least σ²*(x)"), (most, "greatest σ²*(x)"))):
         shown = figure.add_subplot(grid[row, 1])
-        show_image(shown, tile(images, len(images) // 2 or 1))
+        show_examples(shown, images, len(images) // 2 or 1)
         shown.set_title(name)
     return figure
 
@@ -200,17 +216,18 @@ def prior_and_posterior(
         axes.grid(alpha=0.3)
     above[0].set_ylabel("second principal axis of q(z)")
     for axes, images in zip(below, pictures.values(), strict=True):
-        show_image(axes, tile(images, int(np.sqrt(len(images)))))
+        show_examples(axes, images, int(np.sqrt(len(images))))
         axes.set_axis_off()
     return figure
 
 
 def interpolations(rows: np.ndarray, labels: Sequence[str], title: str) -> Figure:
     """Decoded images [rows, steps, H, W, C] between two ends each; `labels` name the rows."""
-    count, steps, height, width, _ = rows.shape
+    count, steps = rows.shape[:2]
+    height, width = cell_size(rows.shape[2:])
     figure = new_figure(1.4 + 0.6 * steps, 0.8 + 0.6 * count * height / width)
     axes = figure.subplots()
-    show_image(axes, tile(rows.reshape(-1, *rows.shape[2:]), steps))
+    show_examples(axes, rows.reshape(-1, *rows.shape[2:]), steps)
     axes.set_yticks([(height + 1) * (i + 0.5) for i in range(count)], labels)
     axes.set_xticks([(width + 1) * 0.5, (width + 1) * (steps - 0.5)], ["from", "to"])
     axes.tick_params(length=0)
@@ -231,11 +248,11 @@ def nearest_neighbours(samples: np.ndarray, nearest: np.ndarray, distances: Mapp
     figure.suptitle(title)
     grid = figure.add_gridspec(1, 2, width_ratios=(3, 2))
     axes = figure.add_subplot(grid[0])
-    columns, height = max(1, len(samples) // 2), samples.shape[1]
+    columns, (height, _) = max(1, len(samples) // 2), cell_size(samples.shape[1:])
     rows: list[Any] = []
     for start in range(0, len(samples), columns):
         rows += [samples[start : start + columns], nearest[start : start + columns]]
-    show_image(axes, tile(np.concatenate(rows), columns))
+    show_examples(axes, np.concatenate(rows), columns)
     axes.set_yticks([(height + 1) * (i + 0.5) for i in range(len(rows))], ["sample", "nearest"] * (len(rows) // 2))
     axes.tick_params(length=0)
     spread = figure.add_subplot(grid[1])

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import io
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bsvae_jax._io.files import as_path, cache_folder, digest, read_arrays, write_atomically
+from bsvae_jax._io.files import as_path, cache_folder, digest
 from bsvae_jax._io.terminal import ProgressBar, warn
 from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
-from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.data.image_set import no_images, to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages, fits
 from bsvae_jax.distributed.mesh import data_mesh, replicate
 from bsvae_jax.errors import UserError, check_kind, nearest
@@ -32,6 +30,7 @@ from bsvae_jax.evaluation.metrics import Quantity, Report, mean_quantity, summar
 from bsvae_jax.evaluation.sampling import sample_batches, stretch_contrast, to_8_bits
 from bsvae_jax.evaluation.scores import EVALUATION_BATCH, Calibration, SplitScores, calibrate, score_split, split_key
 from bsvae_jax.evaluation.trained import Restored
+from bsvae_jax.evaluation.unfinished_bound import UnfinishedBound
 from bsvae_jax.objective import bits_per_dimension
 from bsvae_jax.random import make_key
 
@@ -108,7 +107,7 @@ def evaluate(
     workdir: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluated:
-    """Evaluate a restored run on splits of its data, over all devices.
+    """Evaluate a restored run on splits of its data, over all devices. What is no image in [0, 1] has neither PSNR nor SSIM.
 
     Args:
       run: from `restore`.
@@ -136,8 +135,8 @@ def evaluate(
 
     Raises:
       UserError: an unknown split, images of another shape than the model's, a number out of range, or a model whose
-        parameters are not finite; for FID, images of neither 1 nor 3 channels, weights that cannot be had, or for 'lenet'
-        images without classes.
+        parameters are not finite; for FID, what is no image [H, W, C] of 1 or 3 channels, weights that cannot be had, or for
+        'lenet' images without classes.
     """
     _check(run, images, splits, samples, bound_images)
     check_kind("fid_options", fid_options, (Fid, type(None)))
@@ -170,7 +169,8 @@ def evaluate(
             run, images, split, stored(split), scores[split], variables, calibration, samples, bound_images, workdir, progress
         )
         evaluated[split] = parts
-        report[split] = summarize(scores[split], run.config.beta, calibration) | _quantities(parts, images, samples)
+        summary = summarize(scores[split], run.config.beta, calibration, images.holds_images)
+        report[split] = summary | _quantities(parts, images, samples)
     if fid_options is not None and network is not None:
         folder = cache_folder() / "samples" if workdir is None else workdir
         made_of = (digest(run.variables)[:16], fid_options.protocol, network.source[:16], str(fid_options.samples))
@@ -230,6 +230,7 @@ def _evaluate_split(
             levels=images.levels,
             mesh=mesh,
             batch_size=EVALUATION_BATCH,
+            similarity=images.holds_images,
             progress=bar.update,
         )
     normal = isinstance(run.model.prior, StandardNormal)
@@ -243,7 +244,8 @@ def _evaluate_split(
     if importance_weighted.has_own_density(run.model):
         wanted += [Density(frozen=False, dequantised=False), Density(frozen=False, dequantised=True)]
     count = min(bound_images or len(stored), len(stored))
-    file = _Unfinished(workdir, split, [digest(run.variables), samples, count, calibration.variance, images.fingerprint()])
+    identity = [digest(run.variables), samples, count, calibration.variance, images.fingerprint()]
+    file = UnfinishedBound(workdir, split, identity)
     partial = file.read()
     with ProgressBar(count, 0 if partial is None else partial.done, progress) as bar:
         bar.describe(f"{split}: {samples} importance samples")
@@ -292,58 +294,24 @@ def beside(before: Report, after: Report, fitted: str) -> Report:
     return report
 
 
-class _Unfinished:
-    """The file from which an interrupted bound continues."""
-
-    def __init__(self, workdir: Path | None, split: str, identity: list[Any]):
-        self._path = None if workdir is None else workdir / f".bound-{split}.npz"
-        self._identity = json.dumps(identity)
-
-    def read(self) -> importance_weighted.Partial | None:
-        """What was kept for the same computation; None where there is nothing of use."""
-        if self._path is None or not self._path.is_file():
-            return None
-        try:
-            arrays = read_arrays(self._path, "it is made again")
-        except UserError as error:
-            warn(str(error))
-            return None
-        expected = {"identity", *importance_weighted.Partial._fields}
-        if set(arrays) != expected or str(arrays.pop("identity")) != self._identity:
-            return None
-        values: dict[str, Any] = arrays | {"done": int(arrays["done"])}
-        return importance_weighted.Partial(**values)
-
-    def write(self, partial: importance_weighted.Partial) -> None:
-        """Keep how far it has come."""
-        if self._path is not None:
-            content = io.BytesIO()
-            np.savez(content, identity=np.array(self._identity), **partial._asdict())
-            write_atomically(self._path, content.getvalue())
-
-    def remove(self) -> None:
-        """The computation has ended."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-
-
 # --- Numbers ----------------------------------------------------------------------------------------------------------
 
 
 def _quantities(parts: SplitEvaluation, images: ImageSet, samples: int | None) -> dict[str, Quantity]:
     """What a split's details and bounds amount to."""
     rate = parts.rate
-    window = details.window(*images.image_shape[:2])
-    most = math.log(len(parts.details.ssim))
+    most = math.log(len(parts.details.z))
     saturated = rate.mutual_information.mean() > most - 1.0
     # N narrow posteriors that hardly overlap are no picture of q(z): then all that is known is rate - log N.
     limit = f"; SATURATED at log N = {most:.2f}, so more images would raise it" if saturated else f" <= log N = {most:.2f}"
     limited = "; too high, see mutual_information" if saturated else ""
     one_sigma = details.residual_coverage(parts.details.residuals[0], np.array([1.0]))
-    found = {
-        "ssim": mean_quantity(
-            parts.details.ssim, "", f"structural similarity of image and reconstruction, {window}-pixel window"
-        ),
+    found = {}
+    if parts.details.ssim is not None:
+        window = details.window(*images.image_shape[:2])
+        meaning = f"structural similarity of image and reconstruction, {window}-pixel window"
+        found["ssim"] = mean_quantity(parts.details.ssim, "", meaning)
+    found |= {
         "residuals_within_one_sigma": Quantity(
             float(one_sigma[0]), None, "", "share of residuals within one calibrated standard deviation; 0.683 if Gaussian"
         ),
@@ -389,6 +357,10 @@ def _bound_quantities(
 
 
 def _feature_network(options: Fid, images: ImageSet, progress: bool) -> FeatureNetwork:
+    if not images.holds_images:
+        raise UserError(
+            f"FID compares images [H, W, C] in [0, 1]; the examples of {images.name} are {no_images(images.image_shape)}."
+        )
     if images.image_shape[2] not in (1, 3):
         raise UserError(f"FID takes images of 1 or 3 channels, these have {images.image_shape[2]}.")
     if options.network == "lenet":

@@ -20,6 +20,12 @@ TRAVERSED = 10
 TRAVERSAL = np.linspace(-3.0, 3.0, 13)
 
 
+def title_of(run: Restored, images: ImageSet) -> str:
+    """What the figures of a run have in common."""
+    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
+    return title if len(images.image_shape) <= 3 else f"{title}; middle slices"
+
+
 def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
     """Training curves, held-out reconstructions, prior samples and latent traversals, as PNG files in `workdir/figures`."""
     key = make_key(run.config.seed)
@@ -42,16 +48,17 @@ def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
     )
     moved = np.asarray(apply(run.variables, z, method="decode").mean)
     samples = apply(run.variables, key, count=SAMPLES, method="sample")
-    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
+    title = title_of(run, images)
+    shown = images.as_shown
     rows = read_metrics(workdir)
     drawn = {"training_curves": plots.training_curves(rows, title)} if rows else {}
     drawn |= {
         "reconstructions": plots.reconstructions(
-            np.asarray(x[:PAIRS]), np.asarray(output.decoded.mean[:PAIRS]), f"Held-out reconstructions: {title}"
+            shown(np.asarray(x[:PAIRS])), shown(np.asarray(output.decoded.mean[:PAIRS])), f"Held-out reconstructions: {title}"
         ),
-        "samples": plots.image_grid(np.asarray(samples), f"Samples of the prior: {title}"),
+        "samples": plots.image_grid(shown(np.asarray(samples)), f"Samples of the prior: {title}"),
         "latent_traversals": plots.latent_traversals(
-            moved.reshape(len(order), len(TRAVERSAL), *run.image_shape),
+            shown(moved).reshape(len(order), len(TRAVERSAL), *run.image_shape),
             TRAVERSAL.tolist(),
             [f"z{latent} ({rates[latent]:.2f} nats)" for latent in order],
             f"Latents by their rate: {title}",

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bsvae_jax.data import ImageSet
+from bsvae_jax.data.image_set import no_images
 from bsvae_jax.evaluation.scores import Calibration, SplitScores, distortion_at, optimal_variance_of_split
 from bsvae_jax.objective import bits_per_dimension
 
@@ -47,13 +49,14 @@ def active_latents(scores: SplitScores) -> int:
     return int(np.sum(scores.posterior_mean.var(axis=0) > ACTIVE_THRESHOLD * scale))
 
 
-def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dict[str, Quantity]:
+def summarize(scores: SplitScores, beta: float, calibration: Calibration, images: bool = True) -> dict[str, Quantity]:
     """All quantities of one split.
 
     Args:
       scores: of the split, from `score_split`.
       beta: weight of the rate in the model's objective.
       calibration: of the training set, for the same parameters.
+      images: whether the examples are images in [0, 1], of whose peak the PSNR speaks.
     """
     rate, floor = scores.rate, calibration.floor
     mse = scores.squared_error / scores.pixels
@@ -73,6 +76,8 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dic
     if np.ptp(scores.model_distortion) == 0:  # one variance per pixel: only the mean over the split is known
         own = {name: quantity._replace(standard_error=None) for name, quantity in own.items()}
     bits = bits_per_dimension(calibrated + rate, shape, step)
+    psnr = -10 * np.log10(np.maximum(mse, 1e-12))
+    peak = {"psnr": mean_quantity(psnr, "dB", "peak signal-to-noise ratio, mean over images")} if images else {}
     share = "" if scores.aggregate_variance is None else " of the latent's own"
     return {
         **own,
@@ -86,13 +91,23 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration) -> dic
             float(-per_pixel - rate.mean()), None, "nats", "the same with one frozen variance per pixel"
         ),
         "mse": mean_quantity(mse, "intensity^2", "squared error per pixel"),
-        "psnr": mean_quantity(-10 * np.log10(np.maximum(mse, 1e-12)), "dB", "peak signal-to-noise ratio, mean over images"),
+        **peak,
         "variance": Quantity(scores.model_variance, None, "intensity^2", "the model's decoder variance, averaged"),
         "calibrated_variance": Quantity(calibration.variance, None, "intensity^2", "optimum of the training set"),
         "active_units": Quantity(
             float(active_latents(scores)), None, "latents", f"variance of the posterior mean > 0.01{share}"
         ),
     }
+
+
+def left_out(images: ImageSet) -> str | None:
+    """A sentence that says which numbers an evaluation of these data has not, and why; None where it has them all."""
+    if images.holds_images:
+        return None
+    return (
+        "PSNR and SSIM are left out: they compare images [H, W, C] in [0, 1], and the examples of "
+        f"{images.name} are {no_images(images.image_shape)}."
+    )
 
 
 def as_json(report: Report) -> dict[str, Any]:

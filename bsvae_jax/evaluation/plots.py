@@ -1,18 +1,31 @@
-"""Figures from arrays and tables, worth putting into a paper: labelled axes, units, legends. Imports nothing of the package."""
+"""Figures from arrays and tables, worth putting into a paper: labelled axes, units, legends. Imports nothing of the package.
+
+Examples [N, ...] of any shape are drawn by `show_examples`: images as they are, volumes by their middle slice, sequences [T, C]
+and vectors [D] as lines.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 STYLE: dict[str, dict[str, Any]] = {
     "train": dict(color="#4477aa", linestyle="-"),
     "test": dict(color="#cc3311", linestyle="--", marker="o", markersize=3),
 }
+
+
+LINE_CELL = (12, 16)
+"""Height and width of the cell in which an example is drawn as lines, in the place of an image's pixels."""
+PANELS = 12
+"""Examples drawn as lines in panels of their own."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -92,25 +105,120 @@ def show_image(axes: Any, canvas: np.ndarray) -> None:
         spine.set_visible(False)
 
 
+def drawn_as_lines(shape: tuple[int, ...]) -> bool:
+    """Whether one example is drawn as lines: a vector [D] or a sequence [T, C]."""
+    return len(shape) < 3
+
+
+def cell_size(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of one example in `show_examples`, without the space of 1 between two."""
+    height, width = LINE_CELL if drawn_as_lines(shape) else shape[-3:-1]
+    return height, width
+
+
+def show_examples(axes: Any, examples: np.ndarray, columns: int) -> None:
+    """Show examples [N, ...], `columns` a row, without ticks or frame; lines share one scale, which is written beside them."""
+    if not drawn_as_lines(examples.shape[1:]):
+        while examples.ndim > 4:
+            examples = examples[:, examples.shape[1] // 2]
+        show_image(axes, tile(examples, columns))
+        return
+    height, width = LINE_CELL
+    finite = examples[np.isfinite(examples)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    rows, columns_of = np.divmod(np.arange(len(examples)), columns)
+    values = examples.reshape(len(examples), examples.shape[1], -1)
+    # A NaN after each example ends its line.
+    x = columns_of[:, None] * (width + 1) + np.append(np.linspace(0, width, values.shape[1]), np.nan)
+    y = rows[:, None, None] * (height + 1) + height * (high - values) / max(high - low, 1e-30)
+    y = np.concatenate([y, np.full_like(y[:, :1], np.nan)], axis=1)
+    for row in range(rows[-1] + 1):
+        axes.broken_barh(
+            [(i * (width + 1), width) for i in columns_of[rows == row]], (row * (height + 1), height), color="#f0f0f0"
+        )
+    for channel, color in enumerate(_channel_colors(values.shape[2])):
+        axes.plot(x.ravel(), y[..., channel].ravel(), color=color, linewidth=0.8, marker="." if values.shape[1] == 1 else None)
+    axes.set_xlim(-0.5, columns * (width + 1) - 0.5)
+    axes.set_ylim((rows[-1] + 1) * (height + 1) - 0.5, -0.5)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    scale = f"boxes: {low:.3g} to {high:.3g}"
+    axes.text(1.01, 0.5, scale, transform=axes.transAxes, rotation=90, va="center", fontsize=7, color="#666666")
+
+
+def _channel_colors(channels: int) -> list[Any]:
+    return (
+        [colormaps["tab10"](i) for i in range(channels)]
+        if channels <= 10
+        else list(colormaps["viridis"](np.linspace(0, 1, channels)))
+    )
+
+
+def line_panels(examples: Mapping[str, np.ndarray], title: str, columns: int = 4) -> Figure:
+    """Sequences [N, T, C] or vectors [N, D], a panel for each of the first `PANELS`.
+
+    Args:
+      examples: by name, drawn into the same panels: the first as it is, others dashed.
+      title: of the figure.
+      columns: panels a row.
+    """
+    first = next(iter(examples.values()))
+    count, columns = min(PANELS, len(first)), min(columns, len(first))
+    rows = -(-count // columns)
+    figure = new_figure(0.6 + 2.4 * columns, 1.0 + 1.6 * rows)
+    figure.suptitle(title)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    channels = 1 if first.ndim == 2 else first.shape[2]
+    colors = _channel_colors(channels)
+    styles: Any = [dict(linestyle=line, marker="o" if first.ndim == 2 else None) for line in ("-", "--")]
+    for index, axes in enumerate(panels.flat):
+        axes.set_visible(index < count)
+        axes.grid(alpha=0.3)
+        for own, style in zip(examples.values(), styles, strict=False):
+            for channel, color in enumerate(colors if index < count else []):
+                values = own[index].reshape(own.shape[1], -1)[:, channel]
+                axes.plot(np.arange(len(values)), values, color=color, linewidth=1.2, markersize=3, **style)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("value")
+    for column in range(columns):  # the lowest panel that is there
+        below = panels[(count - 1 - column) // columns, column]
+        below.set_xlabel("component" if first.ndim == 2 else "position")
+        below.tick_params(labelbottom=True)
+        below.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    handles = [Line2D([], [], color="black", label=name, **style) for name, style in zip(examples, styles, strict=False)]
+    handles = handles if len(handles) > 1 else []
+    if 1 < channels <= 10:
+        handles += [Line2D([], [], color=color, label=f"channel {i}") for i, color in enumerate(colors)]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7))
+    return figure
+
+
 def image_grid(images: np.ndarray, title: str, columns: int = 10) -> Figure:
-    """A grid of images [N, H, W, C] in [0, 1]; values outside are clipped."""
-    canvas = tile(images, columns)
-    figure = new_figure(7.0, 7 * canvas.shape[0] / canvas.shape[1] + 0.4)
+    """A grid of images [N, H, W, C] in [0, 1]; values outside are clipped. Of other examples see `show_examples`."""
+    if drawn_as_lines(images.shape[1:]):
+        return line_panels({"sample": images}, title)
+    height, width = cell_size(images.shape[1:])
+    rows = -(-len(images) // columns)
+    figure = new_figure(7.0, 7 * (rows * (height + 1) - 1) / (columns * (width + 1) - 1) + 0.4)
     axes = figure.subplots()
-    show_image(axes, canvas)
+    show_examples(axes, images, columns)
     axes.set_title(title)
     return figure
 
 
 def reconstructions(originals: np.ndarray, means: np.ndarray, title: str, columns: int = 10) -> Figure:
-    """Originals above their reconstructions, [N, H, W, C] each, in rows of `columns` pairs."""
+    """Originals above their reconstructions, [N, H, W, C] each, in rows of `columns` pairs; lines are drawn over each other."""
+    if drawn_as_lines(originals.shape[1:]):
+        return line_panels({"original": originals, "mean": means}, title)
     rows = -(-len(originals) // columns)
-    figure = new_figure(8.0, 0.4 + rows * (16 / columns * originals.shape[1] / originals.shape[2]))
+    height, width = cell_size(originals.shape[1:])
+    figure = new_figure(8.0, 0.4 + rows * (16 / columns * height / width))
     figure.suptitle(title)
     for row, axes in enumerate(np.atleast_1d(figure.subplots(rows, 1))):
         part = slice(row * columns, (row + 1) * columns)
-        show_image(axes, tile(np.concatenate([originals[part], means[part]]), len(originals[part])))
-        height = originals.shape[1]
+        show_examples(axes, np.concatenate([originals[part], means[part]]), len(originals[part]))
         axes.set_yticks([height / 2, 1.5 * height + 1], ["original", "mean"])
         axes.tick_params(axis="y", length=0)
     return figure
@@ -119,14 +227,15 @@ def reconstructions(originals: np.ndarray, means: np.ndarray, title: str, column
 def latent_traversals(
     images: np.ndarray, values: Sequence[float], labels: Sequence[str], title: str, unit: str = "prior standard deviations"
 ) -> Figure:
-    """Decoded images [latents, values, H, W, C]: one latent a row, moved through `values`, the others held.
+    """Decoded images [latents, values, H, W, C], or other examples: one latent a row, moved through `values`, the others held.
 
     `labels` name the rows, `unit` that of the values.
     """
-    latents, steps, height, width, _ = images.shape
+    latents, steps = images.shape[:2]
+    height, width = cell_size(images.shape[2:])
     figure = new_figure(1.2 + 0.55 * steps, 0.9 + 0.55 * latents * height / width)
     axes = figure.subplots()
-    show_image(axes, tile(images.reshape(-1, *images.shape[2:]), steps))
+    show_examples(axes, images.reshape(-1, *images.shape[2:]), steps)
     axes.set_yticks([(height + 1) * (i + 0.5) for i in range(latents)], labels)
     axes.set_xticks([(width + 1) * (i + 0.5) for i in range(steps)], [f"{value:g}" for value in values])
     axes.tick_params(length=0)

@@ -35,8 +35,8 @@ STANDARDISED_BY = ("one variance", "variance per pixel", "variance per image")
 class Details(NamedTuple):
     """Of N images with L latents; one posterior sample each."""
 
-    ssim: np.ndarray
-    """Structural similarity of image and decoder mean, at most 1, [N]."""
+    ssim: np.ndarray | None
+    """Structural similarity of image and decoder mean, at most 1, [N]; None of what is no image in [0, 1]."""
     z: np.ndarray
     """[N, L]"""
     posterior_mean: np.ndarray
@@ -51,7 +51,7 @@ class Details(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    ssim: Float[Array, " batch"]
+    ssim: Float[Array, " batch"] | None
     z: Float[Array, "batch latent"]
     posterior_mean: Float[Array, "batch latent"]
     posterior_log_variance: Float[Array, "batch latent"]
@@ -75,7 +75,7 @@ def structural_similarity(
 def _histogram(values: Array, counted: Array) -> Array:
     """Counts per bin, of the images that count."""
     bins = jnp.clip(jnp.floor((values + LIMIT) * BINS_PER_UNIT), 0, BINS - 1).astype(jnp.int32)
-    weights = jnp.broadcast_to(counted[:, None, None, None], values.shape).astype(jnp.int32)
+    weights = jnp.broadcast_to(counted.reshape(-1, *(1,) * (values.ndim - 1)), values.shape).astype(jnp.int32)
     return jnp.zeros(BINS, jnp.int32).at[bins.reshape(-1)].add(weights.reshape(-1))
 
 
@@ -86,10 +86,11 @@ def _batch(
     counted: Float[Array, " batch"],
     key: Key[Array, ""],
     variance: Float[Array, ""],
-    variance_per_pixel: Float[Array, "1 height width channels"],
+    variance_per_pixel: Float[Array, "1 *pixels"],
     *,
     model: VAE,
     levels: int,
+    similarity: bool,
 ) -> _Batch:
     x = to_unit_interval(stored, levels)
     keys = example_keys(key, indices)
@@ -98,10 +99,10 @@ def _batch(
     mean = output.decoded.mean
     step = 1.0 / (levels - 1)
     residual = x + step * uniform_per_example(keys, 1, x.shape[1:]) - mean
-    own_variance = jnp.mean(jnp.square(x - mean), axis=(1, 2, 3), keepdims=True) + step**2 / 12
+    own_variance = jnp.mean(jnp.square(x - mean), axis=tuple(range(1, x.ndim)), keepdims=True) + step**2 / 12
     counts = [_histogram(residual / jnp.sqrt(v), counted) for v in (variance, variance_per_pixel, own_variance)]
     return _Batch(
-        ssim=structural_similarity(x, mean),
+        ssim=structural_similarity(x, mean) if similarity else None,
         z=output.z,
         posterior_mean=output.posterior.mean,
         posterior_log_variance=output.posterior.log_variance,
@@ -111,10 +112,13 @@ def _batch(
 
 
 @functools.cache
-def _lifted(model: VAE, levels: int, mesh: Mesh) -> Any:
+def _lifted(model: VAE, levels: int, similarity: bool, mesh: Mesh) -> Any:
     shares: Any = dict.fromkeys(_Batch._fields, SHARDED) | {"residuals": REPLICATED}
+    if not similarity:
+        shares["ssim"] = None
     specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED)
-    return lift(functools.partial(_batch, model=model, levels=levels), mesh, specs, _Batch(**shares))
+    batch = functools.partial(_batch, model=model, levels=levels, similarity=similarity)
+    return lift(batch, mesh, specs, _Batch(**shares))
 
 
 def details_of_split(
@@ -127,6 +131,7 @@ def details_of_split(
     levels: int,
     mesh: Mesh,
     batch_size: int,
+    similarity: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Details:
     """Pass over every image of a split once.
@@ -140,10 +145,11 @@ def details_of_split(
       levels: grey levels of stored uint8 images.
       mesh: of `data_mesh`.
       batch_size: images per device call, rounded up to a multiple of the devices.
+      similarity: whether they are images in [0, 1], of which there is an SSIM.
       progress: told the number of images done since it was told before.
     """
     count = len(images)
-    compute = _lifted(model.clone(axis_name=None), levels, mesh)
+    compute = _lifted(model.clone(axis_name=None), levels, similarity, mesh)
     variances = (np.float32(calibration.variance), calibration.variance_per_pixel.astype(np.float32)[None])
     batches = []
     residuals = np.zeros((len(STANDARDISED_BY), BINS), np.int64)
@@ -154,8 +160,12 @@ def details_of_split(
         if progress is not None:
             progress(int(counted.sum()))
 
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(batch, name) for batch in batches])[:count].astype(np.float64)
+    def joined(name: str) -> Any:
+        return (
+            None
+            if getattr(batches[0], name) is None
+            else np.concatenate([getattr(batch, name) for batch in batches])[:count].astype(np.float64)
+        )
 
     per_image = {name: joined(name) for name in Details._fields if name != "residuals"}
     return Details(**per_image, residuals=residuals)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bsvae_jax._io.files import digest, read_arrays, take_folder, write_atomically
+from bsvae_jax.data.image_set import no_images
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, lift, replicate
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import plots
@@ -28,6 +29,23 @@ MANIFEST = "samples.json"
 def to_8_bits(images: np.ndarray) -> np.ndarray:
     """Images in [0, 1], clipped and rounded to uint8."""
     return np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def to_stored(run: Restored, means: np.ndarray) -> np.ndarray:
+    """Decoder means [N, ...] as they are kept: uint8 where the data are images in [0, 1], else float32."""
+    return to_8_bits(means) if run.holds_images else means
+
+
+def check_png(run: Restored) -> None:
+    """Raise a UserError if samples of this run are no images that PNG files could hold."""
+    if not run.holds_images:
+        raise UserError(
+            f"PNG files hold images [H, W, C] in [0, 1], the examples of this run are {no_images(run.image_shape)}; give --out "
+            "FILE.npz."
+        )
+    channels = run.image_shape[2]
+    if channels not in (1, 3):
+        raise UserError(f"PNG files hold 1 or 3 channels, the model has {channels}; give --out FILE.npz.")
 
 
 def stretch_contrast(images: np.ndarray) -> np.ndarray:
@@ -48,13 +66,13 @@ def _draw(variables: Any, key: Any, *, model: VAE, devices: int) -> Any:
 
 @functools.cache
 def lift_sampling(model: VAE, mesh: Mesh) -> Any:
-    """The program that draws one batch: (variables, key) to decoder means, [B, H, W, C] divided over the devices."""
+    """The program that draws one batch: (variables, key) to decoder means, [B, ...] divided over the devices."""
     draw = functools.partial(_draw, model=model, devices=mesh.shape[DATA_AXIS])
     return lift(draw, mesh, (REPLICATED, REPLICATED), SHARDED)
 
 
 def sample_batches(run: Restored, count: int, seed: int = 0, first: int = 0) -> Iterator[np.ndarray]:
-    """Decoder means of samples `first ... count - 1` of the prior, float32 [n, H, W, C], in batches of at most `BATCH`.
+    """Decoder means of samples `first ... count - 1` of the prior, float32 [n, ...], in batches of at most `BATCH`.
 
     Args:
       run: from `restore`.
@@ -73,8 +91,8 @@ def sample_batches(run: Restored, count: int, seed: int = 0, first: int = 0) -> 
 
 
 def sample_prior(run: Restored, count: int, seed: int = 0) -> np.ndarray:
-    """Decoder means of `count` samples of the prior as uint8 [N, H, W, C]; the first ones do not depend on `count`."""
-    return np.concatenate([to_8_bits(means) for means in sample_batches(run, count, seed)])
+    """Decoder means of `count` samples of the prior, [N, ...], as `to_stored` has them; the first do not depend on `count`."""
+    return np.concatenate([to_stored(run, means) for means in sample_batches(run, count, seed)])
 
 
 # --- Files, continued where they stopped ------------------------------------------------------------------------------
@@ -84,7 +102,7 @@ def write_folder(run: Restored, folder: Path, count: int, seed: int, overwrite: 
     """Write samples as `000000.png`, ... and go on where an earlier call for the same images stopped.
 
     Args:
-      run: from `restore`, with 1 or 3 channels.
+      run: from `restore`, of images with 1 or 3 channels.
       folder: empty, or of an earlier call (`samples.json` says of which images).
       count: images wanted.
       seed: decides the images.
@@ -95,7 +113,7 @@ def write_folder(run: Restored, folder: Path, count: int, seed: int, overwrite: 
       The number of images that were there already.
 
     Raises:
-      UserError: the folder holds something else, or cannot be written.
+      UserError: no images, the folder holds something else, or cannot be written.
     """
     identity = {"parameters": digest(run.variables), "seed": seed}
     with _open(folder, identity, overwrite, ".png"):
@@ -112,7 +130,7 @@ def write_folder(run: Restored, folder: Path, count: int, seed: int, overwrite: 
 
 
 def write_npz(run: Restored, path: Path, count: int, seed: int, overwrite: bool, progress: Callable[[int], None]) -> int:
-    """Write samples as one `.npz` (array `images`, uint8 [N, H, W, C]), by way of a folder from which a killed call continues.
+    """Write samples as one `.npz` (array `images`, [N, ...] of `to_stored`), by way of a folder from which it continues.
 
     Arguments, result and errors as for `write_folder`.
     """
@@ -129,7 +147,7 @@ def write_npz(run: Restored, path: Path, count: int, seed: int, overwrite: bool,
                 there += len(images)
             else:
                 (means,) = sample_batches(run, min(count, start + BATCH), seed, start)
-                images = to_8_bits(means)
+                images = to_stored(run, means)
                 temporary = part.with_suffix(".part")
                 with temporary.open("wb") as file:
                     np.save(file, images)

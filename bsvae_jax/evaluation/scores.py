@@ -43,7 +43,7 @@ class SplitScores(NamedTuple):
     rate: np.ndarray
     """`KL(q(z|x) || p(z))`, nats, [N]."""
     pixel_squared_error: np.ndarray
-    """Squared error averaged over the examples, [H, W, C]."""
+    """Squared error averaged over the examples, in the shape of one, [H, W, C] of images."""
     posterior_mean: np.ndarray
     """[N, L]"""
     latent_rate: np.ndarray
@@ -71,7 +71,7 @@ class Calibration(NamedTuple):
     variance: float
     """One number for all pixels."""
     variance_per_pixel: np.ndarray
-    """[H, W, C]"""
+    """In the shape of one example, [H, W, C] of images."""
     floor: float
     """v0 of the data."""
 
@@ -250,7 +250,7 @@ def _split_scores(
 
 
 def optimal_variance_of_split(scores: SplitScores, over: str, floor: float) -> Any:
-    """`MSE + v0` over the split: [N] for 'example', a number for 'batch', [H, W, C] for 'pixel'."""
+    """`MSE + v0` over the split: [N] for 'example', a number for 'batch', the shape of an example for 'pixel'."""
     if over == "pixel":
         return scores.pixel_squared_error + floor
     variance = scores.squared_error / scores.pixels + floor

@@ -33,6 +33,8 @@ class Restored(NamedTuple):
     """Grey levels of the data."""
     calibration: Calibration | None
     """Optimal variance of the training set for these very parameters, or None if the run has not recorded it."""
+    holds_images: bool = True
+    """Whether the data are images [H, W, C] in [0, 1], `ImageSet.holds_images`."""
 
     @property
     def floor(self) -> float:

@@ -12,12 +12,14 @@ written by hand moved more bytes and were slower.
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Float
 
-from bsvae_jax.models.layers import as_float32, exact
+from bsvae_jax.models.layers import KERNELS, ZEROS, add_bias, as_float32, exact
 
 Maps = Float[Array, "batch height width channels"]
 Phases = Float[Array, "four_batch height width channels"]
@@ -33,6 +35,36 @@ def convolve(x: Maps, kernel: Kernel, padding: Padding, stride: int = 1) -> Resu
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=exact(x.dtype)
     )
+
+
+def idle(bias: Float[Array, " features"]) -> Float[Array, " features"]:
+    """A bias in front of a BatchNorm with the statistics of the batch, which subtracts it again; published networks have them.
+
+    Its gradient is zero but for rounding. It is not computed: that would take one more pass over the largest maps.
+    """
+    return jax.lax.stop_gradient(bias)
+
+
+class Convolution(nn.Module):
+    """`kernel_size` x `kernel_size` convolution padded by `kernel_size // 2`, as PyTorch pads (Flax's SAME does not)."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+    start: nn.initializers.Initializer = KERNELS
+    """Where the kernel starts."""
+    normalized: bool = False
+    """A BatchNorm follows, and uses batch statistics: not the running ones, under which the bias has a gradient."""
+
+    @nn.compact
+    def __call__(self, x: Maps) -> Result:
+        """Maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
+        side = (self.kernel_size // 2, self.kernel_size // 2)
+        kernel = self.param("kernel", self.start, (self.kernel_size, self.kernel_size, x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", ZEROS, (self.features,), jnp.float32)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+        return add_bias(convolve(x, kernel, (side, side), self.stride), idle(bias) if self.normalized else bias)
 
 
 def transposed_phases(x: Maps, kernel: Kernel) -> Float[Array, "four_batch height width features"]:

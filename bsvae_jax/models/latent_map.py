@@ -18,7 +18,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from bsvae_jax.errors import UserError, check_count, check_widths
-from bsvae_jax.models.layers import ZEROS, as_float32, convolution, dense, exact, stage_size
+from bsvae_jax.models._subpixel import Convolution
+from bsvae_jax.models.layers import ZEROS, as_float32, dense, exact, stage_size
 from bsvae_jax.models.network import Network, check_images, output_shape
 
 Images = Float[Array, "batch height width channels"]
@@ -120,11 +121,11 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: FeatureMaps) -> Changed:
         """Feature maps [B, h, w, C] to [B, h, w, features]."""
         y = nn.silu(_group_norm(self.groups, self.dtype, "norm1")(x))
-        y = convolution(self.features, 3, 1, self.dtype, "conv1")(y)
+        y = Convolution(self.features, 3, 1, self.dtype, name="conv1")(y)
         y = nn.silu(_group_norm(self.groups, self.dtype, "norm2")(y))
-        y = convolution(self.features, 3, 1, self.dtype, "conv2", ZEROS)(y)
+        y = Convolution(self.features, 3, 1, self.dtype, ZEROS, name="conv2")(y)
         if x.shape[-1] != self.features:
-            x = convolution(self.features, 1, 1, self.dtype, "shortcut")(x)
+            x = Convolution(self.features, 1, 1, self.dtype, name="shortcut")(x)
         return x + y
 
 
@@ -172,7 +173,7 @@ class _Stages(nn.Module):
     def last(self, x: FeatureMaps, features: int, name: str) -> Changed:
         """`conv3x3(silu(norm(x)))` in float32."""
         x = nn.silu(_group_norm(self.network.groups, self.dtype, "norm")(x))
-        return as_float32(convolution(features, 3, 1, self.dtype, name)(x))
+        return as_float32(Convolution(features, 3, 1, self.dtype, name=name)(x))
 
 
 class SpatialEncoder(_Stages):
@@ -185,10 +186,10 @@ class SpatialEncoder(_Stages):
         """Images [B, H, W, C] to mean and log-variance, each a map [h, w, c] in row-major order: [B, L]."""
         batch, height, width, _ = x.shape
         channels = latent_map(self.network, self.latent_size, height, width)[2]
-        x = convolution(self.network.widths[0], 3, 1, self.dtype, "image")(x)
+        x = Convolution(self.network.widths[0], 3, 1, self.dtype, name="image")(x)
         for stage, features in enumerate(self.network.widths):
             if stage:
-                x = convolution(self.network.widths[stage - 1], 3, 2, self.dtype, f"stage{stage}_halved")(x)
+                x = Convolution(self.network.widths[stage - 1], 3, 2, self.dtype, name=f"stage{stage}_halved")(x)
             for block in range(self.network.blocks):
                 x = self.block(features, f"stage{stage}_block{block}")(x)
         x = self.last(self.middle(x), 2 * channels, "posterior")
@@ -206,14 +207,14 @@ class SpatialDecoder(_Stages):
         """Latents [B, L], a map [h, w, c] in row-major order each, to images [B, *output_shape]."""
         height, width, image_channels = self.output_shape
         widths = self.network.widths
-        x = z.reshape(len(z), *latent_map(self.network, z.shape[1], height, width))
-        x = self.middle(convolution(widths[-1], 3, 1, self.dtype, "latent")(x))
+        x = z.reshape(z.shape[0], *latent_map(self.network, z.shape[1], height, width))
+        x = self.middle(Convolution(widths[-1], 3, 1, self.dtype, name="latent")(x))
         for stage in reversed(range(len(widths))):
             for block in range(self.network.blocks):
                 x = self.block(widths[stage], f"stage{stage}_block{block}")(x)
             if stage:
                 x = doubled(x, (stage_size(height, stage - 1), stage_size(width, stage - 1)))
-                x = convolution(widths[stage], 3, 1, self.dtype, f"stage{stage}_doubled")(x)
+                x = Convolution(widths[stage], 3, 1, self.dtype, name=f"stage{stage}_doubled")(x)
         return self.last(x, image_channels, "image")
 
 

@@ -1,6 +1,6 @@
 """What the layers of every network have in common: the precision of products, padding, the sizes of halved maps, first values.
 
-Matrix products and activations run in a network's `dtype`; parameters are float32.
+Matrix products and activations run in a network's `dtype`; parameters are float32, and biases are added in float32.
 """
 
 from typing import Any
@@ -31,6 +31,33 @@ def as_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def add_bias(x: Array, bias: Float[Array, " features"]) -> Array:
+    """`x + bias` in the type of `x`, added in at least float32.
+
+    The bias's gradient is a sum over all examples and positions, and is taken in the type of this addition: a bfloat16 sum of
+    ones stands still at 256.
+    """
+    return (as_float32(x) + bias.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """Affine map of the last axis, linear without the bias: `flax.linen.Dense` but for the type of the bias."""
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = None
+    """None: that of the inputs, or of the parameters where it is wider."""
+    start: nn.initializers.Initializer = KERNELS
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
+        """[..., inputs] to [..., features], in `dtype`."""
+        kernel = self.param("kernel", self.start, (x.shape[-1], self.features), jnp.float32)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+        y = jnp.dot(x, kernel, precision=exact(x.dtype))
+        return add_bias(y, self.param("bias", ZEROS, (self.features,), jnp.float32)) if self.use_bias else y
+
+
 def stage_size(side: int, stage: int) -> int:
     """One side of an image that was halved `stage` times, rounded up each time: `ceil(side / 2^stage)`.
 
@@ -42,28 +69,13 @@ def stage_size(side: int, stage: int) -> int:
 
 def dense(
     features: int,
-    dtype: Any = jnp.float32,
+    dtype: Any = None,
     use_bias: bool = True,
     name: str | None = None,
     start: nn.initializers.Initializer = KERNELS,
-) -> nn.Dense:
+) -> Dense:
     """Affine map to `features`, linear without the bias; its kernel starts from `start`."""
-    return nn.Dense(features, use_bias, dtype=dtype, precision=exact(dtype), kernel_init=start, name=name)
-
-
-def convolution(
-    features: int,
-    kernel: int,
-    stride: int,
-    dtype: Any,
-    name: str | None = None,
-    start: nn.initializers.Initializer = KERNELS,
-) -> nn.Conv:
-    """`kernel` x `kernel` convolution padded symmetrically by `kernel // 2`, as PyTorch pads (Flax's SAME does not)."""
-    side = (kernel // 2, kernel // 2)
-    return nn.Conv(
-        features, (kernel, kernel), stride, (side, side), dtype=dtype, precision=exact(dtype), kernel_init=start, name=name
-    )
+    return Dense(features, use_bias, dtype, start, name=name)
 
 
 def split_posterior(parameters: Float[Array, "batch twice_latent"]) -> PosteriorParameters:

@@ -13,14 +13,23 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from bsvae_jax.errors import check_widths
-from bsvae_jax.models._subpixel import convolve, convolve_phases, join_phases, transposed_phases
-from bsvae_jax.models.layers import KERNELS, ZEROS, Latents, PosteriorParameters, as_float32, dense, split_posterior, stage_size
+from bsvae_jax.models._subpixel import Convolution, convolve, convolve_phases, idle, join_phases, transposed_phases
+from bsvae_jax.models.layers import (
+    KERNELS,
+    ZEROS,
+    Latents,
+    PosteriorParameters,
+    add_bias,
+    as_float32,
+    dense,
+    split_posterior,
+    stage_size,
+)
 from bsvae_jax.models.network import Network, check_images, output_shape
 
 Images = Float[Array, "batch height width channels"]
@@ -62,32 +71,6 @@ def batch_norm(train: bool, axis_name: str | None, dtype: Any, name: str | None 
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, name=name)
 
 
-def idle(bias: Float[Array, " features"]) -> Float[Array, " features"]:
-    """A bias in front of a BatchNorm, which subtracts whatever it adds; published networks have them.
-
-    Its gradient is zero but for rounding. It is not computed: that would take one more pass over the largest maps.
-    """
-    return jax.lax.stop_gradient(bias)
-
-
-class NormalizedConvolution(nn.Module):
-    """`kernel_size` x `kernel_size` convolution padded by `kernel_size // 2`, as PyTorch pads; a BatchNorm follows it."""
-
-    features: int
-    kernel_size: int
-    stride: int = 1
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Images) -> FeatureMaps:
-        """Maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
-        side = (self.kernel_size // 2, self.kernel_size // 2)
-        kernel = self.param("kernel", KERNELS, (self.kernel_size, self.kernel_size, x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", ZEROS, (self.features,), jnp.float32)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, idle(bias), dtype=self.dtype)
-        return convolve(x, kernel, (side, side), self.stride) + bias.reshape(1, 1, 1, -1)
-
-
 class TransposedConvolution(nn.Module):
     """3x3 transposed convolution with padding 1: PyTorch's `ConvTranspose2d(in, features, 3, stride, 1, output_padding)`.
 
@@ -99,7 +82,7 @@ class TransposedConvolution(nn.Module):
     phases: bool = False
     """Stride 2: leave the result as its phases; stride 1: the maps are given as phases. See `convolutions`."""
     normalized: bool = False
-    """A BatchNorm follows."""
+    """As for `Convolution`."""
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -107,8 +90,7 @@ class TransposedConvolution(nn.Module):
         """Maps [B, h, w, C] to [B, *size, features]; in phases, [4B, h, w, C] or [4B, h, w, features]."""
         kernel = self.param("kernel", KERNELS, (3, 3, x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", ZEROS, (self.features,), jnp.float32)
-        bias = idle(bias) if self.normalized else bias
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
         if self.stride == 2:
             out = transposed_phases(x, kernel)
             out = out if self.phases else join_phases(out, size)
@@ -116,7 +98,7 @@ class TransposedConvolution(nn.Module):
             out = convolve_phases(x, kernel[::-1, ::-1])
         else:
             out = convolve(x, kernel[::-1, ::-1], ((1, 1), (1, 1)))
-        return out + bias.reshape(1, 1, 1, -1)
+        return add_bias(out, idle(bias) if self.normalized else bias)
 
 
 class ResidualBlock(nn.Module):
@@ -133,12 +115,12 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> FeatureMaps:
         """Feature maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
-        y = NormalizedConvolution(self.features, 3, self.stride, self.dtype, name="conv1")(x)
+        y = Convolution(self.features, 3, self.stride, self.dtype, normalized=train, name="conv1")(x)
         y = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="norm1")(y))
-        y = NormalizedConvolution(self.features, 3, 1, self.dtype, name="conv2")(y)
+        y = Convolution(self.features, 3, 1, self.dtype, normalized=train, name="conv2")(y)
         y = batch_norm(train, self.axis_name, self.dtype, name="norm2")(y)
         if self.stride != 1 or x.shape[-1] != self.features:
-            x = NormalizedConvolution(self.features, 1, self.stride, self.dtype, name="shortcut_conv")(x)
+            x = Convolution(self.features, 1, self.stride, self.dtype, normalized=train, name="shortcut_conv")(x)
             x = batch_norm(train, self.axis_name, self.dtype, name="shortcut_norm")(x)
         return nn.leaky_relu(y + x)
 
@@ -164,7 +146,7 @@ class ResidualEncoder(nn.Module):
             for block, stride in enumerate((2, 1)):
                 name = f"stage{stage}_block{block}"
                 x = _block(self.rematerialize)(width, stride, self.axis_name, self.dtype, name=name)(x, train)
-        hidden = dense(2 * self.latent_size, self.dtype, name="hidden")(x.reshape(len(x), -1))
+        hidden = dense(2 * self.latent_size, self.dtype, name="hidden")(x.reshape(x.shape[0], -1))
         hidden = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(hidden))
         return split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior")(hidden))
 
@@ -194,14 +176,14 @@ class ResidualDecoder(nn.Module):
         sizes = [(stage_size(height, stage), stage_size(width, stage)) for stage in reversed(range(stages + 1))]
         x = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden")(z)
         x = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(x))
-        x = x.reshape(len(z), *sizes[0], features[0])
+        x = x.reshape(z.shape[0], *sizes[0], features[0])
         x = _block(self.rematerialize)(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)
         # The largest maps stay in phases; one of an odd size has cut ones, and is joined.
         phases = (height % 2, width % 2) == (0, 0)
         for stage, feature in enumerate((*features[1:], features[-1])):
             last = stage == stages - 1
             name = f"stage{stage}_conv"
-            conv = TransposedConvolution(feature, 2, phases and last, normalized=True, dtype=self.dtype, name=name)
+            conv = TransposedConvolution(feature, 2, phases and last, train, dtype=self.dtype, name=name)
             norm = batch_norm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")
             run = nn.remat(_upsample, static_argnums=(3,)) if self.rematerialize else _upsample
             x = run(conv, norm, x, sizes[stage + 1])

@@ -6,7 +6,15 @@ that a config can hold has in common.
 """
 
 from bsvae_jax.objective.decoder_variance import Constant, DecoderVariance, Learned, Optimal, Predicted
-from bsvae_jax.objective.elbo import ElboTerms, bits_per_dimension, elbo_terms, kl_to_standard_normal, mean_objective
+from bsvae_jax.objective.elbo import (
+    ElboTerms,
+    bits_per_dimension,
+    elbo_terms,
+    kl_gaussians,
+    kl_per_latent,
+    kl_to_standard_normal,
+    mean_objective,
+)
 from bsvae_jax.objective.gaussian import (
     LOG_2PI,
     PAPER_FLOOR,
@@ -34,6 +42,8 @@ __all__ = [
     "check_kind_of",
     "elbo_terms",
     "gaussian_nll",
+    "kl_gaussians",
+    "kl_per_latent",
     "kl_to_standard_normal",
     "mean_objective",
     "mean_over_devices",

@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -51,6 +52,11 @@ class DecoderVariance(Kind, abc.ABC):
     ...         terms = jnp.log(2 * jnp.pi * variance) + (residual_squared + self.v0) / variance
     ...         return variance, 0.5 * sum_pixels(terms)
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A static node of a pytree: an argument of a jitted function, which is compiled for each."""
+        super().__init_subclass__(**options)
+        jax.tree_util.register_static(cls)
 
     decoder_outputs: ClassVar[int] = 1
     """Values that the decoder returns for each pixel and channel: 2 where it predicts the log-variance as well."""
@@ -298,7 +304,7 @@ class Learned(_Trained):
     """
 
     initial_variance: float = 1.0
-    """Where training starts, squared intensity, > 0."""
+    """Where training starts, squared intensity, > 0; the log-variance takes 10 times the learning rate of the networks."""
     floor: float | None = None
     """v0, as in `Optimal`; with it the variance converges to the batch-optimal `MSE + v0`."""
 

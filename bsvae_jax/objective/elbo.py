@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,60 @@ def kl_to_standard_normal(
     Raises:
       UserError: the two shapes differ.
     """
-    mean, log_variance = as_float("mean", mean), as_float("log_variance", log_variance)
-    if mean.shape != log_variance.shape:
-        raise UserError(f"mean and log_variance must have one shape, got {mean.shape} and {log_variance.shape}.")
-    dtype = jnp.promote_types(jnp.result_type(mean, log_variance), jnp.float32)
-    mean, log_variance = mean.astype(dtype), log_variance.astype(dtype)
+    return sum_pixels(kl_per_latent(mean, log_variance))
+
+
+def kl_per_latent(
+    mean: Float[Array, "batch *latent"], log_variance: Float[Array, "batch *latent"]
+) -> Float[Array, "batch *latent"]:
+    """The terms of `kl_to_standard_normal`, nats, [B, L]: what each latent carries.
+
+    >>> import jax.numpy as jnp
+    >>> print(kl_per_latent(jnp.array([[2.0, 0.0]]), jnp.zeros((1, 2))))
+    [[2. 0.]]
+
+    Raises:
+      UserError: the two shapes differ.
+    """
+    mean, log_variance = _of_one_shape(mean=mean, log_variance=log_variance)
     # expm1 keeps the digits that exp(lv) - 1 - lv loses near a collapsed posterior, where lv -> 0.
-    return 0.5 * sum_pixels(jnp.expm1(log_variance) - log_variance + jnp.square(mean))
+    return 0.5 * (jnp.expm1(log_variance) - log_variance + jnp.square(mean))
+
+
+def kl_gaussians(
+    mean_q: Float[Array, "batch *latent"],
+    log_variance_q: Float[Array, "batch *latent"],
+    mean_p: Float[Array, "batch *latent"],
+    log_variance_p: Float[Array, "batch *latent"],
+) -> Float[Array, " batch"]:
+    """`KL(q || p)` of two Gaussians with diagonal covariances, nats per example, shape [B].
+
+    `1/2 sum (exp(lv_q - lv_p) - 1 - (lv_q - lv_p) + (mean_q - mean_p)^2 exp(-lv_p))`: the rate of a conditional or
+    hierarchical model, whose prior comes from a network.
+
+    >>> import jax.numpy as jnp
+    >>> print(kl_gaussians(jnp.array([[2.0]]), jnp.zeros((1, 1)), jnp.array([[1.0]]), jnp.zeros((1, 1))))
+    [0.5]
+
+    Raises:
+      UserError: the four shapes differ.
+    """
+    mean_q, log_variance_q, mean_p, log_variance_p = _of_one_shape(
+        mean_q=mean_q, log_variance_q=log_variance_q, mean_p=mean_p, log_variance_p=log_variance_p
+    )
+    # In units of p, whose deviation is exp(lv_p / 2), p is N(0, I).
+    return kl_to_standard_normal((mean_q - mean_p) * jnp.exp(-0.5 * log_variance_p), log_variance_q - log_variance_p)
+
+
+def _of_one_shape(**given: Any) -> list[Array]:
+    """The arrays in at least float32."""
+    arrays = [as_float(name, values) for name, values in given.items()]
+    if len({array.shape for array in arrays}) > 1:
+        shapes = [str(array.shape) for array in arrays]
+        names, last = list(given), shapes.pop()
+        raise UserError(f"{', '.join(names[:-1])} and {names[-1]} must have one shape, got {', '.join(shapes)} and {last}.")
+    dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    return [array.astype(dtype) for array in arrays]
 
 
 class ElboTerms(NamedTuple):
@@ -110,6 +157,10 @@ def mean_objective(terms: ElboTerms, beta: float | Float[Array, ""], axis_name: 
 
     `beta = 1` is the negative ELBO. `beta` may be traced; 0 switches the rate off. `axis_name`: of the devices
     that share the batch, equally.
+
+    With `axis_name`, average the gradients over it as well: `jax.lax.pmean(jax.grad(loss)(params), axis_name)`. In `jax.pmap`
+    and in `jax.shard_map` with `check_vma=False` each device has those of its own share. By default, `check_vma=True`, they
+    are averaged already, and averaging changes nothing; without `axis_name` here they would be sums, n times too large.
 
     >>> import jax.numpy as jnp
     >>> distortion, rate = jnp.array([100.0, 200.0]), jnp.array([10.0, 30.0])

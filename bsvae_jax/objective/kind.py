@@ -47,6 +47,8 @@ def check_kind_of(what: str, value: Any, base: type[Kind]) -> None:
     name, parameters = type(value).__name__, vars(type(value)).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         raise UserError(f"{what}: {name} must be a frozen dataclass; write @dataclass(frozen=True) above its class.")
+    if any(field.name == "kind" for field in dataclasses.fields(value)):  # type: ignore[arg-type]
+        raise UserError(f"{what}: a field of {name} is called kind, which is where config.json has the class; rename it.")
     try:
         hash(value)
     except TypeError as error:

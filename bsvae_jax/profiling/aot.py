@@ -282,7 +282,7 @@ def _does_not_fit(message: str, with_what: str) -> str:
     what = f" The largest array is {largest[3]} ({largest[1]}), of {'/'.join(largest[2].split('/')[-2:])}." if largest else ""
     return (
         f"The program does not fit into the memory of a device with {with_what}{sizes}.{what} A smaller batch_size, "
-        "--gradient-accumulation 2 (or more), --rematerialize True or --precision bfloat16 needs less."
+        "--gradient-accumulation 2 (or more), --rematerialize or --precision bfloat16 needs less."
     )
 
 

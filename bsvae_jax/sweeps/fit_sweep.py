@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from bsvae_jax.distributed.hardware import check_precision
 from bsvae_jax.distributed.mesh import Driving, available_bytes, data_mesh, describe_devices, sweep_mesh
 from bsvae_jax.distributed.preemption import Stop, stop_on_signals
 from bsvae_jax.errors import DivergenceError, UserError, check_count, check_kind
+from bsvae_jax.evaluation.sampling import to_8_bits
 from bsvae_jax.evaluation.scores import SplitScores
 from bsvae_jax.random import make_key
 from bsvae_jax.sweeps.gallery import PICTURES, Gallery, draw_members
@@ -265,6 +266,8 @@ def _train_turn(
         ]
         keys = program.pack([jax.random.fold_in(make_key(own.config.seed), 0x70696373) for own in turn])
 
+        images = program.images.holds_images
+
         def pictures(state: TrainState) -> Callable[[int, SplitScores], None]:
             galleries = list(
                 draw_members(
@@ -276,16 +279,19 @@ def _train_turn(
                     levels=program.images.levels,
                     mesh=program.mesh,
                     driving=program.driving,
+                    clip=images,
                 )
             )
-            return lambda member, scores: write_pictures(members[member].run.folder, galleries[member], scores.latent_rate)
+            return lambda member, scores: write_pictures(
+                members[member].run.folder, galleries[member], scores.latent_rate, images
+            )
 
         Trainer(program, members, callbacks, stop, pictures).train(at)
 
 
-def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray) -> None:
-    """Write `pictures.npz`: uint8 images and the rate of each latent on the test set, nats."""
-    arrays = {name: np.round(255.0 * values).astype(np.uint8) for name, values in gallery._asdict().items()}
+def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray, images: bool = True) -> None:
+    """Write `pictures.npz`: uint8 `images`, or other examples as float32, and the rate of each latent on the test set, nats."""
+    arrays: dict[str, Any] = {name: to_8_bits(values) if images else values for name, values in gallery._asdict().items()}
     content = io.BytesIO()
     np.savez(content, **arrays, latent_rate=latent_rate)
     write_atomically(folder / "pictures.npz", content.getvalue())
@@ -393,7 +399,7 @@ class SweepInfo(NamedTuple):
     """The base config."""
     data_name: str
     fingerprint: str
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     levels: int
     eigenvalues: np.ndarray | None
     """Of the covariance of the training images in [0, 1], largest first; None for large images."""
@@ -415,11 +421,12 @@ def read_sweep(folder: Path) -> SweepInfo:
         if values["format"] > FORMAT:
             raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
         config, data = configs.from_dict(values["config"]), values["data"]
-        height, width, channels = data["image_shape"]
+        shape = tuple(int(size) for size in data["image_shape"])
         spectrum = data["covariance_eigenvalues"]
         eigenvalues = None if spectrum is None else np.asarray(spectrum, np.float64)
-        shape = (height, width, channels)
         members = [str(name) for name in values["members"]]
         return SweepInfo(config, str(data["name"]), str(data["fingerprint"]), shape, int(data["levels"]), eigenvalues, members)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.distributed.mesh import REPLICATED, Driving, lift
@@ -19,7 +19,7 @@ PICTURES = 10
 
 
 class Gallery(NamedTuple):
-    """Pictures of one model in [0, 1], [n, H, W, C] each."""
+    """Pictures of one model, [n, ...] each; images in [0, 1], other examples as the decoder gives them."""
 
     originals: np.ndarray
     reconstructions: np.ndarray
@@ -28,31 +28,32 @@ class Gallery(NamedTuple):
     """Decoder means of samples of the prior."""
 
 
-def _draw(variables: Mapping[str, Any], images: Array, key: Key[Array, ""], *, model: VAE, levels: int) -> Any:
+def _draw(variables: Mapping[str, Any], images: Array, key: Key[Array, ""], *, model: VAE, levels: int, clip: bool) -> Any:
     posterior_key, prior_key = jax.random.split(key)
     x = to_unit_interval(images, levels)
     output: Any = model.apply(variables, x, posterior_key)
     samples: Any = model.apply(variables, prior_key, len(images), method="sample")
-    clip: Any = functools.partial(jnp.clip, min=0.0, max=1.0)
-    return x, clip(output.decoded.mean), clip(samples)
+    limits: Any = dict(min=0.0, max=1.0) if clip else {}
+    return x, jnp.clip(output.decoded.mean, **limits), jnp.clip(samples, **limits)
 
 
 @functools.cache
-def _lifted(model: VAE, levels: int, mesh: Mesh, driving: Driving) -> Any:
-    draw = functools.partial(_draw, model=model, levels=levels)
+def _lifted(model: VAE, levels: int, clip: bool, mesh: Mesh, driving: Driving) -> Any:
+    draw = functools.partial(_draw, model=model, levels=levels, clip=clip)
     return lift(draw, mesh, (REPLICATED, REPLICATED, REPLICATED), REPLICATED, driving=driving, shared=(1,))
 
 
 def draw_members(
     model: VAE,
     variables: Mapping[str, Any],
-    images: Float[np.ndarray, "count height width channels"] | np.ndarray,
+    images: np.ndarray,
     keys: Key[Array, "*members"],
     members: int,
     *,
     levels: int,
     mesh: Mesh,
     driving: Driving,
+    clip: bool = True,
 ) -> Iterator[Gallery]:
     """Reconstructions and samples of each member.
 
@@ -65,10 +66,11 @@ def draw_members(
       levels: grey levels of stored uint8 images.
       mesh: that of `variables`.
       driving: how the members are driven.
+      clip: to [0, 1], where images lie.
 
     Yields:
       The gallery of each member, in order.
     """
-    drawn = jax.device_get(_lifted(model.clone(axis_name=None), levels, mesh, driving)(variables, images, keys))
+    drawn = jax.device_get(_lifted(model.clone(axis_name=None), levels, clip, mesh, driving)(variables, images, keys))
     for member in range(members):
         yield Gallery(*drawn) if driving == "loop" else Gallery(*(leaf[member] for leaf in drawn))

@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from bsvae_jax.evaluation.plots import new_figure, show_image, tile
+from bsvae_jax.evaluation.plots import cell_size, drawn_as_lines, new_figure, show_examples
 
 COLOURS = ("#cc3311", "#4477aa", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#555555", "#ee7733")
 MARKERS = "osD^vP*X"
@@ -172,20 +172,21 @@ def pictures_by_beta(
     """A row per beta: reconstructions of the originals at the left, samples of the prior at the right.
 
     Args:
-      originals: [n, H, W, C] in [0, 1].
+      originals: [n, H, W, C] in [0, 1], or other examples.
       reconstructions: [betas, n, H, W, C].
       samples: [betas, n, H, W, C].
       betas: labels of the rows.
       title: of the figure.
     """
-    count, height, width, _ = originals.shape
+    count = len(originals)
+    height, width = cell_size(originals.shape[1:])
     figure = new_figure(11.0, 0.8 + (len(betas) + 1) * 4.9 / count * height / width)
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
     rows = np.concatenate([originals[None], reconstructions])
-    show_image(left, tile(rows.reshape(-1, *originals.shape[1:]), count))
-    blank = np.ones_like(originals)
-    show_image(right, tile(np.concatenate([blank[None], samples]).reshape(-1, *originals.shape[1:]), count))
+    show_examples(left, rows.reshape(-1, *originals.shape[1:]), count)
+    blank = np.full_like(originals, np.nan if drawn_as_lines(originals.shape[1:]) else 1.0)
+    show_examples(right, np.concatenate([blank[None], samples]).reshape(-1, *originals.shape[1:]), count)
     centres = [(height + 1) * (row + 0.5) for row in range(len(betas) + 1)]
     left.set_yticks(centres, ["original", *betas])
     right.set_yticks(centres[1:], betas)

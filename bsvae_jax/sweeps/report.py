@@ -1,7 +1,5 @@
 """The report of a sweep: table, figures and one self-contained page, from the files in its folder alone."""
 
-import base64
-import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +9,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bsvae_jax import theory
-from bsvae_jax._io.files import write_atomically
-from bsvae_jax.config import Linear, StandardNormal, to_dict
-from bsvae_jax.evaluation.plots import save
+from bsvae_jax._io.files import as_path, write_atomically
+from bsvae_jax.config import Linear, StandardNormal
+from bsvae_jax.evaluation.plots import drawn_as_lines, save
 from bsvae_jax.objective import Constant, Optimal, quantization_variance
 from bsvae_jax.sweeps import plots
+from bsvae_jax.sweeps.page import page
 from bsvae_jax.sweeps.plots import Curve, Line
 from bsvae_jax.sweeps.results import (
     HEADINGS,
@@ -27,7 +26,6 @@ from bsvae_jax.sweeps.results import (
     as_markdown,
     collapse_constants,
     display,
-    display_rows,
     families,
     has_several_priors,
     mean_and_deviation,
@@ -52,10 +50,15 @@ def write_report(folder: str | Path) -> list[Path]:
     Returns:
       The files written.
 
+    >>> write_report("nowhere")
+    Traceback (most recent call last):
+        ...
+    bsvae_jax.errors.UserError: nowhere is not a sweep: it has no sweep.json. Give the folder that `bsvae sweep` wrote.
+
     Raises:
       UserError: not a sweep, or nothing has finished yet.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     results = read_results(folder)
     pictures = draw(results)
     texts = {
@@ -73,7 +76,8 @@ def write_report(folder: str | Path) -> list[Path]:
     images = {name: (folder / "figures" / f"{name}.png").read_bytes() for name in pictures}
     captions = {name: picture.caption for name, picture in pictures.items()}
     paths.append(folder / "report.html")
-    write_atomically(paths[-1], page(results, images, captions).encode())
+    sentences = [status(results), *best_beta(results), *findings(results)]
+    write_atomically(paths[-1], page(results, sentences, images, captions).encode())
     return paths
 
 
@@ -234,19 +238,30 @@ def _points(family: Family) -> list[tuple[float, list[MemberResult]]]:
     return list(zip(family.betas.tolist(), family.members, strict=True))
 
 
+def _as_shown(values: np.ndarray, originals: np.ndarray) -> np.ndarray:
+    """What `pictures.npz` holds as figures take it: pictures in [0, 1], scaled by the originals if they are no images."""
+    if values.dtype == np.uint8:
+        return values.astype(np.float32) / 255.0
+    if drawn_as_lines(originals.shape[1:]):
+        return values
+    low, high = float(originals.min()), float(originals.max())
+    return (values - low) / max(high - low, 1e-30)
+
+
 def _galleries(results: SweepResults) -> dict[str, Picture]:
     drawn = {}
     for family in families(results):
         first = [own[0] for own in family.members]
         pictures = {
-            name: np.stack([member.pictures[name] for member in first]).astype(np.float32) / 255.0
+            name: _as_shown(np.stack([member.pictures[name] for member in first]), first[0].pictures["originals"])
             for name in ("originals", "reconstructions", "samples")
         }
         labels = [f"β = {beta:g}" for beta in family.betas]
         figure = plots.pictures_by_beta(
             pictures["originals"][0], pictures["reconstructions"], pictures["samples"], labels, family.label
         )
-        caption = f"{family.label}: one posterior sample per held-out image (left), samples of the prior (right), first seed."
+        caption = f"{family.label}: one posterior sample per held-out example (left), samples of the prior (right), first seed."
+        caption += " Middle slices." if len(results.info.image_shape) > 3 else ""
         drawn[f"pictures_{family.name}"] = Picture(figure, caption)
     return drawn
 
@@ -309,7 +324,8 @@ def largest_disagreement(betas: Sequence[float], variances: Sequence[float], val
 
 
 def _beta_variance(results: SweepResults) -> dict[str, Picture]:
-    quantities = {"rate": "rate [nats per image]", "psnr": "PSNR [dB]"}
+    error = "psnr" if "psnr" in tabled_quantities(results) else "mse"
+    quantities = {"rate": "rate [nats per image]", error: HEADINGS[error]}
     betas, variances, rates = constant_grid(results, "rate")
     if len(variances) < 2 or len(betas) < 2:
         return {}
@@ -437,68 +453,3 @@ def draw(results: SweepResults) -> dict[str, Picture]:
         **_galleries(results),
         "latent_rates": _latent_rates(results),
     }
-
-
-# --- The page ---------------------------------------------------------------------------------------------------------
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; max-width: 70rem; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; display: block; }
-figcaption { color: #555; font-size: .9rem; margin-top: .4rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums; }
-th { border-bottom: 2px solid #888; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-td.failed { color: #b00; text-align: left; white-space: normal; }
-pre { overflow-x: auto; background: #f5f5f5; padding: .6rem; font-size: .8rem; }
-@media (max-width: 40rem) {
-  th:first-child, td:first-child { max-width: 8.5rem; white-space: normal; }
-  figure img { max-width: none; width: 46rem; }
-}
-"""
-
-
-def page(results: SweepResults, images: Mapping[str, bytes], captions: Mapping[str, str]) -> str:
-    """`report.html`: one file that needs nothing else, readable on a phone."""
-    info = results.info
-    title = f"{info.data_name}: {len(results.members)} models over β"
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts += [f"<p>{html.escape(sentence)}</p>" for sentence in (status(results), *best_beta(results), *findings(results))]
-    for name, picture in images.items():
-        data, caption = base64.b64encode(picture).decode(), html.escape(captions[name])
-        parts.append(
-            f'<figure><div class="scroll"><img src="data:image/png;base64,{data}" alt="{html.escape(name)}"></div>'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    for split, heading in (("test", "Test set"), ("train", "Training set")):
-        headings, rows = display_rows(results, split)
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in headings)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        parts.append(f"<h2>{heading}</h2><p>Mean ± standard deviation over seeds.</p>")
-        parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
-    if results.failures:
-        rows_of = "".join(
-            f'<tr><td>{html.escape(name)}</td><td class="failed">{html.escape(error)}</td></tr>'
-            for name, error in results.failures.items()
-        )
-        parts.append(f'<h2>Diverged</h2><div class="scroll"><table>{rows_of}</table></div>')
-    settings = html.escape("\n".join(_lines(to_dict(info.config))))
-    parts.append(f"<h2>Base config</h2><pre>{settings}</pre>")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
-
-
-def _lines(values: Mapping[str, object], prefix: str = "") -> list[str]:
-    """`optimizer.learning_rate = 0.001`, a line per field, without what the sweep varies."""
-    lines = []
-    for name, value in values.items():
-        if not prefix and name in ("beta", "seed", "decoder_variance", "prior"):
-            continue
-        dotted = f"{prefix}{name}"
-        lines += _lines(value, f"{dotted}.") if isinstance(value, Mapping) else [f"{dotted} = {value}"]
-    return lines

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bsvae_jax._io.files import read_arrays
+from bsvae_jax._io.files import as_path, read_arrays
 from bsvae_jax.config import CHOICES, Config, Prior, StandardNormal
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report
@@ -128,12 +128,18 @@ def _place(kind: Kind, known: tuple[type, ...]) -> tuple:
     return place, [value for value in values if isinstance(value, int | float)], kind.name
 
 
-def read_results(folder: Path) -> SweepResults:
+def read_results(folder: str | Path) -> SweepResults:
     """Read what a sweep has come to so far.
+
+    >>> read_results("nowhere")
+    Traceback (most recent call last):
+        ...
+    bsvae_jax.errors.UserError: nowhere is not a sweep: it has no sweep.json. Give the folder that `bsvae sweep` wrote.
 
     Raises:
       UserError: not a sweep, damaged files, or no member has finished yet.
     """
+    folder = as_path(folder, "folder")
     info = read_sweep(folder)
     members, failures, unfinished = [], {}, []
     diverged: dict[Setting, int] = {}

@@ -111,5 +111,7 @@ def failed_step(workdir: str | Path) -> FailedStep:
         return FailedStep(
             state.with_arrays(restored), jnp.asarray(arrays["images"]), key, hyperparameters.beta, hyperparameters.variance
         )
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); train again to get it back.") from error

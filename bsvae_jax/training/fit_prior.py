@@ -120,7 +120,7 @@ def fit_prior(
                 return there
             raise UserError(
                 f"{folder / FILE} holds another prior ({there.describe()}, seed {there.seed}, of step {there.step}); "
-                "--overwrite True replaces it."
+                "--overwrite replaces it."
             )
         generator = np.random.default_rng(seed)
         mean, deviation = _posteriors(run, images)

@@ -272,7 +272,7 @@ def read_fitted(folder: Path) -> FittedPrior | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    remedy = "bsvae fit-prior --overwrite True makes it again"
+    remedy = "bsvae fit-prior --overwrite makes it again"
     arrays = read_arrays(path, remedy)
     try:
         about = json.loads(str(arrays.pop("about")))

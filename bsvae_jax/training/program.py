@@ -32,6 +32,7 @@ from bsvae_jax.distributed.mesh import (
     replicate,
     stack,
 )
+from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.scores import EVALUATION_BATCH, SplitScores, score_members, split_key
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.random import arranged
@@ -91,6 +92,7 @@ def lift_training(config: Config, data: DataShape, mesh: Mesh, driving: Driving,
         driving=driving,
         shared=(1, 3) if resident else (2,),
         convolutional=config.network.convolutional,
+        by=config.device_map,
     )
 
 
@@ -207,6 +209,8 @@ class Program:
 
     def compile(self) -> Any:
         """The compiled training program of one model, which `take_steps` runs from now on."""
+        if self.config.device_map == "pmap":
+            raise UserError("A program of pmap is compiled at its first call; choose device_map shard_map to look at it.")
         self._run_steps = self._run_steps.lower(*self._arguments(1)).compile()
         return self._run_steps
 

@@ -68,7 +68,7 @@ def restore(
     if calibration is not None and calibration.step != step:
         calibration = None
     variables = {"params": params, "batch_stats": arrays["batch_stats"]}
-    run = Restored(model, variables, info.config, step, info.image_shape, info.levels, calibration)
+    run = Restored(model, variables, info.config, step, info.image_shape, info.levels, calibration, info.holds_images)
     return run if prior == "model" else _with_fitted_prior(folder, run, checkpoint)
 
 
@@ -80,12 +80,12 @@ def _with_fitted_prior(folder: Path, run: Restored, checkpoint: str) -> Restored
     if fitted.latent_size != run.config.latent_size:
         raise UserError(
             f"{folder / FILE} is of {fitted.latent_size} latents, this model has {run.config.latent_size}: it was fitted to "
-            f"another run. {again} --overwrite True fits one to this."
+            f"another run. {again} --overwrite fits one to this."
         )
     if fitted.checkpoint != digest(run.variables):
         raise UserError(
             f"{folder / FILE} was fitted to other parameters (of step {fitted.step}) than those of the {checkpoint} checkpoint "
-            f"(step {run.step}). {again} --overwrite True fits one to these."
+            f"(step {run.step}). {again} --overwrite fits one to these."
         )
     params = {**run.variables["params"], PRIOR: fitted.parameters}
     return run._replace(

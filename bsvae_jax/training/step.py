@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from bsvae_jax import config as configs
 from bsvae_jax import objective
-from bsvae_jax.config import Config
+from bsvae_jax.config import Config, is_builtin
 from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder, augment
-from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.data.image_set import is_image, to_unit_interval
 from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.models.vae import VAE, build_vae
 from bsvae_jax.random import check_key, example_keys, example_positions, make_key, wrap_key
@@ -30,6 +30,10 @@ LOG_EVERY = 50
 
 ORDER_SALT = 2**31 - 1
 """Folded into the key of a run for the order of its data."""
+
+LOG_VARIANCE_RATE = 10.0
+"""Learning rate of the trained log-variance of `Learned`, in units of the others'. Adam moves it by no more than the rate a
+step, and it has to fall by 3 to 8: at the rate of weights, which move by tenths, it arrives after training has ended."""
 
 PRIOR = "prior_model"
 """Where the parameters of a prior lie among those of a `VAE`."""
@@ -151,7 +155,7 @@ class StepMetrics(NamedTuple):
 
 def train_step(
     state: TrainState,
-    images: Float[Array, "batch height width channels"],
+    images: Float[Array, "batch *shape"],
     key: Key[Array, ""],
     beta: float | Float[Array, ""],
     variance: Mapping[str, Any] | float | Float[Array, ""] | None = None,
@@ -164,7 +168,7 @@ def train_step(
 
     Args:
       state: donated by the trainer, so not to be used again there.
-      images: [B, H, W, C] in [0, 1].
+      images: [B, ...], [B, H, W, C] in [0, 1] of images.
       key: for the posterior samples; each example takes its own by its position in the global batch.
       beta: weight of the rate, may be traced.
       variance: fields of the decoder variance by name, in place of the model's own, may be traced; one number is the field
@@ -204,13 +208,16 @@ def train_step(
         else:
             terms, updates = model.apply(variables, images, key, train=True, method="elbo_terms", mutable=["batch_stats"])
             batch_stats = updates.get("batch_stats", {})
-        return objective.mean_objective(terms, beta), (terms, batch_stats)
+        # The average over the devices, so that gradients are right where JAX sums them itself (shard_map's check_vma).
+        return objective.mean_objective(terms, beta, axis_name), (terms, batch_stats)
 
     (value, (terms, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     means = {name: jnp.mean(term) for name, term in terms._asdict().items()} | {"objective": value}
     gradient, means = objective.mean_over_devices((gradient, means), axis_name)
     updates, optimizer_state = state.optimizer.update(gradient, state.optimizer_state, state.params)
     updates = jax.tree.map(lambda update: state.learning_rate * update, updates)
+    if "log_variance" in updates:
+        updates = {**updates, "log_variance": LOG_VARIANCE_RATE * updates["log_variance"]}
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None and state.ema_decay is not None:
@@ -285,14 +292,16 @@ def data_order(state: TrainState, images: ImageSet, batch_size: int) -> Shuffled
 
 def prepare_batch(
     state: TrainState, stored: Array, levels: int, augmentation: configs.Augmentation
-) -> tuple[Float[Array, "batch height width channels"], Key[Array, ""]]:
+) -> tuple[Float[Array, "batch *shape"], Key[Array, ""]]:
     """What `train_step` is given at the step that `state` stands before: this device's augmented batch, and the key.
 
-    `stored` is this device's share of the batch as the data set has it, [B, H, W, C].
+    `stored` is this device's share of the batch as the data set has it, [B, ...].
     """
     step_key = jax.random.fold_in(state.key, state.step)
     augmentation_key, posterior_key = jax.random.split(step_key)
     batch = to_unit_interval(stored, levels)
+    if augmentation == configs.Augmentation():
+        return batch, posterior_key
     positions = example_positions(len(batch), state.model.axis_name, state.parts)
     return augment(batch, example_keys(augmentation_key, positions), augmentation), posterior_key
 
@@ -337,7 +346,7 @@ def run_streamed_steps(
     levels: int,
     augmentation: configs.Augmentation,
 ) -> tuple[TrainState, StepMetrics]:
-    """`run_steps` on images that come with the call: this device's share of each step's batch, [steps, B, H, W, C]."""
+    """`run_steps` on images that come with the call: this device's share of each step's batch, [steps, B, ...]."""
     return _run_steps(state, lambda i: batches[i], len(batches), count, hyperparameters, levels, augmentation)
 
 
@@ -500,9 +509,18 @@ def check_against_shape(config: Config, data: DataShape) -> None:
     """What only config and the sizes of the data together can show to be wrong.
 
     Raises:
-      UserError: more latents than pixels, or a number of them that is no latent map.
+      UserError: more latents than pixels, or a number of them that is no latent map; augmentation of what is no image.
     """
     pixels = math.prod(data.image_shape)
     if config.latent_size > pixels:
-        raise UserError(f"latent_size {config.latent_size} exceeds the {pixels} pixels of an image.")
+        raise UserError(f"latent_size {config.latent_size} exceeds the {pixels} values of one example.")
+    if config.augmentation != configs.Augmentation() and not is_image(data.image_shape):
+        raise UserError(
+            f"augmentation rotates, crops and flips images [H, W, C]; one example of these data has shape {data.image_shape}. "
+            "Leave augmentation out of the config."
+        )
     config.network.check(config.latent_size, data.image_shape)
+    if not all(is_builtin(getattr(config, field)) for field in configs.KINDS):  # what a class of the user's own returns
+        model = build_model(config, data.image_shape, data.step)
+        example, key = jnp.zeros((2, *data.image_shape)), make_key(0)
+        jax.eval_shape(lambda: model.init(key, example, key, method="elbo_terms"))

@@ -370,8 +370,8 @@ class Trainer:
             calibration = calibrate(train_scores, step, floor)
             member.run.write_calibration(calibration)
             report = {
-                "train": summarize(train_scores, config.beta, calibration),
-                "test": summarize(test[index], config.beta, calibration),
+                "train": summarize(train_scores, config.beta, calibration, self.program.images.holds_images),
+                "test": summarize(test[index], config.beta, calibration, self.program.images.holds_images),
             }
             if extra is not None:
                 extra(index, test[index])

@@ -55,6 +55,8 @@ class RunInfo(NamedTuple):
     levels: int
     fingerprint: str
     """Of the images trained on, `ImageSet.fingerprint`."""
+    holds_images: bool = True
+    """Whether they are images in [0, 1], `ImageSet.holds_images`."""
     switches: Mapping[str, Any] = MappingProxyType({})
     """The `SWITCHES` under which the run began; empty where they were not recorded."""
 
@@ -76,8 +78,11 @@ def read_info(folder: Path, like: Config | None = None) -> RunInfo:
             raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
         config, data = configs.from_dict(values["config"], given=configs.kinds_of(like)), values["data"]
         shape = tuple(int(size) for size in data["image_shape"])
+        images = bool(data.get("images", True))  # runs of earlier versions have no others
         switches = dict(values.get("switches", {}))
-        return RunInfo(config, shape, int(data["levels"]), str(data["fingerprint"]), switches)
+        return RunInfo(config, shape, int(data["levels"]), str(data["fingerprint"]), images, switches)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 
@@ -108,6 +113,7 @@ def describe_run(config: Config, images: ImageSet, **also: Any) -> bytes:
         "data": {
             "name": images.name,
             "image_shape": images.image_shape,
+            "images": images.holds_images,
             "levels": images.levels,
             "train": len(images.train),
             "test": len(images.test),

@@ -99,7 +99,7 @@ def test_every_number_and_figure(trained, capsys):
             assert min(image.size) > 300, name
             assert len(image.convert("L").getcolors(256)) > 20, f"{name} shows nothing"
     # A later call that asks for less keeps what was found.
-    main("evaluate", trained, "--split", "test", "--figures", "False")
+    main("evaluate", trained, "--split", "test", "--no-figures")
     assert values(trained)["test"]["importance_weighted_bound"] == found["test"]["importance_weighted_bound"]
 
 
@@ -175,7 +175,7 @@ def test_parameters_that_are_not_finite_are_refused(trained):
 def test_fid_of_samples_against_the_images(trained, weights, cheap_features, capsys):
     """Against the distances of the same projections, computed here from the images themselves."""
     seen, projection = cheap_features
-    main("evaluate", trained, "--split", "test", "--fid", 700, "--inception-weights", weights, "--figures", "False")
+    main("evaluate", trained, "--split", "test", "--fid", 700, "--inception-weights", weights, "--no-figures")
     assert "NOT the published weights" in capsys.readouterr().out
     samples, images = np.concatenate(seen[:2]), np.concatenate(seen[2:])
     assert (len(samples), len(images)) == (700, 297)
@@ -191,20 +191,20 @@ def test_fid_of_samples_against_the_images(trained, weights, cheap_features, cap
     assert found["kid"] == pytest.approx(distance.kernel_distance(x, y).value, rel=1e-4)
     # The reference is kept, of the samples nothing.
     seen.clear()
-    main("evaluate", trained, "--split", "test", "--fid", 700, "--inception-weights", weights, "--figures", "False")
+    main("evaluate", trained, "--split", "test", "--fid", 700, "--inception-weights", weights, "--no-figures")
     assert sum(map(len, seen)) == 700
     assert not list(trained.glob(".fid-*"))
 
 
 def test_a_covariance_of_too_few_samples_is_said(trained, weights, cheap_features, capsys):
-    main("evaluate", trained, "--split", "test", "--fid", 90, "--inception-weights", weights, "--figures", "False")
+    main("evaluate", trained, "--split", "test", "--fid", 90, "--inception-weights", weights, "--no-figures")
     assert "rank 89 in 100 dimensions and is far too high; use more than 100" in capsys.readouterr().err
 
 
 def test_the_papers_protocol_stretches_every_sample_and_says_so(trained, weights, cheap_features, capsys, monkeypatch):
     seen, _ = cheap_features
     monkeypatch.setattr(evaluate, "PAPER_SAMPLES", 600)
-    main("evaluate", trained, "--split", "test", "--protocol", "paper", "--inception-weights", weights, "--figures", "False")
+    main("evaluate", trained, "--split", "test", "--protocol", "paper", "--inception-weights", weights, "--no-figures")
     samples = np.concatenate(seen[:2])
     assert len(samples) == 600
     assert set(samples.min(axis=(1, 2, 3))) == {0}
@@ -217,7 +217,7 @@ def test_distances_by_a_network_trained_on_the_classes(trained, capsys, monkeypa
     """Against the distances of what `bsvae sample` would draw, by the features of the network that was kept."""
     monkeypatch.setenv("BSVAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(lenet, "STEPS", 10)
-    main("evaluate", trained, "--split", "test", "--fid", 600, "--fid-network", "lenet", "--figures", "False")
+    main("evaluate", trained, "--split", "test", "--fid", 600, "--fid-network", "lenet", "--no-figures")
     assert "of a LeNet that tells" in capsys.readouterr().out
     run, images = restore(trained), data.load(restore(trained).config.data)
     network = lenet.network(images)
@@ -256,7 +256,7 @@ def test_interrupted_features_continue(trained, weights, cheap_features, monkeyp
 
 
 def test_a_damaged_reference_is_named(trained, weights, cheap_features, tmp_path, capsys):
-    command = ("evaluate", trained, "--split", "test", "--fid", 10, "--inception-weights", weights, "--figures", "False")
+    command = ("evaluate", trained, "--split", "test", "--fid", 10, "--inception-weights", weights, "--no-figures")
     main(*command)
     (reference,) = (tmp_path / "cache" / "fid").glob("*.npz")
     reference.write_bytes(reference.read_bytes()[:1000])
@@ -339,7 +339,7 @@ def test_samples_of_others_are_left_alone(trained, tmp_path, capsys):
     before = (folder / "000000.png").read_bytes()
     assert "samples of another model or seed" in refused(capsys, "sample", trained, "--count", 2, "--seed", 1, "--out", folder)
     assert (folder / "000000.png").read_bytes() == before
-    main("sample", trained, "--count", 1, "--seed", 1, "--out", folder, "--overwrite", "True")
+    main("sample", trained, "--count", 1, "--seed", 1, "--out", folder, "--overwrite")
     assert [path.name for path in folder.glob("*.png")] == ["000000.png"]
     assert (folder / "000000.png").read_bytes() != before
     (tmp_path / "photos").mkdir()

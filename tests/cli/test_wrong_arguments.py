@@ -122,6 +122,8 @@ ROWS = [
     ("optimal_gaussian_nll", lambda: bv.optimal_gaussian_nll(X, MEAN, "images"), "over must be one of"),
     ("optimal_gaussian_nll", lambda: bv.optimal_gaussian_nll(X, MEAN, floor="0"), "floor must be a number, got '0'"),
     ("kl_to_standard_normal", lambda: bv.kl_to_standard_normal(jnp.ones((3, 2)), jnp.ones((3, 4))), "one shape, got"),
+    ("kl_per_latent", lambda: bv.kl_per_latent(jnp.ones((3, 2)), jnp.ones((3, 4))), "one shape, got"),
+    ("kl_gaussians", lambda: bv.kl_gaussians(jnp.ones((3, 2)), *[jnp.ones((3, 4))] * 3), "one shape, got"),
     ("kl_to_standard_normal", lambda: bv.kl_to_standard_normal("mean", jnp.ones((3, 4))), "mean must be of type"),
     ("elbo_terms", lambda: bv.elbo_terms(X, MEAN, RATE, "optimal"), "decoder_variance must be of type .* got 'optimal'"),
     ("elbo_terms", lambda: bv.elbo_terms(X, MEAN, RATE, bv.Optimal), "decoder_variance must be .* as in bsvae_jax.Optimal()"),
@@ -270,6 +272,10 @@ ROWS = [
     ("FailedStep", of_run(lambda run, _: bv.train_step(*bv.FailedStep(run.variables, X, KEY, jnp.ones(()), None))), "TrainSta"),
     ("SweepResult", lambda: bv.restore(bv.SweepResult(Path("x"), [], {})), "workdir must be of type str or PathLike, got Swee"),
     ("Imported", lambda: bv.restore(bv.Imported(Path("x"), 1, "")), "workdir must be of type str or PathLike, got Imported"),
+    ("read_results", lambda: bv.read_results(3), "folder must be of type str or PathLike, got 3"),
+    ("read_results", lambda: bv.read_results("nowhere"), "nowhere is not a sweep"),
+    ("write_report", lambda: bv.write_report(None), "folder must be of type str or PathLike, got None"),
+    ("write_report", of_run(lambda run, done: bv.write_report(done.workdir)), "is not a sweep: it has no sweep.json"),
     ("Fid", lambda: bv.Fid(3), "FID needs samples, at least 4, got 3"),
     ("Fid", lambda: bv.Fid("many"), "FID needs samples, at least 4, got 'many'"),
     ("Fid", lambda: bv.Fid(protocol="papers"), "protocol must be 'standard' or 'paper', got 'papers'"),
@@ -367,6 +373,13 @@ def test_a_wrong_argument_is_answered_in_a_sentence(call, telling, request, tmp_
     assert "\n" not in sentence
     assert len(sentence) < 500, sentence
     assert sorted(tmp_path.rglob("*")) == there, "something was written"
+
+
+def test_a_wrong_argument_is_a_value_error():
+    """As NumPy and JAX raise it: code written for them catches it."""
+    with pytest.raises(ValueError, match="beta must be a finite number"):
+        bv.Config(beta=-1.0)
+    assert issubclass(bv.UserError, bv.BsvaeError)
 
 
 def test_every_public_name_has_a_row():

@@ -7,6 +7,7 @@ column, so the output says where each pixel was sampled from, whatever was drawn
 import gc
 import gzip
 import io
+import re
 import struct
 import sys
 import warnings
@@ -200,7 +201,7 @@ def test_npz_with_a_test_set(tmp_path, train_name, test_name):
     np.testing.assert_array_equal(images.train, train)
     np.testing.assert_array_equal(images.test, test)
     assert (images.name, images.levels, images.train.dtype, images.image_shape) == ("own", 256, np.uint8, (4, 3, 2))
-    assert images.train_labels is None
+    np.testing.assert_array_equal(images.train_labels, np.arange(5))
 
 
 @pytest.mark.parametrize(
@@ -272,14 +273,139 @@ NAN[3, 0, 0] = np.inf
         (np.zeros((3, 4, 4), object), "got dtype object"),
         (NAN, "NaN or infinite values in 2 images"),
         (np.full((3, 4, 4), 255.0), "\\[0, 1\\], got values from 255 to 255; divide 8-bit values by 255"),
-        (np.linspace(-0.5, 1, 12).reshape(3, 2, 2), "got values from -0.5 to 1"),
+        (np.linspace(-0.5, 1, 12).reshape(3, 2, 2), r"got values from -0.5 to 1; take \(x \+ 1\) / 2 of values in \[-1, 1\]"),
+        (np.linspace(-2, 2, 12).reshape(3, 2, 2), "got values from -2 to 2; shift and scale"),
         (np.linspace(0, 1.001, 12).reshape(3, 2, 2), "got values from 0 to 1.001"),
+        (np.linspace(0, 1.00001, 12).reshape(3, 2, 2), "got values from 0 to 1.00001"),
+        (np.arange(17.0).repeat(12).reshape(17, 3, 4), "got values from 0 to 16; .* n levels by n - 1"),
+        (np.zeros((5, 3, 16, 16), np.uint8), "height 3 and width 16 with 16 channels, .*give images.transpose\\(0, 2, 3, 1\\)"),
+        (np.zeros((5, 1, 28, 28), np.uint8), "height 1 and width 28 with 28 channels"),
+        (np.zeros((5, 4, 8, 9), np.float32), "give images.transpose\\(0, 2, 3, 1\\)"),
+        (np.zeros((5, 1, 8, 4), np.uint8), None),
+        (np.zeros((5, 3, 4, 4), np.uint8), "height 3 and width 4 with 4 channels"),
+        (np.zeros((5, 16, 3, 16), np.uint8), "give images.transpose\\(0, 1, 3, 2\\)"),
+        (np.zeros((8, 8, 3, 50), np.uint8), "give images.transpose\\(0, 1, 3, 2\\)"),
     ],
 )
 def test_check_images_refuses(images, telling, unchecked):
+    if telling is None:
+        data.check_images(images, "these")
+        return
     with pytest.raises(UserError, match=f"^these .*{telling}") as error:
         data.check_images(images, "these")
     assert one_sentence(error)
+
+
+def test_rounding_outside_the_unit_interval_is_clipped():
+    found = data.check_images(np.array([[[-1e-7, 0.5], [0.25, 1.0000001]]]), "these")
+    np.testing.assert_array_equal(found[0, ..., 0], [[0, 0.5], [0.25, 1]])
+
+
+# --- What the values say of the levels --------------------------------------------------------------------------------
+
+GRID = np.random.default_rng(3)
+
+
+def on_levels(levels: int, dtype=np.float32) -> np.ndarray:
+    return (GRID.integers(0, levels, (20, 8, 8)) / (levels - 1)).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("images", "given", "levels", "said"),
+    [
+        pytest.param(random_bytes(20, 8, 8), None, 256, "8 pixels high, 8 wide, 1 channel, 256 levels.$", id="uint8"),
+        pytest.param(random_bytes(20, 8, 8) % 2, None, 256, "0 ... 1, nearly black; --data.levels 2", id="a mask"),
+        pytest.param(random_bytes(20, 8, 8) % 17, None, 256, "nearly black; --data.levels 17", id="17 levels"),
+        pytest.param(random_bytes(20, 8, 8) % 2, 2, 2, "2 levels.$", id="a mask, given"),
+        pytest.param(random_bytes(20, 8, 8), 17, None, "uint8 values up to 255, which needs data.levels of 256", id="too few"),
+        pytest.param(random_bytes(20, 8, 8), 65536, None, "which needs data.levels of 256 ... 256, not 65536", id="too many"),
+        pytest.param(on_levels(256), None, 256, "1/255: 256 levels are a guess, which --data.levels sets right", id="8 bits"),
+        pytest.param(on_levels(256, np.float16), None, 256, "256 levels are a guess", id="8 bits in float16"),
+        pytest.param(on_levels(256, np.float64), None, 256, "256 levels are a guess", id="8 bits in float64"),
+        pytest.param(on_levels(2), None, 256, "256 levels are a guess", id="0 and 1"),
+        pytest.param(on_levels(17), None, 17, "1/16: 17 levels are a guess", id="17 levels of floats"),
+        pytest.param(on_levels(4096), None, 4096, "4,096 levels are a guess", id="12 bits"),
+        pytest.param(on_levels(65536), None, 65536, "65,536 levels are a guess", id="16 bits"),
+        pytest.param(on_levels(65536), 65536, 65536, "65,536 levels.$", id="16 bits, given"),
+        pytest.param(
+            GRID.random((20, 8, 8)), None, None, "floats of more than 256 values, .* give --data.levels", id="no grid"
+        ),
+        pytest.param(
+            GRID.random((20, 8, 8)).astype(np.float16), None, None, "floats of more than 256 values", id="no grid in float16"
+        ),
+        pytest.param(GRID.random((20, 8, 8)), 256, 256, "256 levels.$", id="no grid, given"),
+        pytest.param(GRID.random(9)[GRID.integers(0, 9, (20, 8, 8))], None, 256, "take 9 values: 256 levels", id="few values"),
+        pytest.param(random_bytes(20, 8, 6, 3), None, 256, "8 pixels high, 6 wide, 3 channels, 256 levels.$", id="color"),
+    ],
+)
+def test_levels_of_arrays(tmp_path, capsys, images, given, levels, said):
+    np.save(tmp_path / "own.npy", images)
+    if levels is None:
+        with pytest.raises(UserError, match=said) as error:
+            load_arrays(tmp_path / "own.npy", levels=given)
+        assert one_sentence(error)
+        return
+    found = load_arrays(tmp_path / "own.npy", levels=given)
+    assert (found.levels, found.step) == (levels, 1 / (levels - 1))
+    assert re.search(said, capsys.readouterr().err.strip())
+
+
+ROWS = {split: random_bytes(count, 4, 4, seed=count) for split, count in (("train", 5), ("test", 3), ("val", 2))}
+CLASSES = {"train": np.array([0, 1, 1, 0, 2]), "test": np.array([2, 0, 0]), "val": np.array([1, 1])}
+
+
+@pytest.mark.parametrize(
+    ("names", "test", "left_out"),
+    [
+        ("train=train test=test", "test", None),
+        ("X_train=train X_test=test y_train=train' y_test=test'", "test", None),
+        ("train_images=train train_labels=train' test_images=test test_labels=test'", "test", None),
+        ("x_train=train y_train=train' x_val=val y_val=val' x_test=test y_test=test'", "test", "'x_val', 'y_val'"),
+        ("train=train val=val", "val", None),
+        ("train=train validation=val validation_labels=val' train_labels=train'", "val", None),
+        ("training=train evaluation=test", "test", None),
+        ("train_x=train valid_x=val", "val", None),
+        ("train=train test=test objects=objects", "test", "'objects'"),
+        ("train=train test=test y_train=objects", "test", "'y_train'"),
+        ("train=train test=test y_train=test'", "test", "'y_train'"),
+        ("train=train x_train=test test=test", "test", "'x_train'"),
+    ],
+)
+def test_names_in_an_npz(tmp_path, capsys, names, test, left_out):
+    """Images by the name of their split, labels with a prime; nothing else is read."""
+    objects = np.array([None, {}], object)
+    values = {**ROWS, **{f"{split}'": labels for split, labels in CLASSES.items()}, "objects": objects}
+    np.savez(tmp_path / "own.npz", **{name: values[of] for name, of in (pair.split("=") for pair in names.split())})
+    found = load_arrays(tmp_path / "own.npz")
+    np.testing.assert_array_equal(found.train[..., 0], ROWS["train"])
+    np.testing.assert_array_equal(found.test[..., 0], ROWS[test])
+    for labels, split in ((found.train_labels, "train"), (found.test_labels, test)):
+        if f"{split}'" in names and left_out != "'y_train'":
+            np.testing.assert_array_equal(labels, CLASSES[split])
+        else:
+            assert labels is None
+    said = capsys.readouterr().err.strip()
+    assert said.endswith(f"left out: {left_out}." if left_out else "256 levels."), said
+
+
+@pytest.mark.parametrize("name", ["images", "imgs", "arr_0", "X", "data", "Images"])
+def test_the_only_images_of_an_npz(tmp_path, name):
+    """dSprites: their name is `imgs`, and beside them lies an object."""
+    images = random_bytes(10, 4, 4)
+    np.savez(tmp_path / "own.npz", **{name: images, "labels": np.array(list("abcdefghij")), "metadata": np.array(None)})
+    found = load_arrays(tmp_path / "own.npz")
+    assert found.label_names == tuple("abcdefghij")
+    for split, labels in ((found.train, found.train_labels), (found.test, found.test_labels)):
+        np.testing.assert_array_equal(split[..., 0], images[labels])
+
+
+def test_classes_of_arrays_are_those_of_the_training_images(tmp_path):
+    labels = {"y_train": np.array([[7], [9], [7], [7], [9]]), "y_test": np.array([[9], [7], [8]])}
+    np.savez(tmp_path / "own.npz", train=ROWS["train"], test=ROWS["test"], **labels)
+    found = load_arrays(tmp_path / "own.npz")
+    assert found.train_labels.tolist() == [0, 1, 0, 0, 1]
+    assert found.test_labels.tolist() == [1, 0, -1]
+    assert found.label_names == ("7", "9")
 
 
 def npz(**arrays) -> bytes:
@@ -304,6 +430,14 @@ def plain_zip() -> bytes:
 EIGHT = random_bytes(8, 4, 4)
 
 
+def lzma_npz() -> bytes:
+    """With a wrong byte in the packed array."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("train.npy", npy(EIGHT))
+    return flipped(stream.getvalue(), 60)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "telling"),
     [
@@ -318,6 +452,8 @@ EIGHT = random_bytes(8, 4, 4)
         pytest.param("a.npy", npy(EIGHT)[:40], "cannot be read as a NumPy file", id="npy header cut"),
         pytest.param("a.npz", npz(trian=EIGHT), "needs an array 'train' .* holds trian .*did you mean 'trian'", id="no train"),
         pytest.param("a.npz", npz(), "it holds nothing", id="empty npz"),
+        pytest.param("a.npz", npz(y_train=EIGHT[:, 0, 0]), "needs an array 'train' .* holds y_train", id="labels alone"),
+        pytest.param("a.npz", lzma_npz(), "cannot be read as a NumPy file", id="npz with LZMA"),
         pytest.param("a.npz", plain_zip(), "an archive of other files", id="some other zip"),
         pytest.param(
             "a.npz", npz(train=EIGHT, test=random_bytes(8, 4, 5)), "\\(4, 4, 1\\) uint8 .*\\(4, 5, 1\\) uint8", id="shape"

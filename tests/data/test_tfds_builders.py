@@ -512,7 +512,7 @@ def test_prepare_skips_what_it_is_told_to(tmp_path, capsys):
         prepare(tmp_path / "photos")
     assert exit_.value.code == 2
     assert "3.png is not an image that can be read" in capsys.readouterr().err
-    prepare(tmp_path / "photos", "--skip-corrupt", "True")
+    prepare(tmp_path / "photos", "--skip-corrupt")
     captured = capsys.readouterr()
     assert "17 training and 2 test images (6, 5, 3)" in captured.out
     assert "1 corrupt images were left out" in captured.err

@@ -58,6 +58,13 @@ def _shard_map_step(state, images, key, beta, devices):
     return step(replicate(state, mesh), images, key, beta)
 
 
+def _default_shard_map_step(state, images, key, beta, devices):
+    """With `check_vma=True`, under which JAX itself sums the gradient of a replicated parameter over the devices."""
+    specs = (REPLICATED, SHARDED, REPLICATED, REPLICATED)
+    step = jax.jit(jax.shard_map(train_step, mesh=data_mesh(devices), in_specs=specs, out_specs=REPLICATED))
+    return step(replicate(state, data_mesh(devices)), images, key, beta)
+
+
 def _pmap_step(state, images, key, beta, devices):
     step = jax.pmap(train_step, axis_name=DATA_AXIS, in_axes=(None, 0, None, None), devices=jax.devices()[:devices])
     after, metrics = step(state, images.reshape(devices, -1, *images.shape[1:]), key, beta)
@@ -85,6 +92,15 @@ def _check_against_one_device(run, decoder_variance, network, images, key, devic
 @pytest.mark.parametrize("run", [_shard_map_step, _pmap_step], ids=["shard_map", "pmap"])
 def test_many_devices_take_the_step_of_one(run, decoder_variance, images, key):
     _check_against_one_device(run, decoder_variance, MLP((8,)), images, key, (1, 2, 4, 8))
+
+
+@pytest.mark.parametrize("decoder_variance", VARIANCES, ids=str)
+def test_the_defaults_of_shard_map_take_the_step_of_one(decoder_variance, images, key):
+    _check_against_one_device(_default_shard_map_step, decoder_variance, MLP((8,)), images, key, (2, 4))
+
+
+def test_the_defaults_of_shard_map_average_batch_norm_over_devices(images, key):
+    _check_against_one_device(_default_shard_map_step, Optimal("batch"), Residual((4,)), images, key, (2, 4))
 
 
 # Each variance model without BatchNorm is above; here those that share nothing over the batch are alike.

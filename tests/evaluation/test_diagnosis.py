@@ -13,7 +13,7 @@ from bsvae_jax.config import MLP, Config, Linear
 from bsvae_jax.distributed import mesh
 from bsvae_jax.evaluation.diagnosis import diagnose
 from bsvae_jax.evaluation.scores import SplitScores
-from bsvae_jax.objective import Constant, Optimal
+from bsvae_jax.objective import Constant, Learned, Optimal
 
 IMAGES = data.load(Config().data)
 VARIANCE = (IMAGES.test / 16.0).var(axis=0).mean()
@@ -43,6 +43,15 @@ def test_variance_collapse():
     assert diagnose(scores(variance=2.5 * floor), Config(), IMAGES) == {}
     # A constant variance is a choice, not a collapse.
     assert diagnose(scores(variance=1e-6), Config(decoder_variance=Constant(1e-6)), IMAGES) == {}
+
+
+@pytest.mark.parametrize(("variance", "converged"), [(0.461, False), (0.0205, True), (0.006, True), (0.002, False)])
+@pytest.mark.parametrize("active", [True, False])
+def test_a_trained_variance_far_from_the_squared_error_is_no_posterior_collapse(variance, converged, active):
+    config = Config(decoder_variance=Learned())
+    expected = ["variance not converged"] if not converged else [] if active else ["posterior collapse"]
+    assert list(diagnose(scores(mse=0.0120, variance=variance, active=active), config, IMAGES)) == expected
+    assert "variance not converged" not in diagnose(scores(mse=0.0120, variance=variance), Config(), IMAGES)
 
 
 @pytest.mark.parametrize("variance_model", [Constant(0.5), Optimal("batch")])

@@ -426,7 +426,7 @@ def objective_on_clusters(tmp_path_factory):
     @functools.cache
     def trained(prior):
         config = Config(
-            data=Arrays(str(folder / "clusters.npz")),
+            data=Arrays(str(folder / "clusters.npz"), levels=256),
             network=MLP((16,)),
             latent_size=2,
             prior=prior,

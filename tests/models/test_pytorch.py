@@ -249,7 +249,7 @@ def imported(arrays, save, tmp_path):
 def test_an_imported_run_is_evaluated_and_sampled_like_any_other(imported, capsys):
     run = bv.restore(imported)
     assert (run.step, run.calibration, run.config.beta, run.image_shape, run.levels) == (0, None, 2.0, DIGITS, 17)
-    main.main(["evaluate", str(imported), "--figures", "False"])
+    main.main(["evaluate", str(imported), "--no-figures"])
     assert "calibrated_elbo" in capsys.readouterr().out
     report = json.loads((imported / "evaluation.json").read_text())
     test = {name: quantity["value"] for name, quantity in report["splits"]["test"].items()}
@@ -537,7 +537,7 @@ def test_wrong_places_for_an_export(imported, tmp_path, capsys):
     assert "exists; give another --out, or --overwrite" in refusal("--out", existing)
     assert existing.read_bytes() == b"precious"
     assert "cannot be written" in refusal("--out", "/dev/null/weights.safetensors")
-    main.main(["export", str(imported), "--out", str(existing), "--overwrite", "True"])
+    main.main(["export", str(imported), "--out", str(existing), "--overwrite"])
     assert len(safetensors.numpy.load_file(existing)) == len(flatten(bv.restore(imported).variables))
     main.main(["export", str(imported)])
     loaded = [safetensors.numpy.load_file(path) for path in (existing, imported / "weights.safetensors")]

@@ -7,13 +7,14 @@ where it is not installed; nothing else needs it.
 from collections import OrderedDict
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import normal, random_variables, relative_error
 
-from bsvae_jax.config import MLP, Linear, Residual
+from bsvae_jax.config import MLP, Linear, Residual, Spatial
 from bsvae_jax.models.layers import stage_size
 from bsvae_jax.models.residual import TransposedConvolution
 from bsvae_jax.models.vae import build_vae
@@ -379,6 +380,21 @@ def test_any_height_width_and_channels(network, shape, train):
     mean, log_variance = jax.eval_shape(lambda x: run(encoder, x), jnp.zeros((2, *shape)))
     image = jax.eval_shape(lambda z: run(decoder, z), jnp.zeros((2, LATENT)))
     assert (mean.shape, log_variance.shape, image.shape) == ((2, LATENT), (2, LATENT), (2, *shape))
+
+
+@pytest.mark.parametrize("network", [*NETWORKS.values(), Spatial(widths=(2,), blocks=1, groups=1)], ids=str)
+def test_a_free_batch_size_can_be_exported(network):
+    latent = 30
+    (count,) = jax.export.symbolic_shape("count")
+    modules = network.build(latent, SHAPE)
+    for module, shape in zip(modules, (SHAPE, (latent,)), strict=True):
+        variables = random_variables(module, jnp.zeros((2, *shape)))
+        exported = jax.export.export(jax.jit(module.apply))(variables, jax.ShapeDtypeStruct((count, *shape), jnp.float32))
+        x = normal(6, 3, *shape)
+        for value, expected in zip(
+            jax.tree.leaves(exported.call(variables, x)), jax.tree.leaves(module.apply(variables, x)), strict=True
+        ):
+            assert relative_error(value, expected) < 1e-5
 
 
 @every_network

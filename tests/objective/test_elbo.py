@@ -27,6 +27,8 @@ from bsvae_jax.objective import (
     bits_per_dimension,
     elbo_terms,
     gaussian_nll,
+    kl_gaussians,
+    kl_per_latent,
     kl_to_standard_normal,
     mean_objective,
     optimal_gaussian_nll,
@@ -245,6 +247,29 @@ def test_kl_is_the_integral_of_its_definition(x64, mean, log_variance):
     integral = integrate.quad(lambda z: q.pdf(z) * (q.logpdf(z) - p.logpdf(z)), mean - 12 * scale, mean + 12 * scale)[0]
     kl = kl_to_standard_normal(jnp.array([[mean]]), jnp.array([[log_variance]]))
     np.testing.assert_allclose(kl, [integral], rtol=1e-8, atol=1e-10)
+
+
+def test_kl_of_two_gaussians_and_of_each_latent(x64):
+    # Scalar by scalar, log(s_p / s_q) + (s_q^2 + (m_q - m_p)^2) / (2 s_p^2) - 1/2.
+    m_q, v_q, m_p, v_p = np.random.default_rng(2).normal(size=(4, B, 5))
+    each = 0.5 * (v_p - v_q) + (np.exp(v_q) + (m_q - m_p) ** 2) / (2 * np.exp(v_p)) - 0.5
+    np.testing.assert_allclose(kl_gaussians(*map(jnp.asarray, (m_q, v_q, m_p, v_p))), each.sum(axis=1), rtol=1e-12)
+    standard = -0.5 * v_q + (np.exp(v_q) + m_q**2) / 2 - 0.5
+    np.testing.assert_allclose(kl_per_latent(jnp.asarray(m_q), jnp.asarray(v_q)), standard, rtol=1e-12)
+
+
+def test_kl_of_gaussians_of_different_shapes_is_refused(unchecked):
+    with pytest.raises(UserError, match=r"mean_q, log_variance_q, mean_p and log_variance_p must have one shape, got \(2, 5\)"):
+        kl_gaussians(jnp.zeros((2, 5)), *[jnp.zeros((2, 4))] * 3)
+
+
+@pytest.mark.parametrize("model", [Constant(0.5), *map(Optimal, AXES)], ids=str)
+def test_a_decoder_variance_is_an_argument_of_a_jitted_function(model):
+    x, mean = (jnp.asarray(value, jnp.float32) for value in images())
+    assert jax.tree.leaves(model) == []
+    chex.assert_trees_all_close(
+        jax.jit(elbo_terms)(x, mean, jnp.zeros(B), model), elbo_terms(x, mean, jnp.zeros(B), model), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("log_variance", [1e-4, -1e-4, 1e-3])

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 CONFIG = """
 from bsvae_jax.config import MLP, Config, Optimizer
 from bsvae_jax.sweeps.grid import Sweep
-from bsvae_jax.objective import Constant, Optimal
+from bsvae_jax.objective.elbo import Constant, Optimal
 def get_config():
     return Config(
         network=MLP((32,)), latent_size=4, epochs={epochs}, batch_size=100, devices=1, evaluate_every=5, steps_per_dispatch=4,
@@ -176,7 +176,7 @@ def test_evaluation_and_sampling_killed_at_random_moments(tmp_path):
     file = config_file(tmp_path, epochs=20)
     seconds_of("train", file, "--workdir", tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
-    evaluating = ("--samples", 2000, "--figures", "False")
+    evaluating = ("--samples", 2000, "--no-figures")
     longest = 0.6 * seconds_of("evaluate", tmp_path / "whole", *evaluating)
     before = (tmp_path / "run" / "evaluation.json").read_bytes()
     lost, tries = [], 0

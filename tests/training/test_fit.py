@@ -138,6 +138,16 @@ def test_a_learned_variance_converges_to_the_batch_optimal_one(tmp_path):
     assert learned == pytest.approx(calibration.variance, rel=0.03)
 
 
+def test_a_learned_variance_arrives_within_the_digits_own_schedule(tmp_path):
+    # Twelve epochs of small batches, 1,200 steps at the digits' rate of 1e-3: at that rate it would end near exp(-0.6) = 0.55.
+    config = dataclasses.replace(SMALL, decoder_variance=Learned(), epochs=12, evaluate_every=12, batch_size=15)
+    config = dataclasses.replace(config, optimizer=Optimizer(learning_rate=1e-3, schedule="cosine"))
+    fit(config, tmp_path / "run", progress=False)
+    calibration = read_calibration(tmp_path / "run")
+    learned = float(np.exp(restore(tmp_path / "run").variables["params"]["log_variance"]))
+    assert learned == pytest.approx(calibration.variance, rel=0.3)
+
+
 # --- One step ---------------------------------------------------------------------------------------------------------
 
 

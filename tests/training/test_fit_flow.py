@@ -216,7 +216,7 @@ def test_the_two_stages(tmp_path, capsys):
     restored = restore(folder, prior="fitted")
     assert restored.config.prior == StandardNormal()
     assert restored.model.apply(restored.variables, jax.random.key(0), 3, method="sample").shape == (3, 8, 8, 1)
-    main.main(["evaluate", str(folder), "--prior", "fitted", "--split", "test", "--figures", "False"])
+    main.main(["evaluate", str(folder), "--prior", "fitted", "--split", "test", "--no-figures"])
     report = read_evaluation(folder).report["test"]
     assert report["fitted_rate"].value < report["rate"].value
     assert "flow_matching" in capsys.readouterr().out

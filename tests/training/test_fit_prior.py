@@ -299,7 +299,7 @@ def test_the_commands(run, capsys, tmp_path):
         assert min(image.size) > 300
         assert len(image.convert("L").getcolors(256)) > 20
     # Asked for the model's prior alone, the others stay.
-    main("evaluate", run, "--split", "test", "--figures", "False")
+    main("evaluate", run, "--split", "test", "--no-figures")
     assert "fitted_rate" in json.loads((run / "evaluation.json").read_text())["splits"]["test"]
 
 
@@ -366,7 +366,7 @@ def test_a_prior_of_other_parameters(run, tmp_path):
 def test_a_damaged_file(content, run):
     (run / "prior.npz").write_bytes(content)
     for call in (lambda: restore(run, prior="fitted"), lambda: fit_prior(run, "gaussian")):
-        with pytest.raises(UserError, match=r"prior.npz cannot be read.*bsvae fit-prior --overwrite True makes it again"):
+        with pytest.raises(UserError, match=r"prior.npz cannot be read.*bsvae fit-prior --overwrite makes it again"):
             call()
     assert fit_prior(run, "gaussian", overwrite=True).kind == "gaussian"
 

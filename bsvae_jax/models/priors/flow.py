@@ -87,7 +87,7 @@ class FlowModule(PriorModule):
     def to_noise(self, z: Latents) -> tuple[Latents, Float[Array, " batch"]]:
         """The `u` that z is made of, [B, L], and `log |det du/dz|`, nats, [B]."""
         u = (z - self.origin[None]) * jnp.exp(-self.log_scale)[None]
-        log_determinant = jnp.full(len(z), -jnp.sum(self.log_scale))
+        log_determinant = jnp.full(z.shape[0], -jnp.sum(self.log_scale))
         for layer, coupling in enumerate(self.couplings):
             changed = self._changed(layer)
             shift, log_scale = coupling(u * (1.0 - changed), changed)

@@ -90,7 +90,7 @@ def integrate(
     _check(steps, method)
 
     def field(x: Array, time: Array) -> Array:
-        return velocity(x, jnp.full(len(x), time, x.dtype))
+        return velocity(x, jnp.full(x.shape[0], time, x.dtype))
 
     end: Array = _integrate(field, start, steps, method, backwards)
     return end
@@ -156,8 +156,8 @@ def log_density(
     _check(steps, method)
 
     def field(state: tuple[Array, Array], time: Array) -> tuple[Array, Array]:
-        return divergence(velocity, state[0], jnp.full(len(z), time, z.dtype), probes)
+        return divergence(velocity, state[0], jnp.full(z.shape[0], time, z.dtype), probes)
 
     # Backwards the integral is counted from 1 down to 0: it comes with the sign that the density wants.
-    noise, change = _integrate(field, (z, jnp.zeros(len(z), z.dtype)), steps, method, backwards=True)
+    noise, change = _integrate(field, (z, jnp.zeros(z.shape[0], z.dtype)), steps, method, backwards=True)
     return change - 0.5 * jnp.sum(LOG_2PI + jnp.square(noise), axis=-1)

@@ -124,7 +124,11 @@ class StandardNormalModule(PriorModule):
 
 @dataclass(frozen=True)
 class StandardNormal(Prior):
-    """p(z) = N(0, I); the rate is in closed form."""
+    """p(z) = N(0, I); the rate is in closed form.
+
+    >>> StandardNormal(16).build(16).latent_size
+    16
+    """
 
     latent_size: int | None = field(default=None, repr=False, metadata={"of": "VAE"})
     """L, for a `VAE` of your own modules; a config has its own `latent_size`."""

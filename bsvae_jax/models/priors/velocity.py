@@ -64,7 +64,7 @@ class VelocityNetwork(nn.Module):
     def __call__(self, x: Latents, time: Float[Array, " batch"]) -> Latents:
         """Latents [B, L] and times [B] to a velocity [B, L]."""
         positions, width = self.prior.rows * self.prior.columns, self.prior.width
-        tokens = x.reshape(len(x), positions, -1)
+        tokens = x.reshape(x.shape[0], positions, -1)
         channels = tokens.shape[-1]
         places = self.param("places", nn.initializers.normal(0.02), (positions, width), jnp.float32)
         y = dense(width, name="tokens")(tokens) + places[None]

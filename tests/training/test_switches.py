@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bsvae_jax.models.velocity import VelocityNetwork
 
 import bsvae_jax as bv
 from bsvae_jax import config as configs
@@ -18,7 +17,7 @@ from bsvae_jax.data import augment
 from bsvae_jax.data.shuffle import ShuffledOrder
 from bsvae_jax.errors import DivergenceError
 from bsvae_jax.evaluation.sampling import sample_prior
-from bsvae_jax.models.priors import build as build_prior
+from bsvae_jax.models.priors.velocity import VelocityNetwork
 from bsvae_jax.random import example_keys, make_key, normal_per_example, uniform_per_example
 from bsvae_jax.training.checkpoints import Checkpoints, saved_steps
 from bsvae_jax.training.fit_flow import _losses as flow_losses
@@ -137,7 +136,7 @@ def flow_matching_parts():
     z = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
     params = network.init(make_key(0), z, jnp.zeros(6, jnp.float32))["params"]
     losses = flow_losses(network, params, z, example_keys(make_key(1), jnp.arange(6)))
-    module = build_prior(prior, 4)
+    module = prior.build(4)
     variables = module.init(make_key(0), z, method="log_prob")
     return params, losses, module.apply(variables, make_key(2), 5, method="sample")
 

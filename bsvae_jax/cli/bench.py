@@ -1,0 +1,50 @@
+"""`bsvae bench`: the speed of training, measured."""
+
+from typing import Literal
+
+from bsvae_jax.cli.environment import check_platform
+from bsvae_jax.cli.experiment import ConfigFile, Experiment, keep_compiled_programs, read_experiment
+from bsvae_jax.cli.options import Merged, call
+
+
+def bench(
+    config_file: ConfigFile,
+    experiment: Merged[Experiment],
+    repeats: int = 5,
+    seconds: float = 3.0,
+    against: Literal["torch"] | None = None,
+    noise: bool = False,
+) -> None:
+    """Measure how fast a config trains on the devices at hand; nothing is saved.
+
+    Example: bsvae bench configs/mnist.py --against torch
+
+    Args:
+      config_file: A Python file with get_config(); configs/ holds ready ones.
+      experiment: The experiment of a config file, changed by options.
+      repeats: Measurements, of which the median counts.
+      seconds: Length of each.
+      against: torch: train the same network by the same recipe in PyTorch as well, before and after which this is measured,
+        and print the ratio to the best of its settings.
+      noise: Train on noise of the size of the data, which are then not read.
+    """
+    from bsvae_jax.data import load, shape_of
+    from bsvae_jax.profiling import benchmark
+
+    check_platform()
+    keep_compiled_programs()
+    config = experiment.config
+    images = benchmark.random_images(shape_of(config.data)) if noise else load(config.data)
+    speed = benchmark.measure(config, images, repeats, seconds)
+    if against is None:
+        print(benchmark.describe(speed))
+        return
+    peers = benchmark.measure_torch(config, images, repeats, seconds)
+    speed = benchmark.combined(speed, benchmark.measure(config, images, repeats, seconds))
+    print(benchmark.describe(speed))
+    print(benchmark.describe_against(speed, peers))
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    call(bench, arguments, experiment=read_experiment("bench", arguments))

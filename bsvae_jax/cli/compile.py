@@ -1,0 +1,83 @@
+"""`bsvae compile`: the speed of training on other machines, computed."""
+
+import dataclasses
+import sys
+from typing import Literal
+
+from bsvae_jax.cli.environment import check_platform
+from bsvae_jax.cli.experiment import ConfigFile, Experiment, read_experiment
+from bsvae_jax.cli.options import Merged, call
+from bsvae_jax.errors import check_count
+
+
+def compile(
+    config_file: ConfigFile,
+    experiment: Merged[Experiment],
+    topology: tuple[str, ...] = ("v5e:2x4",),
+    members: int = 1,
+    scaling: Literal["weak", "strong"] | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    images: int | None = None,
+    full: bool = False,
+) -> None:
+    """Compile the training and sampling programs of a config for a machine, which need not be there.
+
+    Prints per device the arithmetic, the memory moved and held, the communication, the least time of a step by the
+    machine's published peaks, and the largest batch that fits. TPUs are compiled for with libtpu alone; nothing is run and
+    no data are read where their size is known.
+
+    Example: bsvae compile configs/mnist.py --topology v5e:2x4 --precision bfloat16 --batch-size 4096
+
+    Args:
+      config_file: A Python file with get_config(); configs/ holds ready ones.
+      experiment: The experiment of a config file, changed by options.
+      topology: A TPU and the arrangement of its chips, v2:2x2x1 to v6e:16x16; or cpu, gpu or tpu, those of this machine.
+        With several and --scaling, a table.
+      members: Compile a stack of so many members of a sweep, divided over the devices.
+      scaling: weak: batch_size images, or --members, on every device; strong: on all of them together.
+      image_shape: Height, width and channels, in place of the data's own, which are then not read.
+      images: Number of training images, with --image-shape.
+      full: Let the compiler of TPUs take its time, minutes, as it does before training; times are about the same.
+    """
+    from bsvae_jax.data import shape_of
+    from bsvae_jax.profiling import aot
+    from bsvae_jax.training.step import check_against_shape
+
+    config = experiment.config
+    check_platform()
+    shape = shape_of(config.data, image_shape, images)
+    check_against_shape(config, shape)
+    check_count("--members", members)
+    if scaling is None:
+        for name in topology:
+            compiled = aot.compile_training(config, shape, name, None, members, full)
+            print(aot.describe(compiled))
+            if compiled.chip is not None:
+                other = aot.compile_other_batch(config, shape, name, None, members, full)
+                unit = config.gradient_accumulation * (compiled.devices if members == 1 else 1)
+                largest = aot.largest_batch(compiled, other, unit)
+                if other is not None and largest is not None:
+                    print(
+                        f"largest batch that fits: about {largest:,}, by the memory of {compiled.batch_size} "
+                        f"and of {other.batch_size}"
+                    )
+            sampling = aot.compile_sampling(config, shape, name, None, full)
+            print(f"sampling 500 images: {sampling.flops:.3g} FLOP, {sampling.bytes_accessed:.3g} bytes per device\n")
+        return
+    rows = []
+    for name in topology:
+        devices = len(aot.machine(name, config.devices)[0])
+        factor = 1 if scaling == "strong" else devices
+        if members == 1:
+            scaled = dataclasses.replace(config, batch_size=config.batch_size * factor)
+            rows.append(aot.compile_training(scaled, shape, name, None, 1, full))
+        else:
+            rows.append(aot.compile_training(config, shape, name, None, members * factor, full))
+        print(aot.scaling_table(rows).splitlines()[-1], file=sys.stderr)
+    print(aot.scaling_table(rows))
+    print("Computed, not measured: the compiler's counts and published peaks.")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    call(compile, arguments, experiment=read_experiment("compile", arguments))

@@ -1,0 +1,127 @@
+"""What a command is handed by its surroundings, made fit: terminal, streams, plotting backend, JAX's platform."""
+
+import codecs
+import contextlib
+import io
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from bsvae_jax.errors import UserError
+
+_PLAIN = {"±": "+-", "β": "beta", "σ²": "sigma^2", "σ": "sigma", "²": "^2", "×": "x", "·": "*", "–": "-", "—": "-", "…": "..."}
+_PLATFORMS = {
+    "cuda": "needs an NVIDIA GPU, its driver, and JAX built for it: pip install -U 'jax[cuda13]'",
+    "gpu": "needs a GPU, its driver, and JAX built for it: pip install -U 'jax[cuda13]'",
+    "tpu": "needs a machine with TPUs, and JAX built for them: pip install -U 'jax[tpu]'",
+}
+_NARROWEST = 40
+"""Columns that help and tables are wrapped to at the least."""
+
+
+def expand_user(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments with `~`, which a shell leaves alone in quotes and behind `=`, as the home folder."""
+
+    def expand(argument: str) -> str:
+        option, path = re.fullmatch(r"(--[\w.-]+=)?(.*)", argument, re.DOTALL).groups(default="")  # type: ignore[union-attr]
+        return option + os.path.expanduser(path)
+
+    return [expand(str(argument)) for argument in arguments]
+
+
+def _transliterate(error: UnicodeError) -> tuple[str, int]:
+    """Plain text for what the encoding of a terminal does not have."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    for character, plain in _PLAIN.items():
+        text = text.replace(character, plain)
+    return text.encode(error.encoding, "backslashreplace").decode(error.encoding), error.end
+
+
+class _Lossy(io.RawIOBase):
+    """A file that may be full or closed without harm to who writes there: progress and warnings are no result."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def isatty(self) -> bool:
+        return self._file.isatty()
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            return self._file.write(data) or 0
+        return len(data)
+
+
+def _open_standard_streams() -> None:
+    """Give a process that was started without an output one: else the next file that is opened takes its number."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(number, "w", closefd=False), "utf-8"))
+
+
+def lose_standard_output() -> None:
+    """Let what is still to be printed go nowhere, since nobody reads it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def commandline_environment() -> Iterator[None]:
+    """For the time of a command: drawing needs no display, help has some width, and any terminal can be written to."""
+    _open_standard_streams()
+    codecs.register_error("bsvae", _transliterate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="bsvae")
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        # Stays until the process ends: Python flushes its streams then, and a failure would be the exit status.
+        raw = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)
+        sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Lossy(raw)), sys.stderr.encoding, "bsvae", write_through=True)
+    set_here = {"MPLBACKEND": "agg"}
+    if shutil.get_terminal_size().columns < _NARROWEST:
+        set_here["COLUMNS"] = str(_NARROWEST)
+    before = {name: os.environ.get(name) for name in set_here}
+    os.environ.update(set_here)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def check_platform() -> None:
+    """Start JAX's backend.
+
+    Raises:
+      UserError: JAX_PLATFORMS names what this machine does not have.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion of JAX's own: it has the plugin, and finds no GPU
+        wanted = getattr(jax.config, "jax_platforms", None) or "the platform"
+        names = [name for name in wanted.split(",") if name in _PLATFORMS]
+        remedy = "; ".join(f"{name} {_PLATFORMS[name]}" for name in names) or "known platforms are cpu, cuda, gpu and tpu"
+        raise UserError(
+            f"JAX cannot use {wanted} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}) on this machine: {remedy}. Without "
+            "JAX_PLATFORMS it takes the best that there is, and JAX_PLATFORMS=cpu the processor."
+        ) from error

@@ -1,0 +1,126 @@
+"""`bsvae evaluate`: the numbers and figures of a trained run."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bsvae_jax.cli.environment import check_platform
+from bsvae_jax.cli.options import Merged, Prior, Run, call
+from bsvae_jax.cli.report import print_report
+from bsvae_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from bsvae_jax.evaluation.evaluate import Fid
+
+
+def evaluate(
+    run: Merged[Run],
+    split: tuple[Literal["train", "test"], ...] = ("train", "test"),
+    samples: int | None = None,
+    bound_images: int | None = None,
+    fid: int | None = None,
+    protocol: Literal["standard", "paper"] = "standard",
+    fid_network: Literal["inception", "lenet"] = "inception",
+    inception_weights: Path | None = None,
+    prior: Prior = "model",
+    figures: bool = True,
+) -> None:
+    """Evaluate a trained run, or every finished member of a sweep: a table with units and standard errors, and figures.
+
+    The profile likelihood gives each image its own optimal variance and is not a density; the calibrated one freezes the
+    training set's variance and is. Compare models by the calibrated one. The numbers go to evaluation.json in the folder, the
+    figures to figures/. Long computations continue where they were interrupted.
+
+    Args:
+      run: A trained run or a sweep.
+      split: Splits to evaluate.
+      samples: Importance samples per image for a tighter bound of log p(x), 1 to 5,000; no such bound if not given.
+      bound_images: Take that bound of the first so many images only.
+      fid: Compute FID and KID with so many samples of the prior against the images of each split; 10,000 is usual.
+      protocol: The paper stretches the contrast of each of 25,600 samples before FID; its numbers are marked as such.
+      fid_network: The published network; or a LeNet trained here on the classes of the data, as for KID of MNIST, whose numbers
+        have names of their own and need no download.
+      inception_weights: Weights of the published network, pytorch-fid's .pth or an .npz; downloaded at first use if not given.
+      prior: fitted gives the numbers under the density of bsvae fit-prior as well, beside those of the model's own.
+      figures: Draw figures.
+    """
+    from bsvae_jax.data import load
+    from bsvae_jax.evaluation.evaluate import PAPER_SAMPLES, Fid
+    from bsvae_jax.evaluation.fid.inception import load_weights
+    from bsvae_jax.evaluation.importance_weighted import check_samples
+
+    if not split:
+        raise UserError("--split needs at least one of train and test.")
+    if samples is not None:
+        check_samples(samples)
+    if protocol == "paper" and fid is None:
+        fid = PAPER_SAMPLES
+    if fid is None and inception_weights is not None:
+        raise UserError("--inception-weights is for FID; give --fid N, the number of samples, as well.")
+    if fid is None and fid_network != "inception":
+        raise UserError("--fid-network is for FID; give --fid N, the number of samples, as well.")
+    if fid_network == "lenet" and inception_weights is not None:
+        raise UserError("--inception-weights is for --fid-network inception; lenet is trained on the data.")
+    options = None
+    if fid is not None:
+        options = Fid(fid, protocol=protocol, network=fid_network)
+        if inception_weights is not None:
+            options = dataclasses.replace(options, weights=load_weights(inception_weights))
+    check_platform()
+    run.load_classes()
+    load_once = functools.cache(load)  # members of a sweep share their data
+    evaluate_in = functools.partial(_evaluate_run, run, load_once, split, samples, bound_images, options, prior)
+    if not (run.workdir / "sweep.json").is_file():
+        evaluate_in(run.workdir, figures)
+        return
+    from bsvae_jax.sweeps.results import read_results
+
+    for member in read_results(run.workdir).members:
+        print(f"\n{member.name}")
+        evaluate_in(run.workdir / "members" / member.name, False)
+    print_report(run.workdir)
+
+
+def _evaluate_run(
+    run: Run,
+    load: Callable[..., Any],
+    split: tuple[str, ...],
+    samples: int | None,
+    bound_images: int | None,
+    fid: "Fid | None",
+    prior: Prior,
+    folder: Path,
+    figures: bool,
+) -> None:
+    from bsvae_jax.evaluation import diagnostic_figures, metrics
+    from bsvae_jax.evaluation import evaluate as evaluation
+    from bsvae_jax.training import workdir as rundir
+    from bsvae_jax.training.fitted_prior import read_fitted
+
+    restored = run.restore("model", folder)
+    with_fitted = run.restore("fitted", folder) if prior == "fitted" else None
+    images = load(restored.config.data)
+    rundir.check_same_data(folder, rundir.read_info(folder), images)
+    evaluate = functools.partial(
+        evaluation.evaluate, samples=samples, bound_images=bound_images, fid_options=fid, workdir=folder, progress=True
+    )
+    evaluated = evaluate(restored, images, split)
+    report = evaluated.report
+    if with_fitted is not None and (fitted := read_fitted(folder)) is not None:
+        report = evaluation.beside(report, evaluate(with_fitted, images, split).report, fitted.describe())
+    rundir.write_evaluation(folder, restored.step, report, run.checkpoint)
+    print(metrics.as_table(report))
+    if (sentence := metrics.left_out(images)) is not None:
+        print(sentence)
+    if figures:
+        diagnostic_figures.draw(restored, images, evaluated, folder)
+        if with_fitted is not None:
+            diagnostic_figures.draw_fitted(restored, with_fitted, images, evaluated, folder)
+        print(f"figures: {folder / 'figures'}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    call(evaluate, arguments)

@@ -1,0 +1,96 @@
+"""The options of commands that take a config file: every field of its config, and the kinds of its parts by name."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from bsvae_jax import config as configs
+from bsvae_jax.cli.options import Merged
+from bsvae_jax.config import Config
+from bsvae_jax.errors import UserError
+
+DATA = Literal["digits", "mnist", "arrays", "folder", "tfds"]
+NETWORK = Literal["linear", "mlp", "residual", "spatial"]
+DECODER_VARIANCE = Literal["constant", "optimal", "learned", "predicted"]
+PRIOR = Literal["standard_normal", "mixture", "vamp", "flow"]
+
+ConfigFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
+Fields = (tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands)
+"""Annotations of a config whose fields are options; the kinds of its parts, own ones too, decide which there are."""
+
+
+@dataclass(frozen=True)
+class DataAndNetwork:
+    """Kinds in place of those of the config file."""
+
+    data: DATA | None = None
+    """Kind of data source to use instead of the config's."""
+    network: NETWORK | None = None
+    """Kind of network to use instead of the config's."""
+
+    def applied_to(self, config: Config) -> Config:
+        """The config with the kinds named here in place of its own."""
+        for field, name in vars(self).items():
+            if name is not None:
+                kind = configs.CHOICES[field][name]
+                if not isinstance(getattr(config, field), kind):
+                    config = dataclasses.replace(config, **{field: kind()})
+        return config
+
+
+@dataclass(frozen=True)
+class Kinds(DataAndNetwork):
+    """Kinds in place of those of the config file."""
+
+    decoder_variance: DECODER_VARIANCE | None = None
+    """Kind of decoder variance to use instead of the config's."""
+    prior: PRIOR | None = None
+    """Kind of prior to use instead of the config's."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The experiment of a config file, changed by options."""
+
+    config: Annotated[Config, *Fields]
+    """The experiment."""
+    kinds: Merged[Kinds] = Kinds()
+
+
+def read_config(command: str, arguments: list[str], files: tuple[str, ...] = ("CONFIG",), kinds: Any = Kinds) -> Config:
+    """The config whose fields are the options of a command: its file and the kinds beside it are read before all others.
+
+    Args:
+      command: its name, for messages.
+      arguments: of the command line, behind the command.
+      files: what the first arguments are; the config is the last of them.
+      kinds: dataclass of the options that name kinds.
+
+    Raises:
+      UserError: the files do not come first; or as `load_config`.
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        return Config()
+    if len(arguments) < len(files) or any(argument.startswith("-") for argument in arguments[: len(files)]):
+        what = "The config file comes" if len(files) == 1 else "The files come"
+        raise UserError(f"{what} first: bsvae {command} {' '.join(files)} [options].")
+    config = configs.load_config(arguments[len(files) - 1])
+    prog = f"bsvae {command}"
+    chosen, _ = tyro.cli(kinds, prog=prog, args=arguments[len(files) :], return_unknown_args=True, add_help=False)
+    return chosen.applied_to(config)
+
+
+def read_experiment(command: str, arguments: list[str], files: tuple[str, ...] = ("CONFIG",)) -> Experiment:
+    """The config of `read_config` as the default value of a command's experiment."""
+    return Experiment(read_config(command, arguments, files))
+
+
+def keep_compiled_programs() -> None:
+    """Find programs again that were compiled by earlier commands."""
+    from bsvae_jax._io.files import cache_folder
+    from bsvae_jax.distributed.mesh import keep_compiled_programs as keep
+
+    keep(cache_folder() / "compiled")

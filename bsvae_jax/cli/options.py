@@ -1,0 +1,81 @@
+"""Options that several commands share, and how a command is called with them."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+
+if TYPE_CHECKING:
+    from bsvae_jax.evaluation.trained import Restored
+
+Part = TypeVar("Part")
+Merged = Annotated[Part, tyro.conf.arg(name="")]
+"""Options of a dataclass among those of the command itself: `--beta`, not `--experiment.beta`."""
+Checkpoint = Literal["latest", "best"]
+Prior = Literal["model", "fitted"]
+
+
+def call(command: Callable[..., None], arguments: list[str], **defaults: Any) -> None:
+    """Call a command with its parameters as options; `defaults` are those that are known only now."""
+    name = command.__name__.replace("_", "-")
+    tyro.cli(functools.partial(command, **defaults), prog=f"bsvae {name}", args=arguments)
+
+
+@dataclass(frozen=True)
+class Workdir:
+    """The folder of a run or of a sweep."""
+
+    workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
+    """Folder that bsvae train or bsvae sweep wrote."""
+    config: Path | None = None
+    """Python file with the run's own classes, where its network, prior, variance or data set are not of this package."""
+
+    def load_classes(self) -> None:
+        """Run that file, which a run folder never does by itself; whatever reads the folder afterwards finds the classes."""
+        if self.config is not None:
+            from bsvae_jax.config import load_module
+
+            load_module(self.config)
+
+
+@dataclass(frozen=True)
+class Run(Workdir):
+    """A trained run."""
+
+    checkpoint: Checkpoint = "latest"
+    """The end of training, or the least held-out objective."""
+
+    def restore(self, prior: Prior = "model", workdir: Path | None = None) -> "Restored":
+        """The model; of another `workdir`, a member of a sweep."""
+        from bsvae_jax.training.restore import restore
+
+        return restore(workdir or self.workdir, self.checkpoint, prior)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Several processes, one a machine, that train one model."""
+
+    distributed: bool = False
+    """This is one of several processes, of which SLURM, Open MPI, a Cloud TPU pod or GKE tells each its place."""
+    coordinator: str | None = None
+    """Where nothing tells: HOST:PORT of process 0, the same for all of them."""
+    processes: int | None = None
+    """With a coordinator, the number of processes."""
+    process: int | None = None
+    """With a coordinator, which of them this one is, from 0."""
+    connect_timeout: int = 60
+    """Seconds to wait for the other processes."""
+
+    def join(self) -> None:
+        """Wait for the others, where there are any; before anything touches a device."""
+        from bsvae_jax.distributed import multihost
+        from bsvae_jax.errors import check_count
+
+        check_count("--connect-timeout", self.connect_timeout)
+        place = (self.coordinator, self.processes, self.process)
+        if self.distributed or place != (None, None, None):
+            multihost.join(*place, timeout=self.connect_timeout)

@@ -1,0 +1,74 @@
+"""`bsvae prepare`: images decoded once."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from bsvae_jax.cli.options import call
+from bsvae_jax.errors import UserError
+
+
+def prepare(
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    size: int | None = None,
+    crop: int | None = None,
+    channels: Literal[1, 3] | None = None,
+    train_split: str = "train",
+    test_split: str = "test",
+    holdout: float = 0.1,
+    holdout_seed: int = 0,
+    data_dir: str | None = None,
+    manual_dir: str | None = None,
+    skip_corrupt: bool = False,
+) -> None:
+    """Decode a set of images once, into a memory map that training reads; bsvae train does the same by itself when needed.
+
+    Prepared images are kept in $BSVAE_CACHE, or ~/.cache/bsvae_jax, and found again by everything that changes a pixel. An
+    interrupted command continues when it is given again.
+
+    Example: bsvae prepare celeb_a --manual-dir DOWNLOADS --crop 148 --size 64
+
+    Args:
+      source: A folder or .zip of images, or the TFDS name of a set: mnist, fashion_mnist, cifar10, celeb_a, lsun/CATEGORY, or
+        any image set of TFDS's catalog, for which TensorFlow must be installed.
+      size: Make all images so many pixels wide and high: the shorter side is resized to it, and the center kept.
+      crop: First keep the square of so many pixels around the center.
+      channels: 1 makes all images gray, 3 color.
+      train_split: Split of the TFDS set to train on.
+      test_split: Split of the TFDS set that is held out.
+      holdout: Share of a folder's images held out, where it has no folder test.
+      holdout_seed: Seed of the held-out split.
+      data_dir: TFDS data directory; its default if not given.
+      manual_dir: Folder with the published files of a set, where they cannot be downloaded.
+      skip_corrupt: Leave out images that cannot be decoded, and list them.
+    """
+    from bsvae_jax.config import TFDS, Folder
+    from bsvae_jax.data import sources
+    from bsvae_jax.data.cache import prepared
+
+    chosen: Folder | TFDS
+    if Path(source).exists():
+        kind = "folder"
+        chosen = Folder(source, holdout, holdout_seed, crop, size, channels)
+    else:
+        kind = "tfds"
+        if source.endswith((".zip", "/")) or source.startswith((".", "/")):
+            raise UserError(f"There is no folder or .zip {source!r}.")
+        chosen = TFDS(source, data_dir, manual_dir, train_split, test_split, crop, size, channels)
+        sources.prepare_tfds(chosen)
+    recipe = sources.recipe(chosen)
+    images = prepared(recipe, skip_corrupt)
+    print(f"{len(images.train):,} training and {len(images.test):,} test images {images.image_shape}: {recipe.folder()}")
+    options = [
+        f"--data.{field.name.replace('_', '-')} {getattr(chosen, field.name)}"
+        for field in dataclasses.fields(chosen)
+        if getattr(chosen, field.name) != field.default
+    ]
+    print(f"bsvae train CONFIG --data {kind} {' '.join(options)}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    call(prepare, arguments)

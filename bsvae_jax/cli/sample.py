@@ -1,0 +1,65 @@
+"""`bsvae sample`: images from a trained run."""
+
+from pathlib import Path
+
+from bsvae_jax.cli.environment import check_platform
+from bsvae_jax.cli.options import Merged, Prior, Run, call
+from bsvae_jax.errors import UserError
+
+
+def sample(
+    run: Merged[Run],
+    count: int = 100,
+    out: Path | None = None,
+    seed: int = 0,
+    prior: Prior = "model",
+    overwrite: bool = False,
+) -> None:
+    """Draw images from a trained run: z from the prior, then the decoder's mean, as 8-bit images; float32 for other data.
+
+    An interrupted command continues where it stopped when it is given again.
+
+    Args:
+      run: A trained run.
+      count: Number of images.
+      out: A .npz file (array images, uint8 [N, H, W, C]; of other data float32 [N, ...]), a .png file (one grid), or a folder
+        (one PNG per image); WORKDIR/samples.npz if not given.
+      seed: Seed of the samples; the first ones do not depend on count.
+      prior: The one that the model was trained with, or the one that bsvae fit-prior fitted afterwards.
+      overwrite: Replace what is already at out.
+    """
+    from bsvae_jax._io.terminal import ProgressBar
+    from bsvae_jax.evaluation import sampling
+    from bsvae_jax.evaluation.plots import image_grid, save
+
+    if count < 1:
+        raise UserError(f"--count must be >= 1, got {count}.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed must lie in 0 ... 2**32 - 1, got {seed}.")
+    out = run.workdir / "samples.npz" if out is None else out
+    if out.suffix in (".npz", ".png") and out.exists() and not overwrite:
+        raise UserError(f"{out} exists; give another --out, or --overwrite to replace it.")
+    check_platform()
+    run.load_classes()
+    restored = run.restore(prior)
+    if out.suffix != ".npz":
+        sampling.check_png(restored)
+    present = 0
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".png":
+            images = sampling.sample_prior(restored, count, seed)
+            save(image_grid(images / 255.0, f"{count} samples of the {'fitted ' if prior == 'fitted' else ''}prior"), out)
+        else:
+            write = sampling.write_npz if out.suffix == ".npz" else sampling.write_folder
+            with ProgressBar(count, 0, enabled=count > sampling.BATCH) as bar:
+                present = write(restored, out, count, seed, overwrite, bar.update)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}).") from error
+    before = f", {present} of them there already" if present else ""
+    print(f"{count} images {restored.image_shape}{before}: {out}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    call(sample, arguments)

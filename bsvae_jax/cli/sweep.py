@@ -1,0 +1,119 @@
+"""`bsvae sweep`: every combination of some settings of one experiment."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Fixed, Suppress, arg
+
+from bsvae_jax.cli.environment import check_platform
+from bsvae_jax.cli.experiment import (
+    DECODER_VARIANCE,
+    PRIOR,
+    ConfigFile,
+    DataAndNetwork,
+    Fields,
+    keep_compiled_programs,
+    read_config,
+)
+from bsvae_jax.cli.options import Merged, call
+from bsvae_jax.cli.report import print_report
+from bsvae_jax.config import Config
+from bsvae_jax.errors import DivergenceError
+from bsvae_jax.sweeps.grid import Sweep, choose_priors, choose_variances, load_sweep
+
+SHARED = Literal["example", "batch", "pixel"]
+DRIVING = Literal["loop", "scan", "vmap"]
+
+_Fixed = Suppress[Fixed[Any]]
+_CONFIG = Config()
+
+
+@dataclass(frozen=True)
+class _Base(Config):
+    """A config without options for what a sweep has lists for."""
+
+    beta: _Fixed = _CONFIG.beta
+    decoder_variance: _Fixed = _CONFIG.decoder_variance
+    prior: _Fixed = _CONFIG.prior
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """The grid: a member for every combination of the values of these lists."""
+
+    beta: tuple[float, ...]
+    """Weights of the rate."""
+    learning_rate: tuple[float, ...]
+    """Peak learning rates; the config's own if not given."""
+    seeds: int
+    """Number of seeds, counted up from --seed."""
+    decoder_variance: tuple[DECODER_VARIANCE, ...] | None = None
+    """Kinds of decoder variance; those of the config file if not given."""
+    constant: Annotated[tuple[float, ...] | None, arg(name="decoder-variance.variance")] = None
+    """Variances of the constant kind, a member for each."""
+    optimal: Annotated[tuple[SHARED, ...] | None, arg(name="decoder-variance.over")] = None
+    """What shares one optimal variance, a member for each."""
+    prior: tuple[PRIOR, ...] | None = None
+    """Kinds of prior; those of the config file if not given."""
+    components: Annotated[tuple[int, ...] | None, arg(name="prior.components")] = None
+    """Numbers of components of the mixture kind, a member for each."""
+    pseudo_inputs: Annotated[tuple[int, ...] | None, arg(name="prior.pseudo-inputs")] = None
+    """Numbers of pseudo-inputs of the vamp kind, a member for each."""
+
+    def grid(self, config: Config, file_grid: Sweep) -> Sweep:
+        """The sweep of these lists; what they leave open is that of the config file."""
+        variances = choose_variances(config, file_grid.decoder_variance, self.decoder_variance, self.constant, self.optimal)
+        priors = choose_priors(config, file_grid.prior, self.prior, self.components, self.pseudo_inputs)
+        return Sweep(self.beta, variances, self.seeds, self.learning_rate, priors)
+
+
+def sweep(
+    config_file: ConfigFile,
+    config: Annotated[_Base, *Fields],
+    lists: Merged[_Lists],
+    kinds: Merged[DataAndNetwork],
+    file_grid: _Fixed,
+    workdir: Path | None = None,
+    driving: DRIVING | None = None,
+    members_at_once: int | None = None,
+) -> None:
+    """Train every combination of the lists and write the report; run it again to continue, or with longer lists.
+
+    Members that differ only in beta, seed, learning rate or a constant variance are trained as one compiled program. Each
+    ends as a run of its own in WORKDIR/members, just as bsvae train leaves it.
+
+    Example: bsvae sweep configs/digits.py --beta 0.1 1 10 --decoder-variance optimal constant --seeds 3
+
+    Args:
+      config_file: A Python file with get_config(), and get_sweep() if it has a grid of its own.
+      config: The base of all members.
+      lists: The grid.
+      kinds: Kinds in place of those of the config file.
+      file_grid: The grid of the config file.
+      workdir: Folder of this sweep; runs/NAME-OF-CONFIG-sweep if not given.
+      driving: How members share a program: one after the other in separate calls, one after the other in one call, or side
+        by side; what was measured to be fastest if not given.
+      members_at_once: Members in one program; as many as fit into memory if not given.
+    """
+    from bsvae_jax.sweeps.fit_sweep import fit_sweep
+
+    base = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
+    grid = lists.grid(base, file_grid)
+    check_platform()
+    keep_compiled_programs()
+    folder = Path("runs") / f"{config_file.stem}-sweep" if workdir is None else workdir
+    result = fit_sweep(base, grid, folder, driving, members_at_once)
+    print_report(folder)
+    if result.failed:
+        raise DivergenceError(f"{len(result.failed)} diverged: {', '.join(result.failed)}. The report has the rest.")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    config = read_config("sweep", arguments, kinds=DataAndNetwork)
+    file_grid = Sweep() if arguments[0] in ("-h", "--help") else load_sweep(arguments[0])
+    base = _Base(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
+    lists = _Lists(file_grid.beta, file_grid.learning_rate, file_grid.seeds)
+    call(sweep, arguments, config=base, lists=lists, file_grid=file_grid)

@@ -1,0 +1,51 @@
+"""`bsvae train`: one experiment."""
+
+from pathlib import Path
+
+from bsvae_jax.cli.environment import check_platform
+from bsvae_jax.cli.experiment import ConfigFile, Experiment, keep_compiled_programs, read_experiment
+from bsvae_jax.cli.options import Merged, Processes, call
+
+
+def train(
+    config_file: ConfigFile,
+    experiment: Merged[Experiment],
+    processes: Merged[Processes],
+    workdir: Path | None = None,
+) -> None:
+    """Train the experiment of a config file; run it again to continue where it stopped.
+
+    Leaves in the workdir: config.json, metrics.jsonl, TensorBoard events, checkpoints (the latest two and the best),
+    the calibrated variance, evaluation.json and figures. Every field of the config is an option below, with the config
+    file's value as its default. Terms are in nats per image.
+
+    Example: bsvae train configs/digits.py --beta 4 --decoder-variance constant --decoder-variance.variance 0.1
+
+    Args:
+      config_file: A Python file with get_config(); configs/ holds ready ones.
+      experiment: The experiment of a config file, changed by options.
+      processes: Several processes, one a machine, that train one model.
+      workdir: Folder of this run; runs/NAME-OF-CONFIG if not given.
+    """
+    from bsvae_jax.distributed import multihost
+    from bsvae_jax.evaluation import figures, metrics
+    from bsvae_jax.training.fit import fit
+    from bsvae_jax.training.restore import restore
+
+    processes.join()
+    check_platform()
+    keep_compiled_programs()
+    folder = Path("runs") / config_file.stem if workdir is None else workdir
+    result = fit(experiment.config, folder)
+    if not multihost.is_primary():
+        return
+    print(metrics.as_table(result.report))
+    if (sentence := metrics.left_out(result.images)) is not None:
+        print(sentence)
+    figures.draw(restore(folder), result.images, folder)
+    print(f"figures: {folder / 'figures'}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    call(train, arguments, experiment=read_experiment("train", arguments))
