@@ -68,11 +68,11 @@ class Callback:
 
     A hook that raises an error ends training as well, after the run is saved (`CallbackError`).
 
-    >>> class Printer(Callback):
-    ...     def on_evaluation(self, run, row):
-    ...         print(run.name, row["step"], row["split"])
     >>> import tempfile
     >>> import bsvae_jax as bv
+    >>> class Printer(bv.Callback):
+    ...     def on_evaluation(self, run, row):
+    ...         print(run.name, row["step"], row["split"])
     >>> config = bv.Config(network=bv.config.MLP((8,)), latent_size=2, epochs=2, batch_size=500, devices=1)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = bv.fit(config, Path(folder) / "run", progress=False, callbacks=[Printer()])
@@ -248,11 +248,13 @@ class EarlyStopping(Callback):
 
     A run that was interrupted and goes on remembers the evaluations before. `restore(workdir, "best")` has the best one.
 
+    >>> import tempfile
     >>> import bsvae_jax as bv
-    >>> stopping = bv.EarlyStopping(patience=2)
-    >>> run = Run("run", Path("run"), Config(), step=4, total_steps=9)
-    >>> stopping.on_start(run, [{"step": i, "split": "test", "objective": 1.0} for i in range(1, 4)])
-    'the held-out objective has not improved for 2 evaluations'
+    >>> config = bv.Config(network=bv.config.MLP((8,)), latent_size=2, epochs=9, batch_size=500, devices=1)
+    >>> stopping = bv.EarlyStopping(patience=2, min_improvement=1000.0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     int(bv.fit(config, folder, progress=False, callbacks=[stopping]).state.step)  # 3 an epoch
+    9
     """
 
     def __init__(self, patience: int, min_improvement: float = 0.0, term: str = "objective"):

@@ -24,7 +24,7 @@ from bsvae_jax.data.prefetch import DeviceImages, HostImages, Stream, fits, gath
 from bsvae_jax.distributed import mesh as parallel
 from bsvae_jax.distributed.mesh import data_mesh, sweep_mesh
 from bsvae_jax.distributed.preemption import Interrupted, Stop
-from bsvae_jax.training import fit, program
+from bsvae_jax.training import fit, program, trainer
 
 PACKAGE = Path(prefetch.__file__).parents[2]
 SMALL = Config(network=MLP((16,)), latent_size=4, epochs=3, batch_size=64, optimizer=Optimizer(ema_decay=0.9))
@@ -301,11 +301,12 @@ def test_streaming_does_not_compile_again(tmp_path):
 
 
 @pytest.mark.parametrize("resident_memory", [0.0, 0.5])
-def test_interrupted_inside_an_epoch_it_goes_on_to_the_bit(tmp_path, resident_memory):
-    """Stopped by a signal after 13, 14 and 40 of 72 steps."""
+def test_interrupted_inside_an_epoch_it_goes_on_to_the_bit(tmp_path, resident_memory, monkeypatch):
+    """Signals after 13, 14 and 40 of 71 steps are answered at the next row of metrics, of 10 steps or the rest of an epoch."""
+    monkeypatch.setattr(trainer, "LOG_EVERY", 10)
     changes = {"resident_memory": resident_memory, "steps_per_dispatch": 1}
     whole = trained(tmp_path, "whole", **changes)
-    for stop_at in (13, 14, 40):
+    for stop_at, stops_at in ((13, 20), (14, 24), (40, 44)):
         asked = Stop()
         original = program.Program.take_steps
 
@@ -317,7 +318,7 @@ def test_interrupted_inside_an_epoch_it_goes_on_to_the_bit(tmp_path, resident_me
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(program.Program, "take_steps", take)
             patch.setattr(fit, "stop_on_signals", lambda asked=asked: _given(asked))
-            with pytest.raises(Interrupted):
+            with pytest.raises(Interrupted, match=f"stopped after step {stops_at} of 71"):
                 trained(tmp_path, "cut", **changes)
     cut = trained(tmp_path, "cut", **changes)
     chex.assert_trees_all_equal(cut.state.arrays(), whole.state.arrays())

@@ -24,8 +24,8 @@ from bsvae_jax.sweeps import plots as sweep_plots
 from bsvae_jax.sweeps.fit_sweep import fit_sweep
 from bsvae_jax.sweeps.grid import Sweep
 from bsvae_jax.sweeps.report import write_report
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
-from bsvae_jax.training.trainer import fit
 
 VECTORS, SEQUENCES, VOLUMES = (5,), (16, 3), (3, 4, 4, 1)
 SHAPES = (VECTORS, SEQUENCES, VOLUMES)
