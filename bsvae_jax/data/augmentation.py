@@ -19,7 +19,11 @@ Image = Float[Array, "height width channels"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a training image, on the device. Evaluation data is never augmented."""
+    """Random changes of a training image, on the device. Evaluation data is never augmented.
+
+    >>> Augmentation(rotation_degrees=15.0).flip
+    False
+    """
 
     rotation_degrees: float = 0.0
     """Rotation uniform in +- this many degrees."""
