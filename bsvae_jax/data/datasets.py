@@ -243,6 +243,7 @@ def shape_of(source: Dataset, image_shape: tuple[int, ...] | None = None, images
     Raises:
       UserError: sizes that are no images, or data that must be read and cannot be.
     """
+    check_kind_of("source", source, Dataset)
     if image_shape is not None:
         if not image_shape or min(image_shape) < 1 or (images is not None and images < 1):
             raise UserError(
