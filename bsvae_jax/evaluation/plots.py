@@ -148,11 +148,8 @@ def show_examples(axes: Any, examples: np.ndarray, columns: int) -> None:
 
 
 def _channel_colors(channels: int) -> list[Any]:
-    return (
-        [colormaps["tab10"](i) for i in range(channels)]
-        if channels <= 10
-        else list(colormaps["viridis"](np.linspace(0, 1, channels)))
-    )
+    colors = colormaps["tab10"](np.arange(10)) if channels <= 10 else colormaps["viridis"](np.linspace(0, 1, channels))
+    return list(colors[:channels])
 
 
 def line_panels(examples: Mapping[str, np.ndarray], title: str, columns: int = 4) -> Figure:

@@ -115,6 +115,7 @@ def write_folder(run: Restored, folder: Path, count: int, seed: int, overwrite: 
     Raises:
       UserError: no images, the folder holds something else, or cannot be written.
     """
+    check_png(run)
     identity = {"parameters": digest(run.variables), "seed": seed}
     with _open(folder, identity, overwrite, ".png"):
         there = 0
