@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -224,6 +225,9 @@ def ends_together() -> Iterator[None]:
 
 def _leave_soon() -> None:
     _say_last_word()
+    for stream in (sys.stdout, sys.stderr):  # what is left there would be lost
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     timer = threading.Timer(GRACE, os._exit, [1])
     timer.daemon = True
     timer.start()
