@@ -168,7 +168,7 @@ def line_panels(examples: Mapping[str, np.ndarray], title: str, columns: int = 4
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     channels = 1 if first.ndim == 2 else first.shape[2]
     colors = _channel_colors(channels)
-    styles = [dict(linestyle=line, marker="o" if first.ndim == 2 else None) for line in ("-", "--")]
+    styles: list[dict[str, Any]] = [dict(linestyle=line, marker="o" if first.ndim == 2 else None) for line in ("-", "--")]
     for index, axes in enumerate(panels.flat):
         axes.set_visible(index < count)
         axes.grid(alpha=0.3)

@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -271,7 +271,7 @@ def _train_turn(
 
 def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray, images: bool = True) -> None:
     """Write `pictures.npz`: uint8 `images`, or other examples as float32, and the rate of each latent on the test set, nats."""
-    arrays = {name: to_8_bits(values) if images else values for name, values in gallery._asdict().items()}
+    arrays: dict[str, Any] = {name: to_8_bits(values) if images else values for name, values in gallery._asdict().items()}
     content = io.BytesIO()
     np.savez(content, **arrays, latent_rate=latent_rate)
     write_atomically(folder / "pictures.npz", content.getvalue())
