@@ -19,10 +19,13 @@ Image = Float[Array, "height width channels"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a training image, on the device. Evaluation data is never augmented.
+    """Random changes of a training image [H, W, C], on the device. Evaluation data is never augmented.
 
-    >>> Augmentation(rotation_degrees=10.0).flip
+    >>> Augmentation(flip=True, crop_scale=(0.8, 1.0)) == Augmentation()  # that asks for no change
     False
+
+    Raises:
+      UserError: a field of a wrong kind or out of range.
     """
 
     rotation_degrees: float = 0.0

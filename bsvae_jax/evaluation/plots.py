@@ -117,7 +117,10 @@ def cell_size(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def show_examples(axes: Any, examples: np.ndarray, columns: int) -> None:
-    """Show examples [N, ...], `columns` a row, without ticks or frame; lines share one scale, which is written beside them."""
+    """Show examples [N, ...], `columns` a row, without ticks or frame.
+
+    Lines share one scale, which is written beside them; an example of NaN leaves its place empty.
+    """
     if not drawn_as_lines(examples.shape[1:]):
         while examples.ndim > 4:
             examples = examples[:, examples.shape[1] // 2]
@@ -129,13 +132,13 @@ def show_examples(axes: Any, examples: np.ndarray, columns: int) -> None:
     rows, columns_of = np.divmod(np.arange(len(examples)), columns)
     values = examples.reshape(len(examples), examples.shape[1], -1)
     # A NaN after each example ends its line.
-    x = columns_of[:, None] * (width + 1) + np.append(np.linspace(0, width, values.shape[1]), np.nan)
+    x = columns_of[:, None] * (width + 1) + np.append(np.linspace(0.05 * width, 0.95 * width, values.shape[1]), np.nan)
     y = rows[:, None, None] * (height + 1) + height * (high - values) / max(high - low, 1e-30)
     y = np.concatenate([y, np.full_like(y[:, :1], np.nan)], axis=1)
+    there = np.isfinite(values).any(axis=(1, 2))
     for row in range(rows[-1] + 1):
-        axes.broken_barh(
-            [(i * (width + 1), width) for i in columns_of[rows == row]], (row * (height + 1), height), color="#f0f0f0"
-        )
+        boxes = [(i * (width + 1), width) for i in columns_of[(rows == row) & there]]
+        axes.broken_barh(boxes, (row * (height + 1), height), color="#f0f0f0")
     for channel, color in enumerate(_channel_colors(values.shape[2])):
         axes.plot(x.ravel(), y[..., channel].ravel(), color=color, linewidth=0.8, marker="." if values.shape[1] == 1 else None)
     axes.set_xlim(-0.5, columns * (width + 1) - 0.5)
@@ -168,7 +171,7 @@ def line_panels(examples: Mapping[str, np.ndarray], title: str, columns: int = 4
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     channels = 1 if first.ndim == 2 else first.shape[2]
     colors = _channel_colors(channels)
-    styles: Any = [dict(linestyle=line, marker="o" if first.ndim == 2 else None) for line in ("-", "--")]
+    styles: list[dict[str, Any]] = [dict(linestyle=line, marker="o" if first.ndim == 2 else None) for line in ("-", "--")]
     for index, axes in enumerate(panels.flat):
         axes.set_visible(index < count)
         axes.grid(alpha=0.3)

@@ -12,6 +12,7 @@ class Restored(NamedTuple):
     """A trained model: `model.apply(variables, x, key)`.
 
     >>> import tempfile
+    >>> import jax
     >>> import bsvae_jax as bv
     >>> from bsvae_jax.config import MLP
     >>> config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)

@@ -155,7 +155,8 @@ def check_against_shape(config: Config, data: DataShape) -> None:
     """
     pixels = math.prod(data.image_shape)
     if config.latent_size > pixels:
-        raise UserError(f"latent_size {config.latent_size} exceeds the {pixels} values of one example.")
+        what = "pixels of an image" if is_image(data.image_shape) else "values of one example"
+        raise UserError(f"latent_size {config.latent_size} exceeds the {pixels} {what}.")
     if config.augmentation != configs.Augmentation() and not is_image(data.image_shape):
         raise UserError(
             f"augmentation rotates, crops and flips images [H, W, C]; one example of these data has shape {data.image_shape}. "

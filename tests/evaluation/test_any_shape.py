@@ -128,8 +128,9 @@ def test_lines_lie_in_their_boxes_at_one_scale():
     axes = plots.new_figure(3.0, 2.0).subplots()
     plots.show_examples(axes, examples, 2)
     height, width = plots.cell_size((5, 1))
-    x, y = axes.lines[0].get_data()
-    np.testing.assert_allclose(x[[0, 4, 6, 10]], [0, width, width + 1, 2 * width + 1])
+    x, y = map(np.asarray, axes.lines[0].get_data())
+    inset = 0.05 * width
+    np.testing.assert_allclose(x[[0, 4, 6, 10]], [inset, width - inset, width + 1 + inset, 2 * width + 1 - inset])
     np.testing.assert_allclose(y[[0, 4, 6, 10]], [height, 0, height / 2, height / 2])
     assert np.isnan(y[[5, 11]]).all()  # no line from one example to the next
     assert axes.texts[0].get_text() == "boxes: -1 to 3"
