@@ -32,6 +32,7 @@ from bsvae_jax._io.files import read_arrays, read_metrics, take_folder, write_at
 from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
+from bsvae_jax.data.image_set import is_image
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report, as_json, from_json
 from bsvae_jax.evaluation.scores import Calibration
@@ -78,7 +79,7 @@ def read_info(folder: Path, like: Config | None = None) -> RunInfo:
             raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
         config, data = configs.from_dict(values["config"], given=configs.kinds_of(like)), values["data"]
         shape = tuple(int(size) for size in data["image_shape"])
-        images = bool(data.get("images", True))  # runs of earlier versions have no others
+        images = bool(data.get("images", is_image(shape)))  # earlier versions did not write it
         switches = dict(values.get("switches", {}))
         return RunInfo(config, shape, int(data["levels"]), str(data["fingerprint"]), images, switches)
     except UserError:
