@@ -198,7 +198,7 @@ def load_config(path: str | Path) -> Config:
     module = load_module(path)
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"{path} has no function get_config() returning a bsvae_jax Config.")
-    with explained(path):
+    with naming_fields(path):
         config = module.get_config()
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {path} must return a bsvae_jax Config, got {type(config).__name__}.")
@@ -228,7 +228,7 @@ def load_module(path: Path, *also: type) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up there while they are made
     sys.path.insert(0, str(location.parent))
     try:
-        with explained(path, *also):
+        with naming_fields(path, *also):
             spec.loader.exec_module(module)
     except BaseException:
         sys.modules.pop(name)
@@ -245,7 +245,7 @@ _LOADED = "_bsvae_config_"
 
 
 @contextlib.contextmanager
-def explained(path: Path, *also: type) -> Iterator[None]:
+def naming_fields(path: Path, *also: type) -> Iterator[None]:
     """Says which field of which config (or of the classes `also`) a file got wrong."""
     try:
         yield

@@ -68,7 +68,7 @@ def example_keys(key: Key[Array, ""], positions: Int[Array, " batch"]) -> Key[Ar
 
 
 def uniform_per_example(keys: Key[Array, " batch"], number: int, shape: tuple[int, ...]) -> Float[Array, "batch ..."]:
-    """Numbers uniform over -1/2 ... 1/2, `[B, *shape]`, each example from `fold_in(key, number)`: dequantisation noise.
+    """Numbers uniform over -1/2 ... 1/2, `[B, *shape]`, each example from `fold_in(key, number)`: dequantization noise.
 
     Folded, so that it is apart from the posterior sample, which takes the key itself.
     """

@@ -212,8 +212,8 @@ def covariance_eigenvalues(data: Shaped[np.ndarray, "examples *pixels"]) -> Eige
     mean = flat.mean(axis=0, dtype=np.float64)
     covariance = np.zeros((flat.shape[1], flat.shape[1]))
     for start in range(0, len(flat), 4096):  # bounds the float64 copy
-        centred = flat[start : start + 4096].astype(np.float64) - mean
-        covariance += centred.T @ centred
+        centered = flat[start : start + 4096].astype(np.float64) - mean
+        covariance += centered.T @ centered
     if not np.isfinite(covariance.trace()):
         raise UserError("data must be finite; some values are NaN or infinite.")
     return np.maximum(np.linalg.eigvalsh(covariance / len(flat))[::-1], 0.0)

@@ -4,7 +4,7 @@
 
 The folder holds CelebA as published: `img_align_celeba.zip` (or the folder unpacked from it), `list_eval_partition.txt` and
 `list_attr_celeba.txt`, which its hosting hands out to people only. They are prepared at the first use, without TensorFlow:
-the centre 148 x 148 of each aligned image, resized to 64 x 64. The paper flips at random before it crops; the order makes no
+the center 148 x 148 of each aligned image, resized to 64 x 64. The paper flips at random before it crops; the order makes no
 difference. See configs/mnist_paper.py for where the evaluation differs from the paper's code.
 
 Hardware and time: an accelerator with 3 GB for the resident images; not measured yet.

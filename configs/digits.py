@@ -2,7 +2,7 @@
 
     bsvae train configs/digits.py
 
-1,500 training and 297 test images of 8x8 pixels with 17 grey levels, from scikit-learn; no download.
+1,500 training and 297 test images of 8x8 pixels with 17 gray levels, from scikit-learn; no download.
 
 Hardware and time: 2 CPU cores, 20-30 s with compilation. Expect, at the end of training (seed 0, the same on 1 and on 8
 devices):

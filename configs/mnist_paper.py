@@ -9,7 +9,7 @@ against `optimal`. Differences from the paper's code, all on purpose:
 * Evaluation data is not augmented. (The paper's code rotates and crops its test images too, so its test numbers are of
   other images and harder.)
 * Every image counts: training sees all 60,000 an epoch and evaluation all 10,000, where the paper's code drops the last batch.
-* The augmented image is resampled once, bilinearly; torchvision rotates with nearest neighbours and then resizes.
+* The augmented image is resampled once, bilinearly; torchvision rotates with nearest neighbors and then resizes.
 * Flax keeps the biased batch variance in BatchNorm's running average, PyTorch the unbiased one.
 * Distortions are true negative log densities, for `constant` too: SSE + D/2 log(pi) at sigma^2 = 1/2.
 

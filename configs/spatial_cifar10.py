@@ -39,7 +39,7 @@ and 512 test images for 10 epochs (`--data arrays --network.widths 8 16 32 --net
     optimal           2      0.023          175           20.02       2547           2307
 
 Rows of one product beta sigma^2 agree to 0.3% in every column, though sigma^2 differs tenfold. These 640 steps are far from
-convergence: reconstructions are blurred and have hardly any colour yet, so the lead of the optimal variance at equal rate may
+convergence: reconstructions are blurred and have hardly any color yet, so the lead of the optimal variance at equal rate may
 be one of speed. One seed.
 """
 

@@ -1,4 +1,4 @@
-"""The linear-Gaussian optimum and Shannon's R(D) against numerical minimisation, root finding, SciPy, scikit-learn and hand."""
+"""The linear-Gaussian optimum and Shannon's R(D) against numerical minimization, root finding, SciPy, scikit-learn and hand."""
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,12 @@ every_spectrum = pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECT
 # --- The optimum, by brute force --------------------------------------------------------------------------------------
 
 
-def minimise_linear_vae(eigenvalues: np.ndarray, latents: int, beta: float, floor: float) -> tuple[float, float, float]:
+def minimize_linear_vae(eigenvalues: np.ndarray, latents: int, beta: float, floor: float) -> tuple[float, float, float]:
     """Variance, rate and objective at the best of several BFGS minima, in the eigenbasis of the covariance.
 
     Latent i sees u ~ N(0, l) through q = N(g u, t) and decodes d z. Then E (u - d z)^2 = l (1 - d g)^2 + d^2 t and
     E KL = 1/2 (t + g^2 l - 1 - log t); dimensions without a latent cost l. The variance is profiled: v = error / D + v0.
-    Parameters are g sqrt(l), d / sqrt(l) and log t, which makes every latent look alike to the minimiser.
+    Parameters are g sqrt(l), d / sqrt(l) and log t, which makes every latent look alike to the minimizer.
     """
     l = np.sort(eigenvalues)[::-1]
     coded, rest, dimensions = l[:latents], l[latents:].sum(), len(l)
@@ -66,11 +66,11 @@ def minimise_linear_vae(eigenvalues: np.ndarray, latents: int, beta: float, floo
 @every_spectrum
 @pytest.mark.parametrize("floor", [0.0, 0.04])
 @pytest.mark.parametrize("latents", [1, 2, "all"])
-def test_linear_optimum_is_what_a_minimiser_finds(spectrum, latents, floor):
+def test_linear_optimum_is_what_a_minimizer_finds(spectrum, latents, floor):
     latents = len(spectrum) - (floor == 0) if latents == "all" else latents  # all D with floor 0 is unbounded below
     for beta in (0.1, 0.5, 1.0, 2.0, 10.0):
         optimum = linear_optimum(spectrum, latents, beta, floor)
-        variance, rate, objective = minimise_linear_vae(spectrum, latents, beta, floor)
+        variance, rate, objective = minimize_linear_vae(spectrum, latents, beta, floor)
         # Flat to second order: the place is found to about the root of the accuracy of the value.
         assert optimum.objective == pytest.approx(objective, rel=1e-10, abs=1e-10)
         assert optimum.variance == pytest.approx(variance, rel=1e-5)
@@ -127,7 +127,7 @@ def random_problems(count: int):
 
 
 def test_just_one_number_of_active_latents_is_consistent_with_its_water_level():
-    """Minimised over encoder and decoder at fixed v, the objective has one minimum in v, so two k never compete.
+    """Minimized over encoder and decoder at fixed v, the objective has one minimum in v, so two k never compete.
 
     Its derivative in log v is (D - E(v) / v) / 2 with E(v) = sum_{i<=K} min(l_i, beta v) + sum_{i>K} l_i + D v0. E is concave
     and not negative at 0, so E(v) / v falls and meets D once.

@@ -24,7 +24,7 @@ from bsvae_jax.errors import DivergenceError
 from bsvae_jax.sweeps.grid import Sweep, choose_priors, choose_variances, load_sweep
 
 SHARED = Literal["example", "batch", "pixel"]
-DRIVING = Literal["loop", "scan", "vmap"]
+EXECUTION = Literal["loop", "scan", "vmap"]
 
 _Fixed = Suppress[Fixed[Any]]
 _CONFIG = Config()
@@ -76,7 +76,7 @@ def sweep(
     kinds: Merged[DataAndNetwork],
     file_grid: _Fixed,
     workdir: Path | None = None,
-    driving: DRIVING | None = None,
+    execution: EXECUTION | None = None,
     members_at_once: int | None = None,
 ) -> None:
     """Train every combination of the lists and write the report; run it again to continue, or with longer lists.
@@ -93,7 +93,7 @@ def sweep(
       kinds: Kinds in place of those of the config file.
       file_grid: The grid of the config file.
       workdir: Folder of this sweep; runs/NAME-OF-CONFIG-sweep if not given.
-      driving: How members share a program: one after the other in separate calls, one after the other in one call, or side
+      execution: How members share a program: one after the other in separate calls, one after the other in one call, or side
         by side; what was measured to be fastest if not given.
       members_at_once: Members in one program; as many as fit into memory if not given.
     """
@@ -104,7 +104,7 @@ def sweep(
     check_platform()
     keep_compiled_programs()
     folder = Path("runs") / f"{config_file.stem}-sweep" if workdir is None else workdir
-    result = fit_sweep(base, grid, folder, driving, members_at_once)
+    result = fit_sweep(base, grid, folder, execution, members_at_once)
     print_report(folder)
     if result.failed:
         raise DivergenceError(f"{len(result.failed)} diverged: {', '.join(result.failed)}. The report has the rest.")

@@ -1,7 +1,7 @@
 """Random changes of training images, on the device, each image by its own key.
 
-Rotation and random resized crop are composed into one affine map and sampled once, bilinearly, with half-pixel centres and
-zeros outside. (torchvision resamples twice, and rotates with nearest-neighbour interpolation by default.)
+Rotation and random resized crop are composed into one affine map and sampled once, bilinearly, with half-pixel centers and
+zeros outside. (torchvision resamples twice, and rotates with nearest-neighbor interpolation by default.)
 """
 
 import math
@@ -102,7 +102,7 @@ def _rotate_and_crop(image: Image, key: Key[Array, ""], config: Augmentation) ->
     top = jax.random.uniform(row_key, dtype=jnp.float32) * (1.0 - crop_height) * height
     left = jax.random.uniform(column_key, dtype=jnp.float32) * (1.0 - crop_width) * width
     rows, columns = jnp.meshgrid(*(jnp.arange(size, dtype=jnp.float32) + 0.5 for size in (height, width)), indexing="ij")
-    # Output pixel -> pixel of the rotated image (crop) -> pixel of the source (rotation about the centre).
+    # Output pixel -> pixel of the rotated image (crop) -> pixel of the source (rotation about the center).
     rows, columns = top + crop_height * rows - height / 2, left + crop_width * columns - width / 2
     source_rows = jnp.cos(angle) * rows - jnp.sin(angle) * columns + height / 2 - 0.5
     source_columns = jnp.sin(angle) * rows + jnp.cos(angle) * columns + width / 2 - 0.5

@@ -249,17 +249,17 @@ class _Preparation:
                 sizes = self._counts(found, lambda header: f"{header.height} x {header.width}")
                 raise UserError(
                     f"{self.recipe.name} holds images of {len(others) + 1} sizes ({sizes}); --size N (in a config: data.size) "
-                    "makes them all N x N: the shorter side becomes N, and the centre is kept."
+                    "makes them all N x N: the shorter side becomes N, and the center is kept."
                 )
         else:
             height = width = side
         if channels is None:
             channels, *others = self._kinds(found, lambda header: header.channels)
             if others:
-                kinds = self._counts(found, lambda header: "grey" if header.channels == 1 else "colour")
+                kinds = self._counts(found, lambda header: "gray" if header.channels == 1 else "color")
                 raise UserError(
-                    f"{self.recipe.name} holds grey images and colour images ({kinds}); --channels 3 (in a config: "
-                    "data.channels) makes all colour, --channels 1 all grey."
+                    f"{self.recipe.name} holds gray images and color images ({kinds}); --channels 3 (in a config: "
+                    "data.channels) makes all color, --channels 1 all gray."
                 )
         return height, width, channels
 

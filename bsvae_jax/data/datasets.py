@@ -59,7 +59,7 @@ class Dataset(Kind, abc.ABC):
 
 @dataclass(frozen=True)
 class Digits(Dataset):
-    """The 1,797 real handwritten 8x8 digits (17 grey levels) that scikit-learn carries: no download."""
+    """The 1,797 real handwritten 8x8 digits (17 gray levels) that scikit-learn carries: no download."""
 
     def load(self, progress: bool = True) -> ImageSet:
         """The last 297 of scikit-learn's digits are held out."""
@@ -121,7 +121,7 @@ def _check_preprocessing(source: "TFDS | Folder") -> None:
         if getattr(source, name) is not None:
             check_count(f"data.{name}", getattr(source, name))
     if source.channels not in (None, 1, 3):
-        raise UserError(f"data.channels must be 1 (grey), 3 (colour) or None, got {source.channels!r}.")
+        raise UserError(f"data.channels must be 1 (gray), 3 (color) or None, got {source.channels!r}.")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class TFDS(Dataset):
     """A TFDS image set, read as array_record without TensorFlow.
 
     `mnist`, `fashion_mnist`, `cifar10`, `celeb_a` and `lsun/CATEGORY` are prepared at their first use; any other set of the
-    catalogue once by `bsvae prepare NAME`, which needs TensorFlow.
+    catalog once by `bsvae prepare NAME`, which needs TensorFlow.
     """
 
     name: str = "mnist"
@@ -143,11 +143,11 @@ class TFDS(Dataset):
     test_split: str = "test"
     """Split held out."""
     crop: int | None = None
-    """Side of the square kept around the centre of an image, in its own pixels; before `size`."""
+    """Side of the square kept around the center of an image, in its own pixels; before `size`."""
     size: int | None = None
-    """Images become size x size: the shorter side is resized to it, and the centre kept; None: as they are."""
+    """Images become size x size: the shorter side is resized to it, and the center kept; None: as they are."""
     channels: int | None = None
-    """1: grey, 3: colour; None: as they are."""
+    """1: gray, 3: color; None: as they are."""
 
     def __post_init__(self) -> None:
         for name in ("data_dir", "manual_dir"):
@@ -188,11 +188,11 @@ class Folder(Dataset):
     holdout_seed: int = 0
     """Decides which; apart from the run's seed, so that runs of different seeds are tested on the same images."""
     crop: int | None = None
-    """Side of the square kept around the centre of an image, in its own pixels; before `size`."""
+    """Side of the square kept around the center of an image, in its own pixels; before `size`."""
     size: int | None = None
-    """Images become size x size: the shorter side is resized to it, and the centre kept; None: as they are."""
+    """Images become size x size: the shorter side is resized to it, and the center kept; None: as they are."""
     channels: int | None = None
-    """1: grey, 3: colour; None: as they are."""
+    """1: gray, 3: color; None: as they are."""
 
     def __post_init__(self) -> None:
         check_path(self, "path")

@@ -15,7 +15,7 @@ from bsvae_jax.errors import UserError
 CHANNELS = dict.fromkeys(("1", "L", "LA", "La"), 1) | dict.fromkeys(
     ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV"), 3
 )
-"""Channels of Pillow's modes of 8 bits; palettes are colour."""
+"""Channels of Pillow's modes of 8 bits; palettes are color."""
 
 BACKGROUND = (255, 255, 255, 255)
 """White: what transparent pixels are laid on. What is stored under them was never meant to be seen."""
@@ -42,11 +42,11 @@ class Preprocessing(NamedTuple):
     """What happens to an image before it is stored."""
 
     crop: int | None = None
-    """Side of the square kept around the centre, in pixels of the source; first."""
+    """Side of the square kept around the center, in pixels of the source; first."""
     size: int | None = None
-    """The shorter side becomes this (bilinear, antialiased), and the centre size x size is kept; second."""
+    """The shorter side becomes this (bilinear, antialiased), and the center size x size is kept; second."""
     channels: int | None = None
-    """1: grey, 3: colour; None: as the source has them."""
+    """1: gray, 3: color; None: as the source has them."""
 
 
 class Header(NamedTuple):
@@ -109,13 +109,13 @@ def decode_noted(content: bytes, preprocessing: Preprocessing, what: str) -> tup
         except _DAMAGE as error:
             raise CorruptImageError(_limit(error, what) or f"{what} is truncated or damaged ({error}).") from error
         if crop is not None:
-            image = _centre(image, crop, what)
+            image = _center(image, crop, what)
         if size is not None:
             shorter = min(image.size)
             width, height = (max(size, round(side * size / shorter)) for side in image.size)
             if shorter != size:
                 image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
-            image = _centre(image, size, what)
+            image = _center(image, size, what)
         pixels = np.asarray(image)
     return pixels[..., None] if channels == 1 else pixels, tuple(notes)
 
@@ -180,10 +180,10 @@ def _channels(image: PIL.Image.Image, what: str) -> int:
     return CHANNELS[image.mode]
 
 
-def _centre(image: PIL.Image.Image, side: int, what: str) -> PIL.Image.Image:
+def _center(image: PIL.Image.Image, side: int, what: str) -> PIL.Image.Image:
     width, height = image.size
     if min(width, height) < side:
-        raise UserError(f"{what} is {height} x {width} pixels, too small for a centre crop of {side}.")
+        raise UserError(f"{what} is {height} x {width} pixels, too small for a center crop of {side}.")
     if (width, height) == (side, side):
         return image
     left, top = round((width - side) / 2), round((height - side) / 2)  # as torchvision's CenterCrop rounds

@@ -150,14 +150,14 @@ def find_images(path: Path) -> Found:
     folders = _folders(train.values())
     counts = collections.Counter(folders)
     stray = counts.pop("", 0)
-    labelled = len(counts) > 1 and stray <= max(1, counts.total() // 10)
-    if labelled and stray:  # as torchvision's ImageFolder does with all
+    labeled = len(counts) > 1 and stray <= max(1, counts.total() // 10)
+    if labeled and stray:  # as torchvision's ImageFolder does with all
         left_out.append(f"{_count(stray)} beside the class folders ({list(train)[folders.index('')]!r} first)")
         train = {name: rest for (name, rest), folder in zip(train.items(), folders, strict=True) if folder}
         folders = [folder for folder in folders if folder]
-    elif len(counts) > 1 and not labelled:
+    elif len(counts) > 1 and not labeled:
         notes.append(f"no classes, since {_count(stray)} lie in no class folder")
-    classes = sorted(counts) if labelled else []
+    classes = sorted(counts) if labeled else []
     looks = [folder for folder in classes if _kind(folder)]
     if len(set(map(_kind, looks))) > 1:
         raise UserError(
@@ -165,9 +165,9 @@ def find_images(path: Path) -> Found:
             "rename those that are classes."
         )
     numbers = {name: number for number, name in enumerate(classes)}
-    labels = [numbers[folder] for folder in folders] if labelled else None
+    labels = [numbers[folder] for folder in folders] if labeled else None
     test_labels = None
-    if labelled and test:
+    if labeled and test:
         test_labels = [numbers.get(folder, -1) for folder in _folders(test.values())]
         if without := test_labels.count(-1):
             notes.append(f"{'all' if without == len(test) else f'{without:,}'} test images lie in no class folder of training")

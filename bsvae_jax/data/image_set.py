@@ -46,7 +46,7 @@ class DataShape(NamedTuple):
     image_shape: tuple[int, ...]
     """Of one example: (H, W, C) of images."""
     levels: int
-    """Grey levels of stored uint8 images."""
+    """Gray levels of stored uint8 images."""
     dtype: Any
     """As stored."""
     train: int
@@ -55,8 +55,8 @@ class DataShape(NamedTuple):
     """Held-out images."""
 
     @property
-    def step(self) -> float:
-        """Quantisation step after scaling to [0, 1]."""
+    def bin_width(self) -> float:
+        """Width of a gray level after scaling to [0, 1]."""
         return 1.0 / (self.levels - 1)
 
     @property
@@ -76,7 +76,7 @@ class ImageSet:
 
     >>> blank = np.zeros((5, 8, 8, 1), np.uint8)
     >>> images = ImageSet("blank", train=blank, test=blank[:1], levels=17)
-    >>> images.image_shape, images.step, len(images.train)
+    >>> images.image_shape, images.bin_width, len(images.train)
     ((8, 8, 1), 0.0625, 5)
 
     Raises:
@@ -89,7 +89,7 @@ class ImageSet:
     test: np.ndarray
     """Held-out images of the same kind."""
     levels: int = 256
-    """Number of grey levels of the source."""
+    """Number of gray levels of the source."""
     train_labels: np.ndarray | None = None
     """Where the source has them: classes, [N] integers, or A attributes, [N, A] booleans."""
     test_labels: np.ndarray | None = None
@@ -142,14 +142,14 @@ class ImageSet:
         return digest.hexdigest()
 
     @property
-    def step(self) -> float:
-        """Quantisation step after scaling to [0, 1]: 1/255 for 8 bits, 1/16 for the 17-level digits."""
+    def bin_width(self) -> float:
+        """Width of a gray level after scaling to [0, 1]: 1/255 for 8 bits, 1/16 for the 17-level digits."""
         return 1.0 / (self.levels - 1)
 
     @property
     def scale(self) -> float:
-        """Factor from stored values to [0, 1]: the step for integers, 1 for floats."""
-        return self.step if self.train.dtype == np.uint8 else 1.0
+        """Factor from stored values to [0, 1]: the bin width for integers, 1 for floats."""
+        return self.bin_width if self.train.dtype == np.uint8 else 1.0
 
     @functools.cached_property
     def holds_images(self) -> bool:

@@ -371,7 +371,7 @@ def _records(builder: Any, name: str, split: str) -> tuple[Any, dict[str, list[i
         found = ", ".join(builder.info.splits) or "none"
         raise UserError(
             f"TFDS set {name!r} has no prepared split {split!r} in {builder.data_dir} (prepared: {found}). A set of TFDS's "
-            f"catalogue is prepared by `bsvae prepare {name}`, which needs TensorFlow: pip install 'bsvae_jax[tf]'."
+            f"catalog is prepared by `bsvae prepare {name}`, which needs TensorFlow: pip install 'bsvae_jax[tf]'."
         )
     try:
         records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})

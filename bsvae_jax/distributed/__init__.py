@@ -1,4 +1,4 @@
-"""Devices and processes: the mesh, the lift of a step over it, several hosts, and signals that ask to stop.
+"""Devices and processes: the mesh, a step run on all of them, several hosts, and signals that ask to stop.
 
 Begin with `mesh`; `multihost` joins processes, `preemption` catches SIGTERM, `hardware` knows the chips.
 """

@@ -94,7 +94,7 @@ def known_topologies() -> str:
 
 
 def memory_sizes(compiled: Any) -> tuple[int, int, int]:
-    """Bytes of arguments, results and temporary arrays of a compiled program, as in its `Footprint`; their sum is its peak."""
+    """Bytes of arguments, results and temporary arrays of a compiled program, as in its `ProgramCost`; the sum is its peak."""
     sizes = compiled.memory_analysis()
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return int(sizes.argument_size_in_bytes), int(results), int(sizes.temp_size_in_bytes)

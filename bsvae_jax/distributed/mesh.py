@@ -1,8 +1,8 @@
-"""Devices: the mesh, and the lift of a function written for one device's share of the batch over all of them.
+"""Devices: the mesh, and the way of a function written for one device's share of the batch over all of them.
 
 A step is written with a named axis `"data"` and explicit averages over it. `lift` runs it under `jit(shard_map)`;
 `jax.pmap(step, axis_name="data")` runs the same function on stacked copies of the state. A sweep's members are a second,
-outer axis: `lift` with a `driving` runs the same function for all of them in one program, the members divided over the
+outer axis: `lift` with an `execution` runs the same function for all of them in one program, the members divided over the
 devices of the `"member"` axis.
 """
 
@@ -28,7 +28,7 @@ DATA_AXIS = "data"
 MEMBER_AXIS = "member"
 """Name of the axis of the devices among which the members of a sweep are divided."""
 
-Driving = Literal["loop", "scan", "vmap"]
+Execution = Literal["loop", "scan", "vmap"]
 """How members share a compiled program: 'loop': one member a call, no member axis; 'vmap': all members side by side, their
 matrix products batched; 'scan': all in one call, one after the other."""
 
@@ -85,13 +85,13 @@ def member_slots(mesh: Mesh, members: int) -> int:
     return -(-members // size) * size
 
 
-def lift(
+def parallelize(
     function: Callable[..., Any],
     mesh: Mesh,
     in_specs: tuple[Any, ...],
     out_specs: Any,
     donate: tuple[int, ...] = (),
-    driving: Driving = "loop",
+    execution: Execution = "loop",
     shared: tuple[int, ...] = (),
     convolutional: bool = False,
     by: DeviceMap = "shard_map",
@@ -110,23 +110,23 @@ def lift(
       in_specs: of each argument of one model, over the data axis.
       out_specs: of the results of one model.
       donate: arguments whose memory the result may take.
-      driving: 'loop' for one model. With 'scan' or 'vmap' every argument and result has a leading axis of members.
+      execution: 'loop' for one model. With 'scan' or 'vmap' every argument and result has a leading axis of members.
       shared: arguments without that axis, the same for all members.
       convolutional: most of its time goes into convolutions; compiled for them where that takes an option.
       by: 'shard_map', or 'pmap' for one process and devices that share one batch.
 
     >>> mesh = data_mesh(1)
     >>> mean = lambda x: jax.lax.pmean(jnp.mean(x), DATA_AXIS)
-    >>> [float(lift(mean, mesh, (SHARDED,), REPLICATED, by=by)(jnp.arange(4.0))) for by in ("shard_map", "pmap")]
+    >>> [float(parallelize(mean, mesh, (SHARDED,), REPLICATED, by=by)(jnp.arange(4.0))) for by in ("shard_map", "pmap")]
     [1.5, 1.5]
 
     Raises:
       UserError: `pmap` with several processes, or with members divided over devices.
     """
-    if driving == "loop":
+    if execution == "loop":
         over_members, ins, outs = function, in_specs, out_specs
     else:
-        over_members = _over_members(function, driving, len(in_specs), shared)
+        over_members = _over_members(function, execution, len(in_specs), shared)
         ins = tuple(spec if i in shared else _with_members(spec) for i, spec in enumerate(in_specs))
         outs = _with_members(out_specs)
     if by == "pmap":
@@ -191,8 +191,10 @@ def _with_members(specs: Any) -> Any:
     return jax.tree.map(lambda spec: P(MEMBER_AXIS, *spec), specs, is_leaf=lambda node: isinstance(node, P))
 
 
-def _over_members(function: Callable[..., Any], driving: Driving, count: int, shared: tuple[int, ...]) -> Callable[..., Any]:
-    if driving == "vmap":
+def _over_members(
+    function: Callable[..., Any], execution: Execution, count: int, shared: tuple[int, ...]
+) -> Callable[..., Any]:
+    if execution == "vmap":
         return jax.vmap(function, in_axes=tuple(None if i in shared else 0 for i in range(count)))
     own = [i for i in range(count) if i not in shared]
 

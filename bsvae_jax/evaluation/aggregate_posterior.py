@@ -1,7 +1,7 @@
 """Where the bits go: the rate split by the aggregate posterior q(z) = mean over the images of q(z|x).
 
     rate = I(x; z) + KL(q(z) || p(z))                                     Hoffman & Johnson (2016): "ELBO surgery"
-    KL(q(z) || p(z)) = total correlation + sum_l KL(q(z_l) || p(z_l))     Chen et al. (2018), for a factorised prior
+    KL(q(z) || p(z)) = total correlation + sum_l KL(q(z_l) || p(z_l))     Chen et al. (2018), for a factorized prior
 
 I is the index-code mutual information: what z says about which image it came from, at most log N. The second term is the
 mismatch of prior and aggregate posterior. q(z) is evaluated as what it is, the mixture of all N posteriors of the set, at
@@ -37,7 +37,7 @@ class AggregatePosterior(NamedTuple):
     log_prior: np.ndarray
     """`log p(z)`, [Q]."""
     log_prior_marginals: np.ndarray | None
-    """`log p(z_l)`, [Q, L]; None where the prior does not factorise."""
+    """`log p(z_l)`, [Q, L]; None where the prior does not factorize."""
 
 
 @functools.partial(jax.jit, static_argnames="chunk")
@@ -62,7 +62,7 @@ def _log_densities(
 
 
 def aggregate_posterior(
-    z: np.ndarray, mean: np.ndarray, log_variance: np.ndarray, log_prior: np.ndarray, factorised_normal_prior: bool
+    z: np.ndarray, mean: np.ndarray, log_variance: np.ndarray, log_prior: np.ndarray, factorized_normal_prior: bool
 ) -> AggregatePosterior:
     """Evaluate the aggregate posterior of N images at their own samples.
 
@@ -71,7 +71,7 @@ def aggregate_posterior(
       mean: of every q(z|x), [N, L].
       log_variance: the same.
       log_prior: `log p(z)` at every z, nats, [N].
-      factorised_normal_prior: whether p(z) = N(0, I), whose marginals are known.
+      factorized_normal_prior: whether p(z) = N(0, I), whose marginals are known.
     """
     count, latents = mean.shape
     chosen = np.unique(np.linspace(0, count - 1, min(QUERIES, count)).astype(int))
@@ -81,7 +81,7 @@ def aggregate_posterior(
     joint, marginal = (np.asarray(part, np.float64) - np.log(count) for part in _log_densities(*arrays, chunk=chunk))
     z, own_mean, own_log_variance = (np.asarray(array, np.float64) for array in (z, own_mean, own_log_variance))
     own = -0.5 * (LOG_2PI + own_log_variance + (z - own_mean) ** 2 * np.exp(-own_log_variance))
-    prior_marginals = -0.5 * (LOG_2PI + z**2) if factorised_normal_prior else None
+    prior_marginals = -0.5 * (LOG_2PI + z**2) if factorized_normal_prior else None
     return AggregatePosterior(own.sum(axis=1), joint, marginal, np.asarray(log_prior, np.float64)[chosen], prior_marginals)
 
 
@@ -93,7 +93,7 @@ class RateSplit(NamedTuple):
     aggregate_kl: np.ndarray
     """`log q(z) - log p(z)`, [Q]; the mean is KL(q(z) || p(z))."""
     total_correlation: np.ndarray | None
-    """`log q(z) - sum_l log q(z_l)`, [Q]; None where the prior does not factorise."""
+    """`log q(z) - sum_l log q(z_l)`, [Q]; None where the prior does not factorize."""
     dimension_kl: np.ndarray | None
     """`log q(z_l) - log p(z_l)`, [Q, L]; the mean is KL(q(z_l) || p(z_l))."""
 

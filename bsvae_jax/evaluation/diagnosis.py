@@ -18,10 +18,10 @@ def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str,
       images: its data.
     """
     found = {}
-    floor = quantization_variance(images.step)
+    floor = quantization_variance(images.bin_width)
     if not isinstance(config.decoder_variance, Constant) and scores.model_variance < 2 * floor:
         found["variance collapse"] = (
-            f"the decoder variance {scores.model_variance:.3g} is at its floor v0 = {floor:.3g}, the quantisation noise: the "
+            f"the decoder variance {scores.model_variance:.3g} is at its floor v0 = {floor:.3g}, the quantization noise: the "
             "likelihood says nothing but that the images are reconstructed exactly. Fewer latents or a larger beta help, or "
             "less constant data."
         )
@@ -53,7 +53,7 @@ def _critical_beta(config: Config, images: ImageSet) -> str:
     eigenvalues = images.covariance_eigenvalues
     if eigenvalues is None or not isinstance(config.prior, StandardNormal):
         return ""
-    critical = config.decoder_variance.critical_beta(eigenvalues, quantization_variance(images.step))
+    critical = config.decoder_variance.critical_beta(eigenvalues, quantization_variance(images.bin_width))
     if critical is None:
         return ""
     linear = "this linear model" if isinstance(config.network, Linear) else "a linear model on these data"

@@ -37,12 +37,12 @@ DECODED = 64
 SHOWN = 20
 """Samples shown above their nearest training images."""
 ATTRIBUTES_SHOWN = 6
-"""Attributes by which the latent space is coloured: those that it separates best."""
+"""Attributes by which the latent space is colored: those that it separates best."""
 BOUND_LABELS = {
     "importance_weighted_bound": "calibrated σ²",
-    "importance_weighted_bound_dequantised": "calibrated σ², dequantised",
+    "importance_weighted_bound_dequantized": "calibrated σ², dequantized",
     "own_importance_weighted_bound": "the model's σ²",
-    "own_importance_weighted_bound_dequantised": "the model's σ², dequantised",
+    "own_importance_weighted_bound_dequantized": "the model's σ², dequantized",
 }
 
 
@@ -51,7 +51,7 @@ def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -
     title = title_of(run, images)
     drawn: dict[str, Any] = {
         "interpolations": _interpolations(run, images, title),
-        "nearest_neighbours": _neighbours(run, images, title),
+        "nearest_neighbors": _neighbors(run, images, title),
     }
     for split, parts in evaluated.splits.items():
         own = f"{title}, {split} set"
@@ -177,12 +177,12 @@ def _latent_space(images: ImageSet, split: str, parts: SplitEvaluation, title: s
     means = parts.scores.posterior_mean
     if labels is None or means.shape[1] < 2:
         return {}
-    centred = means - means.mean(axis=0)
-    _, spread, axes = np.linalg.svd(centred, full_matrices=False)
-    points, shares = centred @ axes[:2].T, (spread**2 / max(float((spread**2).sum()), 1e-30))[:2].tolist()
+    centered = means - means.mean(axis=0)
+    _, spread, axes = np.linalg.svd(centered, full_matrices=False)
+    points, shares = centered @ axes[:2].T, (spread**2 / max(float((spread**2).sum()), 1e-30))[:2].tolist()
     if labels.ndim == 1:
         names = images.label_names or tuple(str(number) for number in range(int(labels.max()) + 1))
-        panels = {"coloured by class": (labels, names)}
+        panels = {"colored by class": (labels, names)}
     else:
         best = np.argsort(-_separation(points, labels))[:ATTRIBUTES_SHOWN].tolist()
         panels = {images.label_names[number]: (labels[:, number].astype(int), ("no", "yes")) for number in best}
@@ -234,7 +234,7 @@ def _interpolations(run: Restored, images: ImageSet, title: str) -> Any:
     return diagnostic_plots.interpolations(decoded, [*ways] * pairs, f"Between the posterior means of held-out images: {title}")
 
 
-def _neighbours(run: Restored, images: ImageSet, title: str) -> Any:
+def _neighbors(run: Restored, images: ImageSet, title: str) -> Any:
     limits = (0.0, 1.0) if images.holds_images else (-np.inf, np.inf)
     samples = sample_prior(run, COMPARED, run.config.seed) / (255.0 if images.holds_images else 1.0)
     held_out = to_unit_interval(jnp.asarray(images.test[:COMPARED]), images.levels)
@@ -246,9 +246,9 @@ def _neighbours(run: Restored, images: ImageSet, title: str) -> Any:
     }
     found = {name: nearest_images(queries, images.train, images.levels) for name, queries in sets.items()}
     nearest = to_unit_interval(jnp.asarray(images.train[found["samples"].positions[:SHOWN]]), images.levels)
-    return diagnostic_plots.nearest_neighbours(
+    return diagnostic_plots.nearest_neighbors(
         images.as_shown(samples[:SHOWN]),
         images.as_shown(np.asarray(nearest)),
-        {name: neighbours.distance for name, neighbours in found.items()},
+        {name: neighbors.distance for name, neighbors in found.items()},
         f"Are samples memories? {title}",
     )

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, from arrays: likelihood bounds, residuals, variance, rate, interpolations, neighbours."""
+"""The figures of an evaluation, from arrays: likelihood bounds, residuals, variance, rate, interpolations, neighbors."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from bsvae_jax.evaluation.plots import cell_size, drawn_as_lines, new_figure, show_examples
 
-COLOURS = ("#4477aa", "#cc3311", "#228833", "#aa3377", "#997700", "#009988")
+COLORS = ("#4477aa", "#cc3311", "#228833", "#aa3377", "#997700", "#009988")
 
 
 CLASSES_NAMED = 20
@@ -20,8 +20,8 @@ def likelihood_curves(curves: Mapping[str, np.ndarray], title: str) -> Figure:
     """Importance-weighted bounds [K] against the number of samples, one line per name."""
     figure = new_figure(5.5, 3.8)
     axes = figure.subplots()
-    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
-        axes.plot(np.arange(1, len(curve) + 1), curve, color=colour, label=f"{name}: {curve[-1]:.2f} at {len(curve)}")
+    for (name, curve), color in zip(curves.items(), COLORS, strict=False):
+        axes.plot(np.arange(1, len(curve) + 1), curve, color=color, label=f"{name}: {curve[-1]:.2f} at {len(curve)}")
     axes.set_xscale("log")
     axes.set_xlabel("importance samples K")
     axes.set_ylabel("bound of log p(x) [nats per image]")
@@ -46,21 +46,21 @@ def residual_calibration(
     Args:
       probabilities: of the quantiles, (0, 1).
       normal_quantiles: of N(0, 1) at these.
-      quantiles: of the standardised residuals at these, by how they were standardised.
+      quantiles: of the standardized residuals at these, by how they were standardized.
       nominal: coverage of central intervals under N(0, 1), (0, 1).
       coverage: observed coverage of the same intervals.
-      density: of the standardised residuals in each bin.
-      bins: centres of the bins.
+      density: of the standardized residuals in each bin.
+      bins: centers of the bins.
       title: of the figure.
     """
     figure = new_figure(12.0, 4.0)
     figure.suptitle(title)
     histogram, qq, reliability = figure.subplots(1, 3)
     histogram.plot(bins, np.exp(-0.5 * bins**2) / np.sqrt(2 * np.pi), color="black", linestyle=":", label="N(0, 1)")
-    for (name, values), colour in zip(density.items(), COLOURS, strict=False):
-        histogram.plot(bins, np.where(values > 0, values, np.nan), color=colour, label=name)
-        qq.plot(normal_quantiles, quantiles[name], color=colour, label=name)
-        reliability.plot(nominal, coverage[name], color=colour, label=name)
+    for (name, values), color in zip(density.items(), COLORS, strict=False):
+        histogram.plot(bins, np.where(values > 0, values, np.nan), color=color, label=name)
+        qq.plot(normal_quantiles, quantiles[name], color=color, label=name)
+        reliability.plot(nominal, coverage[name], color=color, label=name)
     histogram.set_yscale("log")
     histogram.set_ylim(1e-5, max(2.0, 2 * max(values.max() for values in density.values())))
     histogram.set_xlabel("residual [standard deviations]")
@@ -128,7 +128,7 @@ def variance_by_difficulty(
     most: np.ndarray,
     title: str,
 ) -> Figure:
-    """sigma^2*(x) of every image against its difficulty, coloured by rate, with the images of least and greatest variance.
+    """sigma^2*(x) of every image against its difficulty, colored by rate, with the images of least and greatest variance.
 
     Args:
       variance: optimal for each image, [N].
@@ -175,7 +175,7 @@ def rate_decomposition(
     left, right = figure.subplots(1, 2)
     names = list(parts)
     values, errors = np.transpose([parts[name] for name in names])
-    left.barh(names, values, xerr=errors, color=[COLOURS[i % len(COLOURS)] for i in range(len(names))])
+    left.barh(names, values, xerr=errors, color=[COLORS[i % len(COLORS)] for i in range(len(names))])
     left.invert_yaxis()
     left.axvline(
         most_information, color="black", linestyle=":", label=f"log N = {most_information:.2f}: most I(x; z) of the set"
@@ -183,8 +183,8 @@ def rate_decomposition(
     left.legend(loc="lower right")
     left.set_xlabel("nats per image")
     order = np.argsort(-next(iter(latents.values())))
-    for (name, per_latent), colour, marker in zip(latents.items(), COLOURS, "osd^", strict=False):
-        right.plot(np.arange(1, len(order) + 1), per_latent[order], color=colour, marker=marker, markersize=3, label=name)
+    for (name, per_latent), color, marker in zip(latents.items(), COLORS, "osd^", strict=False):
+        right.plot(np.arange(1, len(order) + 1), per_latent[order], color=color, marker=marker, markersize=3, label=name)
     right.set_xlabel("latent, by its rate")
     right.set_ylabel("nats per image")
     right.legend()
@@ -207,8 +207,8 @@ def prior_and_posterior(
     figure = new_figure(4.0 * len(points), 8.2)
     figure.suptitle(title)
     above, below = figure.subplots(2, len(points), squeeze=False)
-    for axes, (name, own), colour in zip(above, points.items(), COLOURS, strict=False):
-        axes.scatter(own[:, 0], own[:, 1], s=8 if len(own) < 500 else 4, alpha=0.5, color=colour, linewidths=0)
+    for axes, (name, own), color in zip(above, points.items(), COLORS, strict=False):
+        axes.scatter(own[:, 0], own[:, 1], s=8 if len(own) < 500 else 4, alpha=0.5, color=color, linewidths=0)
         axes.set_xlim(reach[0][0], reach[1][0])
         axes.set_ylim(reach[0][1], reach[1][1])
         axes.set_title(name)
@@ -235,7 +235,7 @@ def interpolations(rows: np.ndarray, labels: Sequence[str], title: str) -> Figur
     return figure
 
 
-def nearest_neighbours(samples: np.ndarray, nearest: np.ndarray, distances: Mapping[str, np.ndarray], title: str) -> Figure:
+def nearest_neighbors(samples: np.ndarray, nearest: np.ndarray, distances: Mapping[str, np.ndarray], title: str) -> Figure:
     """Samples above their nearest training images, and how near they are compared with held-out images.
 
     Args:
@@ -257,9 +257,9 @@ def nearest_neighbours(samples: np.ndarray, nearest: np.ndarray, distances: Mapp
     axes.tick_params(length=0)
     spread = figure.add_subplot(grid[1])
     edges = np.linspace(0, max(values.max() for values in distances.values()) * 1.05, 40)
-    for (name, values), colour in zip(distances.items(), COLOURS, strict=False):
+    for (name, values), color in zip(distances.items(), COLORS, strict=False):
         spread.hist(
-            values, edges.tolist(), color=colour, alpha=0.55, density=True, label=f"{name} (median {np.median(values):.3f})"
+            values, edges.tolist(), color=color, alpha=0.55, density=True, label=f"{name} (median {np.median(values):.3f})"
         )
     spread.set_xlabel("distance from the nearest training image [RMS intensity]")
     spread.set_ylabel("density")
@@ -272,7 +272,7 @@ def nearest_neighbours(samples: np.ndarray, nearest: np.ndarray, distances: Mapp
 def latent_space(
     points: np.ndarray, shares: Sequence[float], panels: Mapping[str, tuple[np.ndarray, Sequence[str]]], title: str
 ) -> Figure:
-    """Posterior means on two axes [N, 2], coloured by class.
+    """Posterior means on two axes [N, 2], colored by class.
 
     Args:
       points: of each image.
@@ -288,15 +288,15 @@ def latent_space(
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (name, (classes, names)) in zip(grid.flat, panels.items(), strict=False):
-        colours = colormaps["tab10" if len(names) <= 10 else "turbo"]
+        colors = colormaps["tab10" if len(names) <= 10 else "turbo"]
         for number, label in enumerate(names):
             own = points[classes == number]
-            colour = colours(number if len(names) <= 10 else number / (len(names) - 1))
+            color = colors(number if len(names) <= 10 else number / (len(names) - 1))
             axes.scatter(
                 own[:, 0],
                 own[:, 1],
                 s=float(np.clip(6000 / len(points), 3, 20)),
-                color=colour,
+                color=color,
                 alpha=0.6,
                 linewidths=0,
                 label=label,

@@ -240,9 +240,9 @@ def _evaluate_split(
     rate = aggregate_posterior.split_rate(densities)
     if samples is None:
         return SplitEvaluation(scores, found, rate, None, ())
-    wanted = [Density(frozen=True, dequantised=False), Density(frozen=True, dequantised=True)]
+    wanted = [Density(frozen=True, dequantized=False), Density(frozen=True, dequantized=True)]
     if importance_weighted.has_own_density(run.model):
-        wanted += [Density(frozen=False, dequantised=False), Density(frozen=False, dequantised=True)]
+        wanted += [Density(frozen=False, dequantized=False), Density(frozen=False, dequantized=True)]
     count = min(bound_images or len(stored), len(stored))
     identity = [digest(run.variables), samples, count, calibration.variance, images.fingerprint()]
     file = UnfinishedBound(workdir, split, identity)
@@ -329,7 +329,7 @@ def _quantities(parts: SplitEvaluation, images: ImageSet, samples: int | None) -
 def bound_name(density: Density) -> str:
     """How a density's bound is called in reports."""
     name = "importance_weighted_bound" if density.frozen else "own_importance_weighted_bound"
-    return f"{name}_dequantised" if density.dequantised else name
+    return f"{name}_dequantized" if density.dequantized else name
 
 
 def _bound_quantities(
@@ -339,13 +339,13 @@ def _bound_quantities(
     shape, step = images.image_shape, 1.0 / (images.levels - 1)
     for density, values, effective in zip(densities, bound.log_likelihood, bound.effective_samples, strict=True):
         variance = "calibrated variance" if density.frozen else "the model's own variance"
-        point = "with uniform noise u, " if density.dequantised else "at the grid point, "
+        point = "with uniform noise u, " if density.dequantized else "at the grid point, "
         meaning = f"lower bound of log p(x), K = {samples}, {len(values)} images, {point}{variance}"
         found[bound_name(density)] = mean_quantity(values, "nats", meaning)
-        if density.dequantised:
+        if density.dequantized:
             bits = np.asarray(bits_per_dimension(-values, shape, step))
-            name = f"{bound_name(density).removesuffix('_dequantised')}_bits_per_dimension"
-            found[name] = mean_quantity(bits, "bits/dim", "upper bound, from the dequantised one")
+            name = f"{bound_name(density).removesuffix('_dequantized')}_bits_per_dimension"
+            found[name] = mean_quantity(bits, "bits/dim", "upper bound, from the dequantized one")
         elif density.frozen:
             found["effective_samples"] = mean_quantity(
                 effective, "", f"of the {samples}; near 1, the bound would still rise much"

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages
-from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, lift, padded_batches
+from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, padded_batches, parallelize
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.priors import gaussian_log_prob
 from bsvae_jax.models.vae import VAE
@@ -40,7 +40,7 @@ class Density(NamedTuple):
 
     frozen: bool
     """With one frozen decoder variance; else with the model's own, which must not depend on x."""
-    dequantised: bool
+    dequantized: bool
     """Of `x + u`, one `u ~ U(-step/2, step/2)` per pixel, instead of the grid point x."""
 
 
@@ -95,7 +95,7 @@ def _add_samples(
     numbers = start + jnp.arange(chunk)
 
     def noise_of(own: Key[Array, ""]) -> Array:  # [chunk, L]
-        # 0 is the key of the dequantisation noise
+        # 0 is the key of the dequantization noise
         return jax.vmap(lambda number: jax.random.normal(jax.random.fold_in(own, number + 1), mean.shape[1:], jnp.float32))(
             numbers
         )
@@ -110,7 +110,7 @@ def _add_samples(
     uniform = uniform_per_example(keys, 0, x.shape[1:])
 
     def log_weights(density: Density) -> Array:
-        target = x + step * uniform if density.dequantised else x
+        target = x + step * uniform if density.dequantized else x
         target = jnp.broadcast_to(target, (chunk, *x.shape)).reshape(decoded.mean.shape)
         if density.frozen:
             nll = gaussian_nll(target, decoded.mean, frozen_variance)
@@ -132,12 +132,14 @@ def _apply(model: VAE, variables: Any, z: Array, method: str) -> Any:
 
 
 @functools.cache
-def _lifted(model: VAE, levels: int, densities: tuple[Density, ...], chunk: int, mesh: Mesh) -> tuple[Any, Any]:
-    encode = lift(functools.partial(_encode, model=model, levels=levels), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED))
+def _parallelized(model: VAE, levels: int, densities: tuple[Density, ...], chunk: int, mesh: Mesh) -> tuple[Any, Any]:
+    encode = parallelize(
+        functools.partial(_encode, model=model, levels=levels), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED)
+    )
     add = functools.partial(_add_samples, model=model, levels=levels, densities=densities, chunk=chunk)
     per_image: Any = _Sums(*[P(None, DATA_AXIS)] * 2)  # type: ignore[arg-type]
     specs = (REPLICATED, SHARDED, SHARDED, SHARDED, (SHARDED, SHARDED), REPLICATED, per_image, *[REPLICATED] * 3)
-    return encode, lift(add, mesh, specs, (per_image, REPLICATED), donate=(6,))
+    return encode, parallelize(add, mesh, specs, (per_image, REPLICATED), donate=(6,))
 
 
 def check_samples(samples: int) -> None:
@@ -182,7 +184,7 @@ def importance_weighted(
       densities: at least one; they share their samples.
       frozen_variance: of the densities that freeze one, squared intensity.
       samples: K, 1 to 5,000.
-      levels: grey levels of stored uint8 images.
+      levels: gray levels of stored uint8 images.
       mesh: of `data_mesh`.
       count: of the first images; None: all.
       partial: from an interrupted call with the same arguments.
@@ -199,7 +201,7 @@ def importance_weighted(
     count = len(images) if count is None else min(count, len(images))
     chunk = min(samples, CHUNK)
     batch = max(DECODED_AT_ONCE // chunk, 1) * mesh.shape[DATA_AXIS]
-    encode, add = _lifted(model.clone(axis_name=None), levels, tuple(densities), chunk, mesh)
+    encode, add = _parallelized(model.clone(axis_name=None), levels, tuple(densities), chunk, mesh)
     state = partial or Partial(
         0, np.zeros((len(densities), 0)), np.zeros((len(densities), samples)), np.zeros((len(densities), 0))
     )

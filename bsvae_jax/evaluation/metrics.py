@@ -3,7 +3,7 @@
 Two likelihoods are reported and never to be compared with each other:
 
 * *profile*: the decoder variance is optimal for each example, `sigma^2*(x)`; what Kim & Lee (2024) table. Not a density.
-* *calibrated*: the variance is frozen at the optimum of the training set, so `exp(-value)` is a density of the dequantised
+* *calibrated*: the variance is frozen at the optimum of the training set, so `exp(-value)` is a density of the dequantized
   image (bits/dim follow), and models can be compared.
 
 Every number uses one posterior sample per image; evaluation at the posterior mean would not be an ELBO.

@@ -14,7 +14,7 @@ CHUNK_BYTES = 2**26
 """Of the training images compared in one device call, about, as float32."""
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
     """Of Q queries."""
 
     positions: np.ndarray
@@ -32,13 +32,13 @@ def _nearest(queries: Float[Array, "queries pixels"], images: Array, *, levels: 
     return jnp.mean(jnp.square(queries - flat[index]), axis=1), index
 
 
-def nearest_images(queries: np.ndarray, images: np.ndarray, levels: int) -> Neighbours:
+def nearest_images(queries: np.ndarray, images: np.ndarray, levels: int) -> Neighbors:
     """The nearest image of a set for each query.
 
     Args:
       queries: [Q, H, W, C] in [0, 1].
       images: [N, H, W, C] as stored.
-      levels: grey levels of stored uint8 images.
+      levels: gray levels of stored uint8 images.
     """
     flat = jnp.asarray(queries, jnp.float32).reshape(len(queries), -1)
     chunk = max(1, CHUNK_BYTES // (4 * flat.shape[1]))
@@ -47,4 +47,4 @@ def nearest_images(queries: np.ndarray, images: np.ndarray, levels: int) -> Neig
         squared, position = jax.device_get(_nearest(flat, images[start : start + chunk], levels=levels))
         closer = squared < best
         best, index = np.where(closer, squared, best), np.where(closer, position + start, index)
-    return Neighbours(index, np.sqrt(best))
+    return Neighbors(index, np.sqrt(best))

@@ -1,4 +1,4 @@
-"""Figures from arrays and tables, worth putting into a paper: labelled axes, units, legends. Imports nothing of the package.
+"""Figures from arrays and tables, worth putting into a paper: labeled axes, units, legends. Imports nothing of the package.
 
 Examples [N, ...] of any shape are drawn by `show_examples`: images as they are, volumes by their middle slice, sequences [T, C]
 and vectors [D] as lines.

@@ -16,13 +16,13 @@ from jaxtyping import Array, Float, Int, Key
 
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages
-from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, lift, padded_batches
+from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, padded_batches, parallelize
 from bsvae_jax.evaluation.scores import Calibration
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.random import example_keys, uniform_per_example
 
 LIMIT = 8.0
-"""Standardised residuals beyond +-LIMIT fall into the outermost bins."""
+"""Standardized residuals beyond +-LIMIT fall into the outermost bins."""
 BINS_PER_UNIT = 32
 BINS = int(2 * LIMIT * BINS_PER_UNIT)
 WINDOW = 11
@@ -46,8 +46,8 @@ class Details(NamedTuple):
     log_prior: np.ndarray
     """`log p(z)`, nats, [N]."""
     residuals: np.ndarray
-    """Counts of standardised residuals of `x + u` in `BINS` equal bins over +-LIMIT, a row for each of `STANDARDISED_BY`;
-    u is dequantisation noise, which the variances include."""
+    """Counts of standardized residuals of `x + u` in `BINS` equal bins over +-LIMIT, a row for each of `STANDARDISED_BY`;
+    u is dequantization noise, which the variances include."""
 
 
 class _Batch(NamedTuple):
@@ -112,13 +112,13 @@ def _batch(
 
 
 @functools.cache
-def _lifted(model: VAE, levels: int, similarity: bool, mesh: Mesh) -> Any:
+def _parallelized(model: VAE, levels: int, similarity: bool, mesh: Mesh) -> Any:
     shares: Any = dict.fromkeys(_Batch._fields, SHARDED) | {"residuals": REPLICATED}
     if not similarity:
         shares["ssim"] = None
     specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED)
     batch = functools.partial(_batch, model=model, levels=levels, similarity=similarity)
-    return lift(batch, mesh, specs, _Batch(**shares))
+    return parallelize(batch, mesh, specs, _Batch(**shares))
 
 
 def details_of_split(
@@ -142,14 +142,14 @@ def details_of_split(
       images: of the split, on the same mesh.
       key: that of `score_split`.
       calibration: of the training set.
-      levels: grey levels of stored uint8 images.
+      levels: gray levels of stored uint8 images.
       mesh: of `data_mesh`.
       batch_size: images per device call, rounded up to a multiple of the devices.
       similarity: whether they are images in [0, 1], of which there is an SSIM.
       progress: told the number of images done since it was told before.
     """
     count = len(images)
-    compute = _lifted(model.clone(axis_name=None), levels, similarity, mesh)
+    compute = _parallelized(model.clone(axis_name=None), levels, similarity, mesh)
     variances = (np.float32(calibration.variance), calibration.variance_per_pixel.astype(np.float32)[None])
     batches = []
     residuals = np.zeros((len(STANDARDISED_BY), BINS), np.int64)
@@ -177,12 +177,12 @@ def _cumulative(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def residual_quantiles(counts: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Quantiles of standardised residuals from one row of `Details.residuals`, linear within bins."""
+    """Quantiles of standardized residuals from one row of `Details.residuals`, linear within bins."""
     edges, below = _cumulative(counts)
     return np.interp(probabilities, below, edges)
 
 
 def residual_coverage(counts: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Share of standardised residuals within +-width, for each width < `LIMIT`, linear within bins."""
+    """Share of standardized residuals within +-width, for each width < `LIMIT`, linear within bins."""
     edges, below = _cumulative(counts)
     return np.interp(widths, edges, below) - np.interp(-widths, edges, below)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from bsvae_jax._io.files import digest, read_arrays, take_folder, write_atomically
 from bsvae_jax.data.image_set import no_images
-from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, lift, replicate
+from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import plots
 from bsvae_jax.evaluation.trained import Restored
@@ -65,10 +65,10 @@ def _draw(variables: Any, key: Any, *, model: VAE, devices: int) -> Any:
 
 
 @functools.cache
-def lift_sampling(model: VAE, mesh: Mesh) -> Any:
+def parallelize_sampling(model: VAE, mesh: Mesh) -> Any:
     """The program that draws one batch: (variables, key) to decoder means, [B, ...] divided over the devices."""
     draw = functools.partial(_draw, model=model, devices=mesh.shape[DATA_AXIS])
-    return lift(draw, mesh, (REPLICATED, REPLICATED), SHARDED)
+    return parallelize(draw, mesh, (REPLICATED, REPLICATED), SHARDED)
 
 
 def sample_batches(run: Restored, count: int, seed: int = 0, first: int = 0) -> Iterator[np.ndarray]:
@@ -83,7 +83,7 @@ def sample_batches(run: Restored, count: int, seed: int = 0, first: int = 0) -> 
     if first % BATCH:
         raise ValueError(f"first must be a multiple of {BATCH}, got {first}.")
     mesh = data_mesh()
-    draw, variables = lift_sampling(run.model.clone(axis_name=None), mesh), replicate(run.variables, mesh)
+    draw, variables = parallelize_sampling(run.model.clone(axis_name=None), mesh), replicate(run.variables, mesh)
     root = make_key(seed)
     for start in range(first, count, BATCH):
         means = draw(variables, jax.random.fold_in(root, start // BATCH))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages
-from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, Driving, lift, padded_batches
+from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, Execution, padded_batches, parallelize
 from bsvae_jax.models.priors import StandardNormal
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.objective import LOG_2PI, DecoderVariance, elbo_terms
@@ -131,10 +131,10 @@ def _score_batch(
 
 
 @functools.cache
-def _lifted(model: VAE, levels: int, mesh: Mesh, driving: Driving) -> Any:
+def _parallelized(model: VAE, levels: int, mesh: Mesh, execution: Execution) -> Any:
     specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED)
     score = functools.partial(_score_batch, model=model, levels=levels)
-    return lift(score, mesh, specs, REPLICATED, driving=driving, shared=(1, 2, 3))
+    return parallelize(score, mesh, specs, REPLICATED, execution=execution, shared=(1, 2, 3))
 
 
 def score_split(
@@ -154,13 +154,13 @@ def score_split(
       variables: `{"params": ..., "batch_stats": ...}`, replicated over the mesh.
       images: of the split, on the same mesh.
       key: decides the posterior samples, one key per position in the split.
-      levels: grey levels of stored uint8 images.
+      levels: gray levels of stored uint8 images.
       mesh: of `data_mesh`.
       batch_size: images per device call, rounded up to a multiple of the devices.
     """
     variances = [model.decoder_variance]
     (scores,) = score_members(
-        model, variables, images, key, variances, levels=levels, mesh=mesh, batch_size=batch_size, driving="loop"
+        model, variables, images, key, variances, levels=levels, mesh=mesh, batch_size=batch_size, execution="loop"
     )
     return scores
 
@@ -175,7 +175,7 @@ def score_members(
     levels: int,
     mesh: Mesh,
     batch_size: int,
-    driving: Driving,
+    execution: Execution,
 ) -> Iterator[SplitScores]:
     """`score_split` of several models at once, whose variables are stacked along a leading axis of members.
 
@@ -188,14 +188,14 @@ def score_members(
       levels: as for `score_split`.
       mesh: of `sweep_mesh`.
       batch_size: images per device call.
-      driving: 'scan' or 'vmap'; 'loop' for one model without an axis of members.
+      execution: 'scan' or 'vmap'; 'loop' for one model without an axis of members.
 
     Yields:
       The scores of each member, in order.
     """
-    batches = _score_batches(model, variables, images, keys, levels, mesh, batch_size, driving)
+    batches = _score_batches(model, variables, images, keys, levels, mesh, batch_size, execution)
     for member, decoder_variance in enumerate(decoder_variances):
-        own = [batch if driving == "loop" else _BatchScores(*(leaf[member] for leaf in batch)) for batch in batches]
+        own = [batch if execution == "loop" else _BatchScores(*(leaf[member] for leaf in batch)) for batch in batches]
         yield _split_scores(own, len(images), decoder_variance, isinstance(model.prior, StandardNormal))
 
 
@@ -207,10 +207,10 @@ def _score_batches(
     levels: int,
     mesh: Mesh,
     batch_size: int,
-    driving: Driving,
+    execution: Execution,
 ) -> list[_BatchScores]:
     """Host copies of the scores of every batch, in order; the last one is filled up with repetitions of an image."""
-    score = _lifted(model.clone(axis_name=None), levels, mesh, driving)
+    score = _parallelized(model.clone(axis_name=None), levels, mesh, execution)
     batches, previous = [], None
     for indices, weights in padded_batches(mesh, len(images), batch_size):
         current = score(variables, images.batch(indices), indices, weights, key)

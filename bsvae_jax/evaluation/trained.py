@@ -31,7 +31,7 @@ class Restored(NamedTuple):
     image_shape: tuple[int, ...]
     """Of one example: (H, W, C) of images."""
     levels: int
-    """Grey levels of the data."""
+    """Gray levels of the data."""
     calibration: Calibration | None
     """Optimal variance of the training set for these very parameters, or None if the run has not recorded it."""
     holds_images: bool = True

@@ -221,7 +221,7 @@ class Optimal(DecoderVariance):
     over: Shared = "example"
     """What shares one variance: 'example' (BS-VAE, sigma^2*(x)), 'batch' (Rybkin et al. 2021) or 'pixel'."""
     floor: float | None = None
-    """v0 in squared intensity; None: the quantisation variance of the data (8 bits where no data set says otherwise)."""
+    """v0 in squared intensity; None: the quantization variance of the data (8 bits where no data set says otherwise)."""
 
     def __post_init__(self) -> None:
         check_shared(self.over)

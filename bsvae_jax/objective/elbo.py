@@ -153,7 +153,7 @@ def elbo_terms(
 
 
 def mean_objective(terms: ElboTerms, beta: float | Float[Array, ""], axis_name: str | None = None) -> Float[Array, ""]:
-    """`mean over the global batch of distortion + beta * rate`, nats per example, shape []: what training minimises.
+    """`mean over the global batch of distortion + beta * rate`, nats per example, shape []: what training minimizes.
 
     `beta = 1` is the negative ELBO. `beta` may be traced; 0 switches the rate off. `axis_name`: of the devices
     that share the batch, equally.
@@ -184,25 +184,25 @@ def mean_objective(terms: ElboTerms, beta: float | Float[Array, ""], axis_name: 
 Values = float | Float[Array, "..."] | Float[np.ndarray, "..."]
 
 
-def bits_per_dimension(nll: Values, shape: Sequence[int], step: float = 1.0 / 255.0) -> Values:
-    """`-log2 P` per pixel of the quantised image: `nll / (D ln 2) - log2(step)`, where `step` is the data's grid spacing.
+def bits_per_dimension(nll: Values, shape: Sequence[int], bin_width: float = 1.0 / 255.0) -> Values:
+    """`-log2 P` per pixel of the quantized image: `nll / (D ln 2) - log2(bin_width)`, where `bin_width` is the data's grid spacing.
 
-    Takes the density as constant over a cell of the grid. Of a `nll` averaged over dequantisation noise it is an upper bound
+    Takes the density as constant over a cell of the grid. Of a `nll` averaged over dequantization noise it is an upper bound
     of `-log2 P` (Theis et al. 2016, section 3.1).
 
     Args:
       nll: negative log density in nats per example, of data in [0, 1]; any shape, which is that of the result.
       shape: shape of one image, D = prod(shape).
-      step: quantisation step after scaling to [0, 1].
+      bin_width: width of a gray level after scaling to [0, 1].
 
     >>> round(float(bits_per_dimension(0.0, (28, 28, 1))), 3)  # density 1 on [0, 1]: a uniform distribution
     7.994
 
     Raises:
-      UserError: a shape that is not of an image, or a step that is not a number > 0.
+      UserError: a shape that is not of an image, or a bin width that is not a number > 0.
     """
     if not isinstance(shape, Sequence) or not shape or not all(isinstance(n, int | np.integer) and n > 0 for n in shape):
         raise UserError(f"shape must be that of an image, whole numbers >= 1 as in (28, 28, 1), got {shape!r}.")
-    check_positive("step", step)
+    check_positive("bin_width", bin_width)
     check_kind("nll", nll, (float, int, np.number, np.ndarray, jax.Array), "nats per example")
-    return nll / (float(np.prod(shape)) * float(np.log(2.0))) - float(np.log2(step))
+    return nll / (float(np.prod(shape)) * float(np.log(2.0))) - float(np.log2(bin_width))

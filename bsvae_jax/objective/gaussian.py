@@ -194,7 +194,7 @@ def optimal_variance(
     floor: float | Float[Array, ""] = QUANTIZATION_VARIANCE,
     axis_name: str | None = None,
 ) -> Float[Array, "..."]:
-    """`v* = MSE + v0`, the decoder variance that maximises the Gaussian likelihood (Kim & Lee 2024, eq. for sigma^2*).
+    """`v* = MSE + v0`, the decoder variance that maximizes the Gaussian likelihood (Kim & Lee 2024, eq. for sigma^2*).
 
     Args:
       over: 'example': mean over the pixels of each example, shape `[B, 1, 1, 1]` (one 1 per trailing axis of `x`).

@@ -24,12 +24,12 @@ from bsvae_jax.data import DataShape
 from bsvae_jax.data.prefetch import streamed_window
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed.hardware import CHIPS, TOPOLOGIES, Chip, Precision, known_topologies
-from bsvae_jax.distributed.mesh import REPLICATED, Driving, data_mesh, sweep_mesh
+from bsvae_jax.distributed.mesh import REPLICATED, Execution, data_mesh, sweep_mesh
 from bsvae_jax.errors import UserError, nearest
-from bsvae_jax.evaluation.sampling import lift_sampling
-from bsvae_jax.profiling.cost_analysis import Footprint, footprint
+from bsvae_jax.evaluation.sampling import parallelize_sampling
+from bsvae_jax.profiling.cost_analysis import ProgramCost, program_cost
 from bsvae_jax.random import make_key
-from bsvae_jax.training.program import abstract_arguments, lift_training, program_config, program_model
+from bsvae_jax.training.program import abstract_arguments, parallelize_training, program_config, program_model
 from bsvae_jax.training.state import create_state, steps_per_dispatch
 
 QUICK = {"exec_time_optimization_effort": -1.0}
@@ -65,7 +65,7 @@ class Compiled(NamedTuple):
     batch_size: int
     members: int
     precision: Precision
-    step: Footprint
+    step: ProgramCost
     state: dict[str, int]
     """Bytes per device of the parameters, the optimizer's state, the images, ..."""
 
@@ -80,7 +80,7 @@ class Compiled(NamedTuple):
         times = self.times()
         return None if times is None else self.batch_size * self.members / times.step
 
-    def utilisation(self) -> float | None:
+    def utilization(self) -> float | None:
         """Share of the chip's peak that the arithmetic of a step takes of the predicted time."""
         times = self.times()
         return None if times is None else times.compute / times.step
@@ -90,7 +90,7 @@ class Compiled(NamedTuple):
         return None if self.chip is None else self.chip.memory / self.devices_per_chip
 
 
-def roofline(step: Footprint, chip: Chip, precision: Precision, devices: int = 1, devices_per_chip: int = 1) -> Times:
+def roofline(step: ProgramCost, chip: Chip, precision: Precision, devices: int = 1, devices_per_chip: int = 1) -> Times:
     """The least time of each part of a step.
 
     A ring passes every byte that is reduced over `devices` devices `2 (n - 1) / n` times through each of them.
@@ -193,7 +193,7 @@ def compile_training(
       UserError: no such machine, a batch that does not divide over its devices, or a program that does not fit.
     """
     found, per_chip = machine(topology, config.devices if devices is None else devices)
-    driving: Driving = "loop" if members == 1 else "vmap"
+    execution: Execution = "loop" if members == 1 else "vmap"
     batch, parts = config.batch_size, config.gradient_accumulation
     mesh = data_mesh(None, batch, parts, found) if members == 1 else sweep_mesh(None, members, batch, parts, found)
     chip, platform = CHIPS.get(found[0].device_kind), found[0].platform
@@ -202,10 +202,10 @@ def compile_training(
     window = steps_per_dispatch(config, platform)
     if not resident:
         window = streamed_window(data.image_bytes, batch, members, window)
-    arguments = abstract_arguments(config, data, mesh, driving, members, window, resident)
-    program = lift_training(program_config(config), data, mesh, driving, resident)
+    arguments = abstract_arguments(config, data, mesh, execution, members, window, resident)
+    program = parallelize_training(program_config(config), data, mesh, execution, resident)
     with_what = f"{batch} images a step" + (f" and {members} members" if members > 1 else "")
-    step = footprint(_compile(program.lower(*arguments), platform, full, with_what))
+    step = program_cost(_compile(program.lower(*arguments), platform, full, with_what))
     # The compiler counts one pass through a loop.
     step = step._replace(flops=parts * step.flops, bytes_accessed=parts * step.bytes_accessed)
     return Compiled(
@@ -223,7 +223,7 @@ def compile_training(
 
 def compile_sampling(
     config: Config, data: DataShape, topology: str, devices: int | None = None, full: bool = False
-) -> Footprint:
+) -> ProgramCost:
     """Compile the program of `bsvae sample`, one batch of it, for a machine; arguments as for `compile_training`."""
     found, _ = machine(topology, config.devices if devices is None else devices)
     mesh = data_mesh(among=found)
@@ -234,7 +234,9 @@ def compile_sampling(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
         jax.eval_shape(lambda: (create_state(config, model, total).variables(), make_key(0))),
     )
-    return footprint(_compile(lift_sampling(model, mesh).lower(variables, key), found[0].platform, full, "500 samples"))
+    return program_cost(
+        _compile(parallelize_sampling(model, mesh).lower(variables, key), found[0].platform, full, "500 samples")
+    )
 
 
 def compile_other_batch(
@@ -332,7 +334,7 @@ def describe(compiled: Compiled) -> str:
             f"  least time    {1e3 * times.step:.3g} ms: arithmetic {1e3 * times.compute:.3g}, "
             f"memory {1e3 * times.memory:.3g}, communication {1e3 * times.network:.3g}; bound by {bound}",
             f"in all: at most {compiled.images_per_second():,.0f} images/s, "
-            f"{100 * (compiled.utilisation() or 0):.0f}% of the peak",
+            f"{100 * (compiled.utilization() or 0):.0f}% of the peak",
             "An estimate, from the compiler's counts and published peaks.",
         ]
     return "\n".join(lines)

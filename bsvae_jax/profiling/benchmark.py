@@ -21,7 +21,7 @@ from bsvae_jax.distributed.mesh import data_mesh, describe_devices
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.layers import exact
 from bsvae_jax.objective import Optimal
-from bsvae_jax.profiling.cost_analysis import Footprint, footprint
+from bsvae_jax.profiling.cost_analysis import ProgramCost, program_cost
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.state import build_hyperparameters, check_against_data, create_state
 from bsvae_jax.training.step import data_order
@@ -41,7 +41,7 @@ class Speed(NamedTuple):
     compile_seconds: float
     waited: float
     """Share of the time that training waited for images."""
-    step: Footprint
+    step: ProgramCost
     """Of one device, by the compiler."""
     devices: int
     ceiling: float
@@ -62,7 +62,7 @@ class Speed(NamedTuple):
         return self.batch_size / self.median
 
     @property
-    def utilisation(self) -> float:
+    def utilization(self) -> float:
         """Arithmetic of a step over what the matrix product could have done in its time."""
         return self.step.flops / self.step_seconds / self.ceiling
 
@@ -169,7 +169,7 @@ def measure(config: Config, images: ImageSet, repeats: int = 5, seconds: float =
         tuple(speeds),
         compile_seconds,
         waited / elapsed,
-        footprint(compiled),
+        program_cost(compiled),
         mesh.devices.size,
         ceiling,
         None if chip is None else chip.peak(config.precision),
@@ -217,14 +217,14 @@ def measure_torch(config: Config, images: ImageSet, repeats: int = 5, seconds: f
 def describe(speed: Speed) -> str:
     """Everything that was measured, as lines of text."""
     low, high = min(speed.images_per_second), max(speed.images_per_second)
-    reached = speed.utilisation * speed.ceiling
+    reached = speed.utilization * speed.ceiling
     published = "" if speed.published is None else f", {100 * reached / speed.published:.0f}% of the published peak"
     lines = [
         f"{speed.machine}, {speed.precision}, {speed.batch_size} images a step",
         f"  images/s      {speed.median:,.0f} (median of {len(speed.images_per_second)}, {low:,.0f} to {high:,.0f})",
         f"  a step        {1e3 * speed.step_seconds:.2f} ms",
         f"  compiling     {speed.compile_seconds:.1f} s",
-        f"  utilisation   {100 * speed.utilisation:.0f}% of the {speed.ceiling / 1e12:.3g} TFLOP/s of a large matrix product"
+        f"  utilization   {100 * speed.utilization:.0f}% of the {speed.ceiling / 1e12:.3g} TFLOP/s of a large matrix product"
         + published,
         f"  peak memory   {speed.peak_memory / 2**20:,.0f} MiB" + (" (of the process)" if "(cpu)" in speed.machine else ""),
         f"  waiting       {100 * speed.waited:.2g}% of the time for images",

@@ -17,7 +17,7 @@ class Collective(NamedTuple):
     """Bytes of the results on each device, of all operations."""
 
 
-class Footprint(NamedTuple):
+class ProgramCost(NamedTuple):
     """What the compiler says of one program, per device."""
 
     flops: float
@@ -48,10 +48,10 @@ class Footprint(NamedTuple):
         return sum(collective.size for collective in self.collectives)
 
 
-def footprint(compiled: Any) -> Footprint:
+def program_cost(compiled: Any) -> ProgramCost:
     """What the compiler says of a compiled program."""
     cost = compiled.cost_analysis()
-    return Footprint(
+    return ProgramCost(
         float(cost.get("flops", 0.0)),
         float(cost.get("bytes accessed", 0.0)),
         *memory_sizes(compiled),

@@ -26,7 +26,7 @@ from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed import multihost
 from bsvae_jax.distributed.hardware import check_precision
-from bsvae_jax.distributed.mesh import Driving, available_bytes, data_mesh, describe_devices, sweep_mesh
+from bsvae_jax.distributed.mesh import Execution, available_bytes, data_mesh, describe_devices, sweep_mesh
 from bsvae_jax.distributed.preemption import Stop, stop_on_signals
 from bsvae_jax.errors import DivergenceError, UserError, check_count, check_kind
 from bsvae_jax.evaluation.sampling import to_8_bits
@@ -69,7 +69,7 @@ class SweepResult(NamedTuple):
     """Why the others did not."""
 
 
-def choose_driving(config: Config, platform: str) -> Driving:
+def choose_execution(config: Config, platform: str) -> Execution:
     """How to drive a stack, from measurement.
 
     On CPU, XLA runs convolutions slowly under `vmap` and inside loops, so such members take turns, one compiled step for all.
@@ -85,7 +85,7 @@ def fit_sweep(
     config: Config,
     grid: Sweep,
     workdir: str | Path,
-    driving: Driving | None = None,
+    execution: Execution | None = None,
     members_at_once: int | None = None,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
@@ -99,7 +99,7 @@ def fit_sweep(
       config: the base; the grid says what varies.
       grid: betas, decoder variances, seeds and learning rates.
       workdir: a folder of this sweep alone.
-      driving: how members share a program; None: as `choose_driving` says.
+      execution: how members share a program; None: as `choose_execution` says.
       members_at_once: members in one stack; None: as many as fit into memory.
       progress: show a progress bar, and what is logged (`logging.getLogger("bsvae_jax")`), on standard error.
       callbacks: what else is done on the way (`Callback`), for every member; they may stop members early.
@@ -108,7 +108,7 @@ def fit_sweep(
     >>> config = Config(network=configs.MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
     >>> grid = Sweep(beta=(0.1, 1.0), decoder_variance=(configs.Optimal(),), seeds=1)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     fit_sweep(config, grid, folder, driving="loop", progress=False).finished
+    ...     fit_sweep(config, grid, folder, execution="loop", progress=False).finished
     ['optimal_beta0.1_seed0', 'optimal_beta1_seed0']
 
     Raises:
@@ -120,8 +120,8 @@ def fit_sweep(
     check_kind("grid", grid, Sweep)
     Callbacks(callbacks)  # checked before anything is computed
     folder = as_path(workdir, "workdir")
-    if driving is not None and driving not in get_args(Driving):
-        raise UserError(f"driving must be one of {', '.join(get_args(Driving))}, got {driving!r}.")
+    if execution is not None and execution not in get_args(Execution):
+        raise UserError(f"execution must be one of {', '.join(get_args(Execution))}, got {execution!r}.")
     members = grid.members(config)
     if not multihost.is_only():
         raise UserError(
@@ -130,12 +130,12 @@ def fit_sweep(
     devices = data_mesh(config.devices)
     check_precision(config.precision, devices.devices.flat[0].device_kind)
     platform = devices.devices.flat[0].platform
-    driving = choose_driving(config, platform) if driving is None else driving
+    execution = choose_execution(config, platform) if execution is None else execution
     if members_at_once is not None:
         check_count("members_at_once", members_at_once)
-    if members_at_once not in (None, 1) and driving == "loop":
-        raise UserError("Driving 'loop' trains one member at a time; leave out --members-at-once, or choose scan or vmap.")
-    data_mesh(config.devices, config.batch_size if driving == "loop" else None)
+    if members_at_once not in (None, 1) and execution == "loop":
+        raise UserError("Execution 'loop' trains one member at a time; leave out --members-at-once, or choose scan or vmap.")
+    data_mesh(config.devices, config.batch_size if execution == "loop" else None)
     images = load(config.data)
     for member in members:
         check_against_data(member.config, images)
@@ -144,37 +144,37 @@ def fit_sweep(
     programs: dict[Config, list[GridMember]] = {}
     for member in todo:
         programs.setdefault(program_config(member.config), []).append(member)
-    sizes = {program: _stack_size(program, images, driving, len(own), members_at_once) for program, own in programs.items()}
+    sizes = {program: _stack_size(program, images, execution, len(own), members_at_once) for program, own in programs.items()}
     with stop_on_signals() as stop, directory, messages_shown(progress):
         log.info(
             f"{len(members)} members, {len(members) - len(todo)} of them done; "
             f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
-            f"{describe_devices(devices)}; members driven by {driving}"
+            f"{describe_devices(devices)}; members driven by {execution}"
         )
         total = steps_through(config.epochs, len(images.train), config.batch_size) * config.batch_size
         done = sum(max(directory.saved_steps(member), default=0) for member in todo) * config.batch_size
         with ProgressBar(total * len(todo), done, progress) as bar:
             every = [TensorBoard(), Progress(bar), *callbacks]
             for program, own in programs.items():
-                _train_all(directory, program, images, driving, own, sizes[program], bar, every, stop)
+                _train_all(directory, program, images, execution, own, sizes[program], bar, every, stop)
         finished = [member.name for member in members if directory.is_finished(member)]
         failed = {member.name: error for member in members if (error := directory.failure(member)) is not None}
         return SweepResult(folder, finished, failed)
 
 
-def _stack_size(config: Config, images: ImageSet, driving: Driving, members: int, at_once: int | None) -> int:
+def _stack_size(config: Config, images: ImageSet, execution: Execution, members: int, at_once: int | None) -> int:
     """Members in one stack: as many as fit into memory, at most `at_once`, spread evenly over the turns.
 
     Raises:
       UserError: fewer fit than were asked for, or not one does.
     """
-    if driving == "loop":
+    if execution == "loop":
         return 1
 
     @functools.cache
     def needed(size: int) -> int:
         mesh = sweep_mesh(config.devices, size, config.batch_size, config.gradient_accumulation)
-        return Program(config, images, mesh, driving, size).needed_bytes(size)
+        return Program(config, images, mesh, execution, size).needed_bytes(size)
 
     def plan(size: int) -> tuple[int, int]:
         """Size of the turns, made even, and the memory that the largest and the last of them need."""
@@ -203,7 +203,7 @@ def _train_all(
     directory: "_SweepDirectory",
     config: Config,
     images: ImageSet,
-    driving: Driving,
+    execution: Execution,
     members: Sequence[GridMember],
     size: int,
     bar: ProgressBar,
@@ -214,14 +214,14 @@ def _train_all(
     waiting, program, compiled_for = list(members), None, 0
     while waiting:
         at, turn = _next_turn(directory, waiting, size)
-        if program is None or (driving != "loop" and len(turn) != compiled_for):
-            one = driving == "loop"
+        if program is None or (execution != "loop" and len(turn) != compiled_for):
+            one = execution == "loop"
             mesh = (
                 data_mesh(config.devices)
                 if one
                 else sweep_mesh(config.devices, len(turn), config.batch_size, config.gradient_accumulation)
             )
-            program, compiled_for = Program(config, images, mesh, driving, len(turn)), len(turn)
+            program, compiled_for = Program(config, images, mesh, execution, len(turn)), len(turn)
         bar.describe(turn[0].name if len(turn) == 1 else f"{len(turn)} members from {turn[0].name}")
         try:
             _train_turn(directory, program, turn, at, callbacks, stop)
@@ -279,7 +279,7 @@ def _train_turn(
                     len(turn),
                     levels=program.images.levels,
                     mesh=program.mesh,
-                    driving=program.driving,
+                    execution=program.execution,
                     clip=images,
                 )
             )

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from bsvae_jax.data.image_set import to_unit_interval
-from bsvae_jax.distributed.mesh import REPLICATED, Driving, lift
+from bsvae_jax.distributed.mesh import REPLICATED, Execution, parallelize
 from bsvae_jax.models.vae import VAE
 
 PICTURES = 10
@@ -38,9 +38,9 @@ def _draw(variables: Mapping[str, Any], images: Array, key: Key[Array, ""], *, m
 
 
 @functools.cache
-def _lifted(model: VAE, levels: int, clip: bool, mesh: Mesh, driving: Driving) -> Any:
+def _parallelized(model: VAE, levels: int, clip: bool, mesh: Mesh, execution: Execution) -> Any:
     draw = functools.partial(_draw, model=model, levels=levels, clip=clip)
-    return lift(draw, mesh, (REPLICATED, REPLICATED, REPLICATED), REPLICATED, driving=driving, shared=(1,))
+    return parallelize(draw, mesh, (REPLICATED, REPLICATED, REPLICATED), REPLICATED, execution=execution, shared=(1,))
 
 
 def draw_members(
@@ -52,7 +52,7 @@ def draw_members(
     *,
     levels: int,
     mesh: Mesh,
-    driving: Driving,
+    execution: Execution,
     clip: bool = True,
 ) -> Iterator[Gallery]:
     """Reconstructions and samples of each member.
@@ -63,14 +63,14 @@ def draw_members(
       images: the originals, as stored.
       keys: one per member.
       members: how many galleries are wanted.
-      levels: grey levels of stored uint8 images.
+      levels: gray levels of stored uint8 images.
       mesh: that of `variables`.
-      driving: how the members are driven.
+      execution: how the members are driven.
       clip: to [0, 1], where images lie.
 
     Yields:
       The gallery of each member, in order.
     """
-    drawn = jax.device_get(_lifted(model.clone(axis_name=None), levels, clip, mesh, driving)(variables, images, keys))
+    drawn = jax.device_get(_parallelized(model.clone(axis_name=None), levels, clip, mesh, execution)(variables, images, keys))
     for member in range(members):
-        yield Gallery(*drawn) if driving == "loop" else Gallery(*(leaf[member] for leaf in drawn))
+        yield Gallery(*drawn) if execution == "loop" else Gallery(*(leaf[member] for leaf in drawn))

@@ -14,8 +14,8 @@ from bsvae_jax.config import (
     Prior,
     StandardNormal,
     VampPrior,
-    explained,
     load_module,
+    naming_fields,
 )
 from bsvae_jax.errors import UserError, check_count
 from bsvae_jax.objective import Constant, DecoderVariance, Optimal
@@ -190,7 +190,7 @@ def load_sweep(path: str | Path) -> Sweep:
     module = load_module(Path(path), Sweep)
     if not hasattr(module, "get_sweep"):
         return Sweep()
-    with explained(Path(path), Sweep):
+    with naming_fields(Path(path), Sweep):
         sweep = module.get_sweep()
     if not isinstance(sweep, Sweep):
         raise UserError(f"get_sweep() of {path} must return a bsvae_jax Sweep, got {type(sweep).__name__}.")

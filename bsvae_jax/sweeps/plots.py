@@ -11,7 +11,7 @@ from matplotlib.ticker import NullFormatter
 
 from bsvae_jax.evaluation.plots import cell_size, drawn_as_lines, new_figure, show_examples
 
-COLOURS = ("#cc3311", "#4477aa", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#555555", "#ee7733")
+COLORS = ("#cc3311", "#4477aa", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#555555", "#ee7733")
 MARKERS = "osD^vP*X"
 
 
@@ -26,7 +26,7 @@ class Curve(NamedTuple):
     names: tuple[str, ...] = ()
     """What to write beside each point."""
     family: int | None = None
-    """Curves of one family share a colour; None: a colour of its own."""
+    """Curves of one family share a color; None: a color of its own."""
     dashed: bool = False
 
 
@@ -41,7 +41,7 @@ class Line(NamedTuple):
 def _draw(axes: Any, curves: Sequence[Curve], lines: Sequence[Line] = (), joined: bool = True) -> None:
     for index, curve in enumerate(curves):
         family = (index if curve.family is None else curve.family) % 8
-        style = dict(color=COLOURS[family], marker=MARKERS[family], markersize=4, linewidth=1.2, capsize=2)
+        style = dict(color=COLORS[family], marker=MARKERS[family], markersize=4, linewidth=1.2, capsize=2)
         if not joined:
             style["linestyle"] = "none"
         if curve.dashed:
@@ -62,7 +62,7 @@ def _name_points(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
     inside, legend = axes.get_window_extent(), axes.get_legend()
     taken = [] if legend is None else [legend.get_window_extent()]
     for index, curve in enumerate(curves):
-        colour = COLOURS[(index if curve.family is None else curve.family) % 8]
+        color = COLORS[(index if curve.family is None else curve.family) % 8]
         for (x, y), name in _groups(axes, curve):
             for across, up in ((1, 1), (-1, -1), (1, -1), (-1, 1)):  # most curves fall
                 text = axes.annotate(
@@ -73,7 +73,7 @@ def _name_points(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
                     ha="left" if across > 0 else "right",
                     va="bottom" if up > 0 else "top",
                     fontsize=7,
-                    color=colour,
+                    color=color,
                 )
                 box = text.get_window_extent()
                 fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
@@ -84,7 +84,7 @@ def _name_points(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
 
 
 def _groups(axes: Any, curve: Curve) -> list[tuple[tuple[float, float], str]]:
-    """The first point of every group of neighbours, and the names of all of them."""
+    """The first point of every group of neighbors, and the names of all of them."""
     groups: list[tuple[tuple[float, float], str]] = []
     first = None
     for x, y, name in zip(curve.x, curve.y, curve.names, strict=False):
@@ -187,9 +187,9 @@ def pictures_by_beta(
     show_examples(left, rows.reshape(-1, *originals.shape[1:]), count)
     blank = np.full_like(originals, np.nan if drawn_as_lines(originals.shape[1:]) else 1.0)
     show_examples(right, np.concatenate([blank[None], samples]).reshape(-1, *originals.shape[1:]), count)
-    centres = [(height + 1) * (row + 0.5) for row in range(len(betas) + 1)]
-    left.set_yticks(centres, ["original", *betas])
-    right.set_yticks(centres[1:], betas)
+    centers = [(height + 1) * (row + 0.5) for row in range(len(betas) + 1)]
+    left.set_yticks(centers, ["original", *betas])
+    right.set_yticks(centers[1:], betas)
     for axes, name in ((left, "held-out images and reconstructions"), (right, "samples of the prior")):
         axes.tick_params(length=0)
         axes.set_title(name, fontsize=10)
@@ -207,12 +207,12 @@ def latent_rates(rates: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str)
     figure.suptitle(title)
     panels = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
     latents = max(values.shape[1] for _, values in rates.values())
-    colours = colormaps["viridis"](np.linspace(0, 0.95, latents))
+    colors = colormaps["viridis"](np.linspace(0, 0.95, latents))
     floor = 1e-3
     for axes, (model, (betas, values)) in zip(panels, rates.items(), strict=True):
         for latent in range(values.shape[1]):
             axes.plot(
-                betas, np.maximum(values[:, latent], floor), color=colours[latent], linewidth=1.0, marker=".", markersize=4
+                betas, np.maximum(values[:, latent], floor), color=colors[latent], linewidth=1.0, marker=".", markersize=4
             )
         _beta_axis(axes, np.asarray(betas))
         axes.set_yscale("log")
@@ -295,8 +295,8 @@ def linear_theory(
     left.set_xlabel("rate [nats per image]")
     left.set_ylabel("mean squared error [intensity²]")
     left.set_yscale("log")
-    for (label, (betas, values)), colour in zip(deviations.items(), COLOURS, strict=False):
-        right.plot(betas, 100 * np.maximum(values, 1e-7), color=colour, marker="o", markersize=4, label=label)
+    for (label, (betas, values)), color in zip(deviations.items(), COLORS, strict=False):
+        right.plot(betas, 100 * np.maximum(values, 1e-7), color=color, marker="o", markersize=4, label=label)
     right.axhline(1.0, color="black", linestyle=":", linewidth=1.0, label="1%")
     right.set_xscale("log")
     right.set_yscale("log")

@@ -28,7 +28,7 @@ def export_safetensors(
 
     * `format`: `flax`;
     * `config`: JSON, as in the run's `config.json`;
-    * `image_shape` (of one example, [H, W, C] of images), `levels` (grey levels of the data) and `step`: JSON too;
+    * `image_shape` (of one example, [H, W, C] of images), `levels` (gray levels of the data) and `step`: JSON too;
     * `calibrated_variance`: the optimal variance of the training set, images in [0, 1]; only where the run has recorded it.
 
     Args:

@@ -58,7 +58,7 @@ def failing_step(config: Config, images: ImageSet, total: int, step: int, run: R
       step: that was not finite, counted from 1.
       run: its open folder.
     """
-    model = build_model(config, images.image_shape, images.step)
+    model = build_model(config, images.image_shape, images.bin_width)
     state = run.state_before(create_state(config, model, total, images=images), step)
     order = data_order(state, images, config.batch_size)
     hyperparameters = build_hyperparameters(config)

@@ -21,11 +21,11 @@ from jaxtyping import Array, Float, Key
 from bsvae_jax._io.files import write_atomically
 from bsvae_jax._io.terminal import ProgressBar, warn
 from bsvae_jax.config import FlowMatching, to_dict
-from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, data_mesh, lift, replicate
+from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, data_mesh, parallelize, replicate
 from bsvae_jax.distributed.preemption import stop_on_signals
 from bsvae_jax.errors import DivergenceError, UserError, check_count
 from bsvae_jax.models.priors.flow_matching import flow_matching_loss
-from bsvae_jax.models.priors.velocity import VelocityNetwork
+from bsvae_jax.models.priors.transformer import VelocityNetwork
 from bsvae_jax.random import example_keys, example_positions
 from bsvae_jax.training.checkpoints import Checkpoints
 from bsvae_jax.training.step import averaged
@@ -118,7 +118,7 @@ def fit_flow_matching(
     identity: dict[str, Any],
     progress: bool = True,
 ) -> FlowFit:
-    """Train a velocity field on latents, which it standardises per channel of the map.
+    """Train a velocity field on latents, which it standardizes per channel of the map.
 
     AdamW without decay, a cosine after a short warm-up, gradients clipped to norm 1, an exponential moving average of the
     parameters, which is what the result holds.
@@ -153,7 +153,7 @@ def fit_flow_matching(
     )
     compare_keys = example_keys(compare_key, jnp.arange(len(others)))
     compare = jax.jit(lambda params: jnp.mean(_losses(network, params, others, compare_keys)) / size)
-    run = lift(
+    run = parallelize(
         functools.partial(_window, network=network, share=share, steps=steps), mesh, (REPLICATED,) * 4, REPLICATED, donate=(0,)
     )
     params = jax.jit(network.init)(init_key, standard[:1], jnp.zeros(1))["params"]

@@ -17,7 +17,7 @@ from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages, fits
 from bsvae_jax.data.shuffle import steps_through
-from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, lift, padded_batches, replicate
+from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, padded_batches, parallelize, replicate
 from bsvae_jax.errors import UserError, check_count
 from bsvae_jax.evaluation.scores import EVALUATION_BATCH
 from bsvae_jax.evaluation.trained import Restored
@@ -172,7 +172,7 @@ def _posteriors(run: Restored, images: ImageSet) -> tuple[np.ndarray, np.ndarray
     mesh = data_mesh()
     stored = DeviceImages(images.train, mesh, fits(images.shape.nbytes, mesh, run.config.resident_memory))
     model = run.model.clone(axis_name=None)
-    encode = lift(
+    encode = parallelize(
         functools.partial(_encode, model=model, levels=images.levels), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED)
     )
     variables = replicate(run.variables, mesh)

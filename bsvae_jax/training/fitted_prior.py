@@ -44,7 +44,7 @@ FLOW_PATIENCE = 10
 """Epochs without a better density of the held-out latents, after which the flow has learned what it can."""
 FLOW_LEARNING_RATE = 2e-3
 MOST_ITERATIONS = 500
-"""Of expectation maximisation."""
+"""Of expectation maximization."""
 LEAST_VARIANCE = 1e-6
 """Added to the variances of Gaussians, latents scaled to variance 1."""
 
@@ -139,7 +139,7 @@ def fit_density(
     """A density of latents by maximum likelihood.
 
     Args:
-      kind: 'gaussian': mean and full covariance; 'mixture': Gaussians with full covariances, by expectation maximisation;
+      kind: 'gaussian': mean and full covariance; 'mixture': Gaussians with full covariances, by expectation maximization;
         'flow': `config.Flow`, at the epoch whose density of `held_out` is greatest.
       latents: [N, L].
       held_out: of other images, [M, L]; the flow stops by them, and `held_out` of the result is their mean log density.

@@ -64,7 +64,7 @@ def import_torch(path: str | Path, config: Config, workdir: str | Path) -> Impor
     arrays = read_state_dict(path)
     images = load(config.data)
     check_against_data(config, images)
-    model = build_model(config, images.image_shape, images.step)
+    model = build_model(config, images.image_shape, images.bin_width)
     like = jax.eval_shape(lambda: create_state(config, model, 1).variables())
     variables = pytorch.from_state_dict(arrays, like, config, images.image_shape, str(path))
     steps = steps_through(config.epochs, len(images.train), config.batch_size)

@@ -25,10 +25,10 @@ from bsvae_jax.distributed.mesh import (
     DATA_AXIS,
     MEMBER_AXIS,
     REPLICATED,
-    Driving,
+    Execution,
     P,
-    lift,
     member_slots,
+    parallelize,
     replicate,
     stack,
 )
@@ -60,28 +60,28 @@ def program_config(config: Config) -> Config:
 
 def program_model(config: Config, data: DataShape) -> VAE:
     """The model inside the program."""
-    return build_model(config, data.image_shape, data.step, DATA_AXIS)
+    return build_model(config, data.image_shape, data.bin_width, DATA_AXIS)
 
 
-def lift_training(config: Config, data: DataShape, mesh: Mesh, driving: Driving, resident: bool) -> Any:
+def parallelize_training(config: Config, data: DataShape, mesh: Mesh, execution: Execution, resident: bool) -> Any:
     """The training program, not compiled yet: `run_steps` or, unless the images are `resident`, `run_streamed_steps`.
 
     Args:
       config: of any member.
       data: of the images.
-      mesh: of `data_mesh` for driving 'loop', else of `sweep_mesh`.
-      driving: 'loop' for one model; 'scan' or 'vmap' for a stack.
+      mesh: of `data_mesh` for execution 'loop', else of `sweep_mesh`.
+      execution: 'loop' for one model; 'scan' or 'vmap' for a stack.
       resident: whether the images lie on the devices.
     """
     where = (REPLICATED, P(None, DATA_AXIS)) if resident else (P(None, DATA_AXIS),)
     run = run_steps if resident else run_streamed_steps
-    return lift(
+    return parallelize(
         functools.partial(run, levels=data.levels, augmentation=config.augmentation),
         mesh,
         (REPLICATED, *where, REPLICATED, REPLICATED),
         REPLICATED,
         donate=(0,),
-        driving=driving,
+        execution=execution,
         shared=(1, 3) if resident else (2,),
         convolutional=config.network.convolutional,
         by=config.device_map,
@@ -89,20 +89,20 @@ def lift_training(config: Config, data: DataShape, mesh: Mesh, driving: Driving,
 
 
 def abstract_arguments(
-    config: Config, data: DataShape, mesh: Mesh, driving: Driving, members: int, window: int, resident: bool
+    config: Config, data: DataShape, mesh: Mesh, execution: Execution, members: int, window: int, resident: bool
 ) -> tuple[Any, ...]:
-    """Shapes, types and shardings of what the program of `lift_training` is called with; no array is made.
+    """Shapes, types and shardings of what the program of `parallelize_training` is called with; no array is made.
 
     Args:
       config: of any member.
       data: of the images.
-      mesh: as for `lift_training`.
-      driving: the same.
-      members: of the stack; 1 for driving 'loop'.
+      mesh: as for `parallelize_training`.
+      execution: the same.
+      members: of the stack; 1 for execution 'loop'.
       window: steps in a call.
-      resident: as for `lift_training`.
+      resident: as for `parallelize_training`.
     """
-    stacked = driving != "loop"
+    stacked = execution != "loop"
     slots = (member_slots(mesh, members),) if stacked else ()
     member = (MEMBER_AXIS,) if stacked else ()
 
@@ -125,17 +125,17 @@ def abstract_arguments(
 class Program:
     """The compiled programs of one model, or of a stack of models that differ only in numbers, with the data they run on."""
 
-    def __init__(self, config: Config, images: ImageSet, mesh: Mesh, driving: Driving = "loop", members: int = 1):
+    def __init__(self, config: Config, images: ImageSet, mesh: Mesh, execution: Execution = "loop", members: int = 1):
         """Of all members whose `program_config` is that of `config`; compiled at the first use.
 
         Args:
           config: of any member.
           images: the data.
-          mesh: of `data_mesh` for driving 'loop', else of `sweep_mesh`.
-          driving: 'loop' for one model at a time; 'scan' or 'vmap' for a stack.
+          mesh: of `data_mesh` for execution 'loop', else of `sweep_mesh`.
+          execution: 'loop' for one model at a time; 'scan' or 'vmap' for a stack.
           members: of the stack.
         """
-        self.config, self.images, self.mesh, self.driving = program_config(config), images, mesh, driving
+        self.config, self.images, self.mesh, self.execution = program_config(config), images, mesh, execution
         self.data = images.shape
         self.total = steps_through(config.epochs, len(images.train), config.batch_size)
         self.model = program_model(self.config, self.data)
@@ -146,7 +146,7 @@ class Program:
         self.window = steps_per_dispatch(config, mesh.devices.flat[0].platform)
         if not resident:
             self.window = streamed_window(self.data.image_bytes, config.batch_size, members, self.window)
-        self._run_steps: Any = lift_training(self.config, self.data, mesh, driving, resident)
+        self._run_steps: Any = parallelize_training(self.config, self.data, mesh, execution, resident)
         # Equal slices of a batch are the shares of the devices.
         self._arrangement = arranged(config.batch_size, mesh.shape[DATA_AXIS], config.gradient_accumulation)
 
@@ -157,11 +157,11 @@ class Program:
 
     def pack(self, trees: Sequence[Any]) -> Any:
         """The arrays of all members in the form in which they are driven; never aliases them."""
-        return replicate(trees[0], self.mesh) if self.driving == "loop" else stack(list(trees), self.mesh)
+        return replicate(trees[0], self.mesh) if self.execution == "loop" else stack(list(trees), self.mesh)
 
     def unpack(self, tree: Any, members: int) -> list[Any]:
         """The arrays of each member, the inverse of `pack`."""
-        if self.driving == "loop":
+        if self.execution == "loop":
             return [tree]
         host = jax.device_get(tree)
         return [jax.tree.map(lambda leaf: jnp.asarray(leaf[member]), host) for member in range(members)]  # noqa: B023
@@ -178,7 +178,7 @@ class Program:
             yield lambda step: self._place_order(_windows(orders, step, self.window))
             return
         spec = P(None, DATA_AXIS)
-        if self.driving != "loop":
+        if self.execution != "loop":
             orders = [*orders, *[orders[-1]] * (member_slots(self.mesh, len(orders)) - len(orders))]
             spec = P(MEMBER_AXIS, None, DATA_AXIS)
         with Stream(self.images.train, orders, self.mesh, spec, self.window, starts, self._arrangement) as stream:
@@ -197,7 +197,7 @@ class Program:
 
     def _arguments(self, members: int) -> tuple[Any, ...]:
         data, window = self.data, self.window
-        return abstract_arguments(self.config, data, self.mesh, self.driving, members, window, self.resident)
+        return abstract_arguments(self.config, data, self.mesh, self.execution, members, window, self.resident)
 
     def compile(self) -> Any:
         """The compiled training program of one model, which `take_steps` runs from now on."""
@@ -226,11 +226,11 @@ class Program:
             state.variables(),
             self.splits[split],
             self.pack([split_key(config.seed, split) for config in configs]),
-            [build_model(config, self.images.image_shape, self.images.step).decoder_variance for config in configs],
+            [build_model(config, self.images.image_shape, self.images.bin_width).decoder_variance for config in configs],
             levels=self.images.levels,
             mesh=self.mesh,
             batch_size=EVALUATION_BATCH,
-            driving=self.driving,
+            execution=self.execution,
         )
 
 

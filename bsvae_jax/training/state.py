@@ -98,7 +98,7 @@ def create_state(
 ) -> TrainState:
     """The state before the first step: `variables`, or parameters drawn from the config's seed; float32.
 
-    The pseudo-inputs of a `VampPrior` are training images of `images`, chosen by the seed; without them noise around grey.
+    The pseudo-inputs of a `VampPrior` are training images of `images`, chosen by the seed; without them noise around gray.
     """
     init_key, run_key = jax.random.split(make_key(config.seed))
     optimizer = build_optimizer(config.optimizer, steps, not isinstance(config.prior, configs.StandardNormal))
@@ -164,6 +164,6 @@ def check_against_shape(config: Config, data: DataShape) -> None:
         )
     config.network.check(config.latent_size, data.image_shape)
     if not all(is_builtin(getattr(config, field)) for field in configs.KINDS):  # what a class of the user's own returns
-        model = build_model(config, data.image_shape, data.step)
+        model = build_model(config, data.image_shape, data.bin_width)
         example, key = jnp.zeros((2, *data.image_shape)), make_key(0)
         jax.eval_shape(lambda: model.init(key, example, key, method="elbo_terms"))

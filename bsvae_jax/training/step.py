@@ -322,7 +322,7 @@ def run_steps(
       order: this device's share of the indices of each step's batch, [steps, B].
       count: how many of the steps to take.
       hyperparameters: beta, and numbers of the decoder variance.
-      levels: grey levels of stored uint8 images.
+      levels: gray levels of stored uint8 images.
       augmentation: random changes of the images.
     """
 

@@ -75,7 +75,7 @@ class Trainer:
         stop: Stop,
         extras: Extras | None = None,
     ):
-        """All members stand at the same step; one member if the program's driving is 'loop'. `stop` may ask to stop."""
+        """All members stand at the same step; one member if the program's execution is 'loop'. `stop` may ask to stop."""
         self.program, self.members, self.stop, self.extras = program, members, stop, extras
         self.configs = [member.config for member in members]
         self.callbacks = Callbacks(callbacks if multihost.is_primary() else [])
@@ -354,7 +354,7 @@ class Trainer:
         if not missing:
             return
         test = self._test_scores.get(step) or list(self.program.score(state, "test", self.configs))
-        floor = objective.quantization_variance(self.program.images.step)
+        floor = objective.quantization_variance(self.program.images.bin_width)
         extra = self.extras(state) if self.extras is not None else None
         for index, train_scores in enumerate(self.program.score(state, "train", self.configs)):
             if index not in missing:

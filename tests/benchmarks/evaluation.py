@@ -37,7 +37,7 @@ def importance(workdir: Path, count: int, samples: int) -> dict[str, float]:
         replicate(run.variables, mesh),
         DeviceImages(images.test[:count], mesh),
         jax.random.key(0),
-        [Density(frozen=True, dequantised=False)],
+        [Density(frozen=True, dequantized=False)],
         0.01,
         samples,
         levels=images.levels,

@@ -24,7 +24,7 @@ def _run(arguments: argparse.Namespace, folder: Path, betas: list[float], stacke
     """Seconds of one process, and those of them spent in XLA's compiler."""
     command = [sys.executable, __file__, arguments.config, "--epochs", str(arguments.epochs), "--folder", str(folder)]
     command += ["--data-folder", arguments.data_folder] if arguments.data_folder else []
-    command += ["--driving", arguments.driving] if arguments.driving else []
+    command += ["--execution", arguments.execution] if arguments.execution else []
     command += ["--child", "stack" if stacked else "single", "--betas", *map(str, betas)]
     start = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_LOG_COMPILES": "1"}, check=False)
@@ -47,7 +47,7 @@ def _child(arguments: argparse.Namespace) -> None:
         variance = config.decoder_variance
         assert isinstance(variance, Optimal)
         grid = Sweep(tuple(arguments.betas), (variance,), 1)
-        fit_sweep(config, grid, arguments.folder, arguments.driving, progress=False)
+        fit_sweep(config, grid, arguments.folder, arguments.execution, progress=False)
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, nargs="+", default=[5, 15, 50])
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--data-folder", help="of the MNIST files, where the config wants them")
-    parser.add_argument("--driving", choices=["loop", "scan", "vmap"], help="what is measured to be best if not given")
+    parser.add_argument("--execution", choices=["loop", "scan", "vmap"], help="what is measured to be best if not given")
     parser.add_argument("--jobs", type=int, default=1, help="separate runs at a time")
     parser.add_argument("--child", choices=["single", "stack"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

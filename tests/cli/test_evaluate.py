@@ -81,15 +81,15 @@ def test_every_number_and_figure(trained, capsys):
     assert set(found) == {"train", "test"}
     for split in found.values():
         # Three samples tighten the bound; noise of the data costs a little.
-        assert split["importance_weighted_bound"] > split["importance_weighted_bound_dequantised"] > split["calibrated_elbo"]
+        assert split["importance_weighted_bound"] > split["importance_weighted_bound_dequantized"] > split["calibrated_elbo"]
         assert 1 <= split["effective_samples"] <= 3
         assert split["mutual_information"] + split["aggregate_kl"] == pytest.approx(split["rate"], abs=0.3)
         assert split["total_correlation"] + split["dimension_kl"] == pytest.approx(split["aggregate_kl"], abs=1e-6)
         assert -1 < split["ssim"] < 1
-        bits = -split["importance_weighted_bound_dequantised"] / (64 * np.log(2)) + 4
+        bits = -split["importance_weighted_bound_dequantized"] / (64 * np.log(2)) + 4
         assert split["importance_weighted_bound_bits_per_dimension"] == pytest.approx(bits)
     assert "K = 3" in table
-    names = ["interpolations", "nearest_neighbours"]
+    names = ["interpolations", "nearest_neighbors"]
     for split in ("train", "test"):
         names += [
             f"{name}_{split}" for name in ("residuals", "variance_maps", "variance_by_difficulty", "rate_parts", "likelihood")
@@ -292,7 +292,7 @@ def test_samples_do_not_depend_on_the_devices(trained, monkeypatch):
     on_eight = sampling.sample_prior(run, 510, seed=3)
     monkeypatch.setattr(sampling, "data_mesh", lambda: data_mesh(1))
     on_one = sampling.sample_prior(run, 510, seed=3)
-    # A mean within rounding of half a grey level may fall to either side.
+    # A mean within rounding of half a gray level may fall to either side.
     assert np.abs(on_one.astype(int) - on_eight).max() <= 1
     assert (on_one != on_eight).mean() < 1e-3
 
@@ -368,7 +368,7 @@ def test_attributes_are_ordered_by_how_well_the_latent_space_separates_them():
 
 
 @pytest.mark.parametrize("kind", ["classes", "many classes", "attributes", "none", "one latent"])
-def test_the_latent_space_is_coloured_by_what_the_data_know(kind):
+def test_the_latent_space_is_colored_by_what_the_data_know(kind):
     generator = np.random.default_rng(0)
     count, latents = 60, 1 if kind == "one latent" else 5
     images = np.zeros((count, 2, 2, 1), np.uint8)

@@ -69,7 +69,7 @@ def make(**fields):
     return lambda: dataclasses.replace(CONFIG, **fields)
 
 
-def initialised(*fields, **options):
+def initialized(*fields, **options):
     return lambda: build_vae(*fields, **options).init(KEY, X, KEY)
 
 
@@ -142,7 +142,7 @@ ROWS = [
     ("bits_per_dimension", lambda: bv.bits_per_dimension(1.0, ()), r"shape must be that of an image.* got \(\)"),
     ("bits_per_dimension", lambda: bv.bits_per_dimension(1.0, (28, 0, 1)), r"whole numbers >= 1 .* got \(28, 0, 1\)"),
     ("bits_per_dimension", lambda: bv.bits_per_dimension(1.0, 784), "shape must be that of an image.* got 784"),
-    ("bits_per_dimension", lambda: bv.bits_per_dimension(1.0, (8, 8, 1), step=0.0), "step must be a finite number > 0"),
+    ("bits_per_dimension", lambda: bv.bits_per_dimension(1.0, (8, 8, 1), bin_width=0.0), "bin_width must be a finite number > 0"),
     ("bits_per_dimension", lambda: bv.bits_per_dimension("1", (8, 8, 1)), "nll must be of type"),
     ("quantization_variance", lambda: bv.quantization_variance(-1.0), "bin_width must be a finite number > 0, got -1"),
     ("quantization_variance", lambda: bv.quantization_variance("1/255"), "bin_width must be a number, got '1/255'"),
@@ -155,10 +155,10 @@ ROWS = [
     ("Learned", lambda: bv.Learned(floor=NAN), "Learned.floor must be a finite number >= 0"),
     ("Predicted", lambda: bv.Predicted(0.0), "Predicted.floor must be a finite number > 0"),
     # The model
-    ("VAE", initialised("mlp", 2, (8, 8, 1)), "network must be .* derived from bsvae_jax.Network, got 'mlp'"),
-    ("VAE", initialised(MLP((8,)), 0, (8, 8, 1)), "latent_size must be a whole number >= 1, got 0"),
-    ("VAE", initialised(MLP((8,)), 2, (8, 8, 1), decoder_variance="optimal"), "derived from bsvae_jax.DecoderVariance"),
-    ("VAE", initialised(MLP((8,)), 2, (8, 8, 1), prior="normal"), "derived from bsvae_jax.Prior, got 'normal'"),
+    ("VAE", initialized("mlp", 2, (8, 8, 1)), "network must be .* derived from bsvae_jax.Network, got 'mlp'"),
+    ("VAE", initialized(MLP((8,)), 0, (8, 8, 1)), "latent_size must be a whole number >= 1, got 0"),
+    ("VAE", initialized(MLP((8,)), 2, (8, 8, 1), decoder_variance="optimal"), "derived from bsvae_jax.DecoderVariance"),
+    ("VAE", initialized(MLP((8,)), 2, (8, 8, 1), prior="normal"), "derived from bsvae_jax.Prior, got 'normal'"),
     ("VAE", applied(X[..., 0], KEY), r"takes data of shape \(8, 8, 1\), got a batch of shape \(3, 8, 8\)"),
     ("VAE", applied(X[:, :4], KEY), r"takes data of shape \(8, 8, 1\)"),
     ("VAE", applied(X.astype(jnp.uint8), KEY), "floating-point data .* got uint8; divide 8-bit values by 255"),
@@ -200,7 +200,7 @@ ROWS = [
     ("Config", lambda: Augmentation(rotation_degrees=NAN), "augmentation.rotation_degrees must be a finite number"),
     ("Config", lambda: Arrays(3), "data.path must be a path, got 3"),
     ("Config", lambda: Folder("x", holdout=0.0), "data.holdout must be a finite number > 0"),
-    ("Config", lambda: Folder("x", channels=2), r"data.channels must be 1 \(grey\), 3 \(colour\) or None"),
+    ("Config", lambda: Folder("x", channels=2), r"data.channels must be 1 \(gray\), 3 \(color\) or None"),
     ("Config", lambda: TFDS(data_dir=3), "data.data_dir must be a path, got 3"),
     ("Config", lambda: TFDS(train_split=""), "data.train_split must be a name, got ''"),
     ("Network", lambda: bv.Config(network=MLP), r"network .* got the class MLP; give an instance, MLP\(\.\.\.\)"),

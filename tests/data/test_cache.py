@@ -80,7 +80,7 @@ def test_crop_then_resize_are_those_of_the_paper():
 
 
 def test_resizing_is_a_triangle_filter_with_antialiasing():
-    """Against the definition: halving weighs four neighbours by 1/8, 3/8, 3/8, 1/8 in each direction, away from the border."""
+    """Against the definition: halving weighs four neighbors by 1/8, 3/8, 3/8, 1/8 in each direction, away from the border."""
     array = pixels(8, 8)
     weights = np.array([1, 3, 3, 1]) / 8
     rows = np.stack([weights @ array[2 * i - 1 : 2 * i + 3].astype(float) for i in (1, 2)])
@@ -89,7 +89,7 @@ def test_resizing_is_a_triangle_filter_with_antialiasing():
     np.testing.assert_allclose(found, expected, atol=1.0)  # rounded to 8 bits after each direction
 
 
-def test_the_shorter_side_becomes_the_size_and_the_centre_is_kept():
+def test_the_shorter_side_becomes_the_size_and_the_center_is_kept():
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 200  # the middle third
     np.testing.assert_array_equal(decode(png(wide), Preprocessing(size=10), "x"), np.full((10, 10, 3), 200))
@@ -97,13 +97,13 @@ def test_the_shorter_side_becomes_the_size_and_the_centre_is_kept():
 
 
 def test_channels():
-    grey, colour = pixels(4, 4), pixels(4, 4, 3)
-    np.testing.assert_array_equal(decode(png(grey), Preprocessing(channels=3), "x"), np.repeat(grey[..., None], 3, axis=2))
-    luma = colour @ np.array([0.299, 0.587, 0.114])  # ITU-R 601
-    np.testing.assert_allclose(decode(png(colour), Preprocessing(channels=1), "x")[..., 0], luma, atol=1.0)
-    with_alpha = np.dstack([colour, pixels(4, 4)])
+    gray, color = pixels(4, 4), pixels(4, 4, 3)
+    np.testing.assert_array_equal(decode(png(gray), Preprocessing(channels=3), "x"), np.repeat(gray[..., None], 3, axis=2))
+    luma = color @ np.array([0.299, 0.587, 0.114])  # ITU-R 601
+    np.testing.assert_allclose(decode(png(color), Preprocessing(channels=1), "x")[..., 0], luma, atol=1.0)
+    with_alpha = np.dstack([color, pixels(4, 4)])
     alpha = with_alpha[..., 3:] / 255  # on white
-    np.testing.assert_allclose(decode(png(with_alpha), Preprocessing(), "x"), alpha * colour + (1 - alpha) * 255, atol=1.0)
+    np.testing.assert_allclose(decode(png(with_alpha), Preprocessing(), "x"), alpha * color + (1 - alpha) * 255, atol=1.0)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -134,7 +134,7 @@ def test_bad_images_are_named():
     sixteen = png(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
     with pytest.raises(UserError, match=r"photo has pixels of kind 'I;16'; images of 8 bits.*--data.levels 65536"):
         decode(sixteen, Preprocessing(), "photo")
-    with pytest.raises(UserError, match="photo is 40 x 40 pixels, too small for a centre crop of 41"):
+    with pytest.raises(UserError, match="photo is 40 x 40 pixels, too small for a center crop of 41"):
         decode(good, Preprocessing(crop=41), "photo")
 
 
@@ -142,9 +142,9 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def own_png(height: int, width: int, depth: int, colour: int, rows: bytes, *chunks: bytes) -> bytes:
+def own_png(height: int, width: int, depth: int, color: int, rows: bytes, *chunks: bytes) -> bytes:
     """A PNG that Pillow does not write."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -387,7 +387,7 @@ def bad_folder(kind: str, folder: Path) -> Path:
         ("other files", "holds no images .*; it holds 1 other files, 'notes.txt' first"),
         ("one image", "holds 1 images: too few to keep 1 for testing"),
         ("sizes differ", r"photos holds images of 2 sizes \(6 x 5: 3, 9 x 9: 1\); --size N"),
-        ("channels differ", r"holds grey images and colour images \(colour: 3, grey: 1\); --channels 3"),
+        ("channels differ", r"holds gray images and color images \(color: 3, gray: 1\); --channels 3"),
         ("corrupt", "0001.png is not an image that can be read .*`bsvae prepare --skip-corrupt` leaves such images out"),
         ("truncated", "0001.png is truncated or damaged .*--skip-corrupt"),
         ("train alone", "has a folder 'train' beside more, but no 'test'"),

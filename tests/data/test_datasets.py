@@ -62,7 +62,7 @@ def test_digits_are_those_of_scikit_learn():
     np.testing.assert_array_equal(np.concatenate([digits.train, digits.test])[..., 0], bunch.images)
     np.testing.assert_array_equal(np.concatenate([digits.train_labels, digits.test_labels]), bunch.target)
     assert (digits.train.min(), digits.train.max()) == (0, 16)
-    assert (digits.name, digits.levels, digits.step, digits.image_shape) == ("digits", 17, 0.0625, (8, 8, 1))
+    assert (digits.name, digits.levels, digits.bin_width, digits.image_shape) == ("digits", 17, 0.0625, (8, 8, 1))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_mnist_reads_back_what_was_written(tmp_path, compress):
     np.testing.assert_array_equal(mnist.train_labels, [5, 0, 4, 1, 9, 2])
     np.testing.assert_array_equal(mnist.test_labels, [7, 255])
     assert mnist.train.dtype == np.uint8
-    assert (mnist.name, mnist.levels, mnist.step, mnist.image_shape) == ("mnist", 256, 1 / 255, (5, 4, 1))
+    assert (mnist.name, mnist.levels, mnist.bin_width, mnist.image_shape) == ("mnist", 256, 1 / 255, (5, 4, 1))
 
 
 def test_the_real_mnist(mnist_folder):
@@ -539,8 +539,8 @@ def image_and_label() -> dict:
     return {"image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(num_classes=10)}
 
 
-def labelled(images: np.ndarray) -> list[dict]:
-    """Each image labelled by its position: TFDS shuffles what it prepares."""
+def labeled(images: np.ndarray) -> list[dict]:
+    """Each image labeled by its position: TFDS shuffles what it prepares."""
     return [{"image": Image.fromarray(image), "label": label} for label, image in enumerate(images)]
 
 
@@ -550,7 +550,7 @@ def load_tfds(folder: Path, **settings) -> data.ImageSet:
 
 def test_tfds_bit_for_bit_without_tensorflow(tmp_path):
     train, test = random_bytes(9, 7, 5, 3), random_bytes(4, 7, 5, 3, seed=1)
-    prepare_tfds(tmp_path, image_and_label(), train=labelled(train), test=labelled(test))
+    prepare_tfds(tmp_path, image_and_label(), train=labeled(train), test=labeled(test))
     images = load_tfds(tmp_path)
     assert sorted(images.train_labels) == list(range(9))
     assert sorted(images.test_labels) == list(range(4))
@@ -594,7 +594,7 @@ def test_tfds_stock_set_that_is_not_prepared(tmp_path):
     ],
 )
 def test_tfds_missing_split(tmp_path, split, telling):
-    prepare_tfds(tmp_path, image_and_label(), train=labelled(random_bytes(3, 4, 4, 3)))
+    prepare_tfds(tmp_path, image_and_label(), train=labeled(random_bytes(3, 4, 4, 3)))
     with pytest.raises(UserError, match=telling) as error:
         load_tfds(tmp_path, test_split=split)
     assert repr(split) in str(error.value)
@@ -604,7 +604,7 @@ def test_tfds_missing_split(tmp_path, split, telling):
 def bad_tfds(kind: str, folder: Path) -> None:
     import tensorflow_datasets as tfds
 
-    features, examples = image_and_label(), labelled(random_bytes(3, 4, 4, 3))
+    features, examples = image_and_label(), labeled(random_bytes(3, 4, 4, 3))
     match kind:
         case "no image":
             features = {"label": features["label"]}
@@ -720,7 +720,7 @@ HEIGHT, WIDTH, DRAWS = 14, 18, 300
 
 
 def ramps() -> np.ndarray:
-    """One image: channel 0 holds its row, 1 its column (shares of the size, centre 0.5), 2 noise, 3 ones."""
+    """One image: channel 0 holds its row, 1 its column (shares of the size, center 0.5), 2 noise, 3 ones."""
     rows, columns = np.meshgrid((np.arange(HEIGHT) + 0.5) / HEIGHT, (np.arange(WIDTH) + 0.5) / WIDTH, indexing="ij")
     return np.stack([rows, columns, np.random.default_rng(0).uniform(size=rows.shape), np.ones_like(rows)], -1).astype(
         np.float32
@@ -737,7 +737,7 @@ def augmented(settings: Augmentation, image: np.ndarray, draws: int = DRAWS, see
 
 
 def solve_map(output: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Linear part [2, 2] and offset [2] of output pixel -> source pixel (centres, in pixels from the image's centre)."""
+    """Linear part [2, 2] and offset [2] of output pixel -> source pixel (centers, in pixels from the image's center)."""
     inside = output[..., 3] > 1 - 1e-5  # ramps are exact where bilinear interpolation meets no edge
     assert inside.sum() >= 20
     rows, columns = np.nonzero(inside)
@@ -750,8 +750,8 @@ def solve_map(output: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def resampled(image: np.ndarray, linear: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """SciPy's bilinear sampling in float64. `grid-constant` is zeros outside, blended at the edge as JAX's `constant` is."""
-    centre = (np.array([HEIGHT, WIDTH]) - 1) / 2
-    shift = linear @ -centre + offset + centre
+    center = (np.array([HEIGHT, WIDTH]) - 1) / 2
+    shift = linear @ -center + offset + center
     channels = np.moveaxis(image.astype(np.float64), -1, 0)
     return np.stack([ndimage.affine_transform(c, linear, shift, order=1, mode="grid-constant") for c in channels], -1)
 
@@ -783,7 +783,7 @@ def test_resampling_is_scipys(kind, request):
         np.testing.assert_allclose(output, resampled(ramps(), *solve_map(output)), atol=2e-4)
 
 
-def test_rotation_is_a_uniform_rotation_about_the_centre(rotated):
+def test_rotation_is_a_uniform_rotation_about_the_center(rotated):
     maps = [solve_map(output) for output in rotated]
     linear, offset = np.stack([m[0] for m in maps]), np.stack([m[1] for m in maps])
     np.testing.assert_allclose(linear @ linear.transpose(0, 2, 1), np.broadcast_to(np.eye(2), linear.shape), atol=1e-4)
@@ -832,8 +832,8 @@ def test_crop_of_a_quarter_doubles_everything():
         np.testing.assert_allclose(np.diff(inside[..., 0], axis=1), 0.0, atol=1e-5)
 
 
-def test_rotation_moves_mass_around_the_centre():
-    """A blob keeps its mass and its distance from the centre, and goes to both sides of where it was."""
+def test_rotation_moves_mass_around_the_center():
+    """A blob keeps its mass and its distance from the center, and goes to both sides of where it was."""
     rows, columns = np.meshgrid(np.arange(33) - 16.0, np.arange(33) - 16.0, indexing="ij")
     blob = np.exp(-(rows**2 + (columns - 8.0) ** 2) / 8.0).astype(np.float32)[..., None]
     outputs = augmented(Augmentation(rotation_degrees=90.0), blob, draws=50)[..., 0]

@@ -124,7 +124,7 @@ def test_the_order_is_the_same_on_the_host(key):
     ("batch", "members", "most", "expected"), [(512, 1, 50, 10), (512, 5, 50, 2), (2**20, 1, 50, 1), (1, 1, 7, 7)]
 )
 def test_pieces_are_of_bounded_size(batch, members, most, expected):
-    """64x64 colour images of 12,288 bytes: 2**26 / (512 * 12288) = 10.67 steps in a piece."""
+    """64x64 color images of 12,288 bytes: 2**26 / (512 * 12288) = 10.67 steps in a piece."""
     images = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (10, 64, 64, 3), (0, 0, 0, 0))
     assert streamed_window(images[0].nbytes, batch, members, most) == expected
 
@@ -336,12 +336,14 @@ class _given:
         return None
 
 
-@pytest.mark.parametrize("driving", ["loop", *(pytest.param(driving, marks=pytest.mark.slow) for driving in ("scan", "vmap"))])
-def test_a_streamed_sweep_is_a_resident_one(tmp_path, driving):
+@pytest.mark.parametrize(
+    "execution", ["loop", *(pytest.param(execution, marks=pytest.mark.slow) for execution in ("scan", "vmap"))]
+)
+def test_a_streamed_sweep_is_a_resident_one(tmp_path, execution):
     grid = bv.Sweep(beta=(0.5, 2.0), decoder_variance=(bv.Optimal(),), seeds=2)
     for name, share in (("resident", 0.5), ("streamed", 0.0)):
         bv.fit_sweep(
-            dataclasses.replace(SMALL, epochs=1, resident_memory=share), grid, tmp_path / name, driving, progress=False
+            dataclasses.replace(SMALL, epochs=1, resident_memory=share), grid, tmp_path / name, execution, progress=False
         )
     members = sorted(path.name for path in (tmp_path / "resident" / "members").iterdir())
     assert len(members) == 4

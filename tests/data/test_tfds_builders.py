@@ -532,7 +532,7 @@ def test_prepare_refuses(source, telling, tmp_path, capsys):
     assert re.search(telling, capsys.readouterr().err)
 
 
-def test_a_set_of_the_catalogue_asks_for_tensorflow(tmp_path):
+def test_a_set_of_the_catalog_asks_for_tensorflow(tmp_path):
     """In a process where TensorFlow cannot be found, as where it is not installed."""
     code = (
         "import importlib.util as util, sys\n"

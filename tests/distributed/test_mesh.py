@@ -19,8 +19,8 @@ from bsvae_jax.distributed.mesh import (
     available_bytes,
     data_mesh,
     describe_devices,
-    lift,
     member_slots,
+    parallelize,
     replicate,
     stack,
     sweep_mesh,
@@ -55,7 +55,7 @@ def _gradient(before: TrainState, after: TrainState):
 
 def _shard_map_step(state, images, key, beta, devices):
     mesh = data_mesh(devices)
-    step = lift(train_step, mesh, (REPLICATED, SHARDED, REPLICATED, REPLICATED), REPLICATED)
+    step = parallelize(train_step, mesh, (REPLICATED, SHARDED, REPLICATED, REPLICATED), REPLICATED)
     return step(replicate(state, mesh), images, key, beta)
 
 
@@ -137,7 +137,7 @@ def test_a_variance_per_device_gives_other_gradients(images, key):
 
     state = _state(Optimal("batch"), MLP((8,)), DATA_AXIS)
     mesh = data_mesh(8)
-    gradient = lift(wrong, mesh, (REPLICATED, SHARDED, REPLICATED, REPLICATED), REPLICATED)(state, images, key, 2.0)
+    gradient = parallelize(wrong, mesh, (REPLICATED, SHARDED, REPLICATED, REPLICATED), REPLICATED)(state, images, key, 2.0)
     right = _gradient(single, expected)
     difference = optax.tree.norm(jax.tree.map(lambda a, b: a - b, gradient, right))
     assert difference > 0.05 * optax.tree.norm(right)
@@ -149,7 +149,7 @@ def test_a_second_step_compiles_nothing(network, images, key):
     state = _state(Optimal("batch"), network, DATA_AXIS)
     mesh = data_mesh(4)
     once = chex.assert_max_traces(train_step, n=1)
-    step = lift(once, mesh, (REPLICATED, SHARDED, REPLICATED, REPLICATED), REPLICATED, donate=(0,))
+    step = parallelize(once, mesh, (REPLICATED, SHARDED, REPLICATED, REPLICATED), REPLICATED, donate=(0,))
     state = replicate(state, mesh)
     for beta in (0.1, 1.0, 100.0):
         state, metrics = step(state, images, key, jnp.float32(beta))
@@ -224,8 +224,8 @@ def test_a_stack_holds_its_members_in_order_on_their_devices():
     np.testing.assert_array_equal(trees[4]["a"], [4.0, 4.0, 4.0])  # not given away with the stack
 
 
-@pytest.mark.parametrize("driving", ["scan", "vmap"])
-def test_lift_gives_every_member_its_own_and_all_what_is_shared(driving):
+@pytest.mark.parametrize("execution", ["scan", "vmap"])
+def test_lift_gives_every_member_its_own_and_all_what_is_shared(execution):
     """A function whose value is known by hand: `mean(share * x) + y`, with one `x` for all."""
 
     def function(share, x, y):
@@ -234,7 +234,7 @@ def test_lift_gives_every_member_its_own_and_all_what_is_shared(driving):
     mesh = sweep_mesh(8, 3, 8)
     shares = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
     y = np.arange(4, dtype=np.float32)
-    result = lift(function, mesh, (SHARDED, REPLICATED, REPLICATED), REPLICATED, driving=driving, shared=(1,))(
+    result = parallelize(function, mesh, (SHARDED, REPLICATED, REPLICATED), REPLICATED, execution=execution, shared=(1,))(
         shares, jnp.float32(3.0), y
     )
     np.testing.assert_allclose(result, 3.0 * shares.mean(axis=1) + y, rtol=1e-5)
@@ -245,7 +245,7 @@ def _members(count):
     return [(seed, 0.5 * 1.5**seed, (0.1, 0.4)[seed % 2]) for seed in range(count)]
 
 
-def _check_members(driving, decoder_variance, network, images, count):
+def _check_members(execution, decoder_variance, network, images, count):
     """Every member's step in a stack on 8 devices, against that model alone on one, with images and noise of its own."""
     constant = isinstance(decoder_variance, Constant)
     mesh = sweep_mesh(8, count, BATCH)
@@ -257,7 +257,7 @@ def _check_members(driving, decoder_variance, network, images, count):
     betas = [jnp.float32(beta) for _, beta, _ in members]
     variances = [jnp.float32(variance) if constant else None for _, _, variance in members]
     specs = (REPLICATED, SHARDED, REPLICATED, REPLICATED, REPLICATED)
-    step = lift(train_step, mesh, specs, REPLICATED, driving=driving)
+    step = parallelize(train_step, mesh, specs, REPLICATED, execution=execution)
     batch = jnp.stack(batches + batches[-1:] * (slots - count))
     after, metrics = step(stack(states, mesh), batch, stack(keys, mesh), stack(betas, mesh), stack(variances, mesh))
     single_step = jax.jit(train_step)
@@ -276,38 +276,38 @@ def _check_members(driving, decoder_variance, network, images, count):
 
 
 @pytest.mark.parametrize("decoder_variance", VARIANCES, ids=str)
-@pytest.mark.parametrize("driving", ["scan", "vmap"])
-def test_members_take_the_step_of_one_model(driving, decoder_variance, images):
-    _check_members(driving, decoder_variance, MLP((8,)), images, 3)  # 2 x 4 devices, one slot left over
+@pytest.mark.parametrize("execution", ["scan", "vmap"])
+def test_members_take_the_step_of_one_model(execution, decoder_variance, images):
+    _check_members(execution, decoder_variance, MLP((8,)), images, 3)  # 2 x 4 devices, one slot left over
 
 
 @pytest.mark.parametrize("count", [5, 8], ids=["4 x 2 devices", "8 x 1 devices"])
 @pytest.mark.parametrize("decoder_variance", [Constant(0.1), Optimal("batch")], ids=str)
-@pytest.mark.parametrize("driving", ["scan", "vmap"])
-def test_any_number_of_members_take_the_step_of_one_model(driving, decoder_variance, count, images):
-    _check_members(driving, decoder_variance, MLP((8,)), images, count)
+@pytest.mark.parametrize("execution", ["scan", "vmap"])
+def test_any_number_of_members_take_the_step_of_one_model(execution, decoder_variance, count, images):
+    _check_members(execution, decoder_variance, MLP((8,)), images, count)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 5, 8], ids="{} members".format)
 @pytest.mark.parametrize("decoder_variance", VARIANCES, ids=str)
-@pytest.mark.parametrize("driving", ["scan", "vmap"])
-def test_every_number_of_members_and_every_variance(driving, decoder_variance, count, images):
-    _check_members(driving, decoder_variance, MLP((8,)), images, count)
+@pytest.mark.parametrize("execution", ["scan", "vmap"])
+def test_every_number_of_members_and_every_variance(execution, decoder_variance, count, images):
+    _check_members(execution, decoder_variance, MLP((8,)), images, count)
 
 
-@pytest.mark.parametrize("driving", ["scan", "vmap"])
-def test_batch_norm_is_each_members_own(driving, images):
-    _check_members(driving, Optimal("batch"), Residual((4,)), images, 3)
+@pytest.mark.parametrize("execution", ["scan", "vmap"])
+def test_batch_norm_is_each_members_own(execution, images):
+    _check_members(execution, Optimal("batch"), Residual((4,)), images, 3)
 
 
-@pytest.mark.parametrize("driving", ["scan", "vmap"])
-def test_new_numbers_compile_nothing(driving, images):
+@pytest.mark.parametrize("execution", ["scan", "vmap"])
+def test_new_numbers_compile_nothing(execution, images):
     chex.clear_trace_counter()
     mesh = sweep_mesh(8, 3, BATCH)
     specs = (REPLICATED, SHARDED, REPLICATED, REPLICATED, REPLICATED)
     once = chex.assert_max_traces(train_step, n=1)
-    step = lift(once, mesh, specs, REPLICATED, donate=(0,), driving=driving, shared=(1,))
+    step = parallelize(once, mesh, specs, REPLICATED, donate=(0,), execution=execution, shared=(1,))
     for seed in range(3):
         states = [_state(Constant(), MLP((8,)), DATA_AXIS, seed).replace(learning_rate=jnp.float32(seed + i)) for i in range(3)]
         numbers = [jnp.float32(10.0**i + seed) for i in range(3)]
@@ -316,13 +316,13 @@ def test_new_numbers_compile_nothing(driving, images):
         np.testing.assert_array_equal(after.step, [1, 1, 1, 1])
 
 
-@pytest.mark.parametrize("driving", ["scan", "vmap"])
-def test_the_learning_rate_is_each_members_own(driving, images, key):
+@pytest.mark.parametrize("execution", ["scan", "vmap"])
+def test_the_learning_rate_is_each_members_own(execution, images, key):
     rates = [0.25, 1.0, 3.0]
     mesh = sweep_mesh(1, 3, BATCH)
     states = [_state(Optimal(), MLP((8,)), DATA_AXIS).replace(learning_rate=jnp.float32(rate)) for rate in rates]
     specs = (REPLICATED, SHARDED, REPLICATED, REPLICATED)
-    step = lift(train_step, mesh, specs, REPLICATED, driving=driving, shared=(1, 2, 3))
+    step = parallelize(train_step, mesh, specs, REPLICATED, execution=execution, shared=(1, 2, 3))
     after, _ = step(stack(states, mesh), images, key, jnp.float32(1.0))
     single = _state(Optimal(), MLP((8,)), None)
     gradient = _gradient(single, jax.jit(train_step)(single, images, key, 1.0)[0])
@@ -350,7 +350,7 @@ def test_posterior_noise_does_not_depend_on_the_devices(images, key):
     variables = model.clone(axis_name=None).init(key, images, key)
     forward = functools.partial(lambda v, x, k: model.apply(v, x, k).z)
     z = [
-        np.asarray(lift(forward, data_mesh(n), (REPLICATED, SHARDED, REPLICATED), SHARDED)(variables, images, key))
+        np.asarray(parallelize(forward, data_mesh(n), (REPLICATED, SHARDED, REPLICATED), SHARDED)(variables, images, key))
         for n in (1, 2, 8)
     ]
     # A float32 product of another share of the batch: a few units of the last place of numbers of size 1.

@@ -89,7 +89,7 @@ def test_collapsed_posteriors_tell_nothing():
         np.testing.assert_allclose(part, 0.0, atol=1e-5)
 
 
-def test_marginals_need_a_prior_that_factorises():
+def test_marginals_need_a_prior_that_factorizes():
     z, mean, log_variance, log_prior, *_ = gaussian_posteriors(20)
     found = split_rate(aggregate_posterior(z, mean, log_variance, log_prior, False))
     assert found.total_correlation is None

@@ -145,7 +145,7 @@ def test_every_figure_takes_any_shape(shape):
         plots.reconstructions(values, values[::-1], "pairs"),
         plots.latent_traversals(grid, [-1.0, 0.0, 1.0], ["z0", "z1"], "latents"),
         diagnostic_plots.interpolations(grid, ["linear", "linear"], "between"),
-        diagnostic_plots.nearest_neighbours(values, values, {"samples": rows}, "near"),
+        diagnostic_plots.nearest_neighbors(values, values, {"samples": rows}, "near"),
         diagnostic_plots.variance_maps(values[0], values[1], values[2], "maps"),
         diagnostic_plots.variance_by_difficulty(rows, rows, rows, 1.0, values, values, "difficulty"),
         sweep_plots.pictures_by_beta(values, values[None], values[None], ["β = 1"], "sweep"),

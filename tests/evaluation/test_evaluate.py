@@ -41,7 +41,7 @@ def test_likelihoods_are_gaussian_densities(scores, residuals):
     summary = summarize(scores, 3.0, calibration)
     variance = np.square(residuals).mean() + FLOOR
     assert calibration.variance == pytest.approx(variance)
-    # SciPy's normal density at the residuals, plus the expected dequantisation noise D v0 / (2 v).
+    # SciPy's normal density at the residuals, plus the expected dequantization noise D v0 / (2 v).
     nll = -stats.norm.logpdf(residuals, scale=np.sqrt(variance)).sum(axis=(1, 2, 3)) + 6 * FLOOR / (2 * variance)
     assert summary["calibrated_distortion"].value == pytest.approx(nll.mean())
     assert summary["calibrated_distortion"].value == pytest.approx(3 * (np.log(2 * np.pi * variance) + 1))  # closed form
@@ -126,7 +126,7 @@ def test_training_curves_have_units_and_both_splits():
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [1, 2, 3])
 
 
-def test_traversals_and_reconstructions_are_labelled():
+def test_traversals_and_reconstructions_are_labeled():
     traversals = plots.latent_traversals(np.zeros((2, 3, 4, 4, 1)), [-1.0, 0.0, 1.0], ["z5", "z1"], "title")
     (axes,) = traversals.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["z5", "z1"]

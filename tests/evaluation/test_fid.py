@@ -168,7 +168,7 @@ def test_too_few_samples_for_a_kernel_distance_are_refused():
 
 def test_batches_of_any_size_come_out_in_order(monkeypatch):
     """The stream's bookkeeping, with the mean intensity in place of the network."""
-    monkeypatch.setattr(features, "_lifted", lambda compute, mesh: compute)
+    monkeypatch.setattr(features, "_parallelized", lambda compute, mesh: compute)
     network = FeatureNetwork("mean", "", 1, "", "", lambda _, images: images.mean(axis=(1, 2, 3))[:, None], {})
     images = np.arange(11, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
     parts = np.split(images, [1, 1, 8])
@@ -177,7 +177,7 @@ def test_batches_of_any_size_come_out_in_order(monkeypatch):
 
 
 def test_resizing_is_half_pixel_bilinear_without_antialiasing():
-    """A row of 2 to 299: linear between the centres 1/4 and 3/4, constant beyond; pixel j has its centre at (j + 1/2)/299."""
+    """A row of 2 to 299: linear between the centers 1/4 and 3/4, constant beyond; pixel j has its center at (j + 1/2)/299."""
     row = np.array([[[[0], [255]]]], np.uint8)
     found = np.asarray(inception.resize(jnp.asarray(row)))[0, 0, :, 0]
     expected = 2 * np.clip(((np.arange(299) + 0.5) / 299 - 0.25) * 2, 0, 1) - 1

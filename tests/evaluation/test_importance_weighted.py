@@ -19,8 +19,8 @@ from bsvae_jax.random import example_keys
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
 
-FROZEN = Density(frozen=True, dequantised=False)
-OWN = Density(frozen=False, dequantised=False)
+FROZEN = Density(frozen=True, dequantized=False)
+OWN = Density(frozen=False, dequantized=False)
 LEVELS = 17
 
 
@@ -99,11 +99,11 @@ def test_the_gap_of_the_elbo_is_the_divergence_from_the_true_posterior(linear):
     assert abs(gap.mean() - divergence.mean()) < 4 * gap.std() / np.sqrt(len(gap))
 
 
-def test_one_sample_is_the_elbo_and_dequantisation_costs_what_it_should(linear):
+def test_one_sample_is_the_elbo_and_dequantization_costs_what_it_should(linear):
     """`E_u log N(x + u; mean, v) = log N(x; mean, v) - D v0 / (2 v)`: the two bounds differ by that on average at K = 1."""
     images = data.load(linear.config.data).train
     variance = linear.calibration.variance
-    found = bound(linear, images, 1, (FROZEN, Density(frozen=True, dequantised=True)), variance)
+    found = bound(linear, images, 1, (FROZEN, Density(frozen=True, dequantized=True)), variance)
     difference = found.log_likelihood[0] - found.log_likelihood[1]
     expected = 64 * linear.floor / (2 * variance)
     assert abs(difference.mean() - expected) < 4 * difference.std() / np.sqrt(len(difference))
@@ -122,14 +122,14 @@ def small(decoder_variance):
     return model, variables, images
 
 
-def written_out(model, variables, images, samples, key, variance, dequantised):
+def written_out(model, variables, images, samples, key, variance, dequantized):
     """`log 1/K sum exp(log weight)` in float64, sample by sample; the same random numbers by their documented keys."""
     x = images.astype(np.float64) / (LEVELS - 1)
     mean, log_variance = (
         np.asarray(part, np.float64) for part in model.apply(variables, jnp.asarray(x, jnp.float32), method="encode")
     )
     keys = example_keys(key, jnp.arange(len(x)))
-    if dequantised:
+    if dequantized:
         noise = jnp.stack([jax.random.uniform(jax.random.fold_in(k, 0), x.shape[1:], minval=-0.5, maxval=0.5) for k in keys])
         x = x + np.asarray(noise, np.float64) / (LEVELS - 1)
     weights = []
@@ -152,21 +152,21 @@ def run_small(model, variables, images, densities, samples, variance=0.3, device
     return importance_weighted(*arguments, levels=LEVELS, mesh=mesh, **options)
 
 
-@pytest.mark.parametrize("dequantised", [False, True])
+@pytest.mark.parametrize("dequantized", [False, True])
 @pytest.mark.parametrize(
     ("decoder_variance", "density_variance"),
     [(Optimal(), 0.3), (Constant(0.2), 0.2), (Learned(), None), (Predicted(), None)],
 )
-def test_the_sum_over_samples(decoder_variance, density_variance, dequantised):
+def test_the_sum_over_samples(decoder_variance, density_variance, dequantized):
     model, variables, images = small(decoder_variance)
-    density = Density(frozen=isinstance(decoder_variance, Optimal), dequantised=dequantised)
+    density = Density(frozen=isinstance(decoder_variance, Optimal), dequantized=dequantized)
     found = run_small(model, variables, images, [density], 7)
-    expected, effective = written_out(model, variables, images, 7, jax.random.key(3), density_variance, dequantised)
+    expected, effective = written_out(model, variables, images, 7, jax.random.key(3), density_variance, dequantized)
     # float32 values of size 100
     np.testing.assert_allclose(found.log_likelihood[0], expected, rtol=1e-5, atol=2e-4)
     np.testing.assert_allclose(found.effective_samples[0], effective, rtol=2e-3)
     curve = [
-        written_out(model, variables, images, k, jax.random.key(3), density_variance, dequantised)[0].mean() for k in (1, 4)
+        written_out(model, variables, images, k, jax.random.key(3), density_variance, dequantized)[0].mean() for k in (1, 4)
     ]
     np.testing.assert_allclose(found.curve[0, [0, 3]], curve, rtol=1e-5, atol=2e-4)
 

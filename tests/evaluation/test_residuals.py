@@ -52,7 +52,7 @@ def test_ssim_of_images_smaller_than_the_window():
 
     def similarity(a, b):
         (m, n), c1, c2 = (np.sum(weights * a), np.sum(weights * b)), 0.01**2, 0.03**2
-        variances = [np.sum(weights * (one - centre) ** 2) for one, centre in ((a, m), (b, n))]
+        variances = [np.sum(weights * (one - center) ** 2) for one, center in ((a, m), (b, n))]
         covariance = np.sum(weights * (a - m) * (b - n))
         return (2 * m * n + c1) * (2 * covariance + c2) / ((m**2 + n**2 + c1) * (sum(variances) + c2))
 

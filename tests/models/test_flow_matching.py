@@ -20,8 +20,8 @@ def exact_velocity(x, t):
     mean, vectors, values = (jnp.asarray(value, x.dtype) for value in (MEAN, VECTORS, VALUES))
     t = t[:, None]
     gain = (t * values[None] - (1.0 - t)) / (jnp.square(1.0 - t) + jnp.square(t) * values[None])
-    centred = jnp.matmul(x - t * mean[None], vectors, precision="highest")
-    return mean[None] + jnp.matmul(gain * centred, vectors.T, precision="highest")
+    centered = jnp.matmul(x - t * mean[None], vectors, precision="highest")
+    return mean[None] + jnp.matmul(gain * centered, vectors.T, precision="highest")
 
 
 def exact_flow(n):

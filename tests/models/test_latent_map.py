@@ -16,7 +16,7 @@ from helpers import normal, random_variables, relative_error
 from bsvae_jax import config as configs
 from bsvae_jax.config import Config, Digits, Optimizer, Spatial
 from bsvae_jax.data import load
-from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, lift, replicate
+from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError
 from bsvae_jax.models import pytorch
 from bsvae_jax.models.latent_map import Attention, ResidualBlock, SpatialDecoder, SpatialEncoder, doubled, latent_map
@@ -250,7 +250,7 @@ def test_eight_devices_take_the_step_of_one(key):
             after, metrics = jax.jit(train_step)(state, images, key, 2.0)
         else:
             mesh = data_mesh(devices)
-            step = lift(train_step, mesh, (REPLICATED, SHARDED, REPLICATED, REPLICATED), REPLICATED)
+            step = parallelize(train_step, mesh, (REPLICATED, SHARDED, REPLICATED, REPLICATED), REPLICATED)
             after, metrics = step(replicate(state, mesh), images, key, jnp.float32(2.0))
         gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, after.params)
         results.append((gradient, jax.device_get(metrics)))

@@ -17,7 +17,7 @@ from bsvae_jax import data
 from bsvae_jax.cli import main
 from bsvae_jax.config import MLP, Arrays, Config, Flow, Linear, Mixture, Optimizer, Residual, StandardNormal, VampPrior
 from bsvae_jax.data import ImageSet
-from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, lift, replicate
+from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import evaluate
 from bsvae_jax.models.pytorch import from_state_dict
@@ -268,7 +268,7 @@ def test_eight_devices_take_the_step_of_one(prior, network, images, key):
     single, many = (state_of(prior, network, axis, optimizer=sgd) for axis in (None, DATA_AXIS))
     expected, metrics = jax.jit(train_step)(single, images, key, 2.0)
     mesh = data_mesh(8)
-    step = lift(train_step, mesh, (REPLICATED, SHARDED, REPLICATED, REPLICATED), REPLICATED)
+    step = parallelize(train_step, mesh, (REPLICATED, SHARDED, REPLICATED, REPLICATED), REPLICATED)
     after, found = step(replicate(many, mesh), images, key, jnp.float32(2.0))
     chex.assert_trees_all_close(found, metrics, rtol=1e-5)
     gradients = [
@@ -310,7 +310,7 @@ SMALL = Config(network=MLP((16,)), latent_size=4, epochs=2, batch_size=500, devi
 def test_pseudo_inputs_begin_as_training_images():
     images = data.load(configs.Digits())
     config = dataclasses.replace(SMALL, prior=VampPrior(20))
-    model = build_model(config, images.image_shape, images.step)
+    model = build_model(config, images.image_shape, images.bin_width)
     states = [create_state(dataclasses.replace(config, seed=seed), model, 10, images=images) for seed in (0, 0, 1)]
     begun = [np.asarray(state.params["prior_model"]["pseudo_inputs"]) for state in states]
     train = {image.tobytes() for image in images.train}
@@ -463,7 +463,7 @@ def test_a_learned_prior_beats_the_standard_normal_on_two_clusters(prior, object
 def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("priors")
     grid = Sweep((0.5, 2.0), (Optimal(), Constant(0.1)), 1, prior=(StandardNormal(), VampPrior(5)))
-    result = fit_sweep(dataclasses.replace(SMALL, epochs=1), grid, folder, driving="loop", progress=False)
+    result = fit_sweep(dataclasses.replace(SMALL, epochs=1), grid, folder, execution="loop", progress=False)
     return folder, result
 
 

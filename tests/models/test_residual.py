@@ -144,13 +144,13 @@ class TorchVAE:
         decoder["image"] = nn.ConvTranspose2d(before, channels, 3, 1, 1)
 
         self.encoder, self.decoder = nn.Sequential(encoder).double(), nn.Sequential(decoder).double()
-        self.randomise(np.random.default_rng(8))
+        self.randomize(np.random.default_rng(8))
 
     def norms(self):
         layers = [*self.encoder.modules(), *self.decoder.modules()]
         return [layer for layer in layers if isinstance(layer, self.torch.nn.modules.batchnorm._BatchNorm)]
 
-    def randomise(self, rng):
+    def randomize(self, rng):
         def fill(tensor, values):
             tensor.data = self.torch.tensor(values.astype(np.float32), dtype=self.torch.float64)
 

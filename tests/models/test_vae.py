@@ -247,10 +247,10 @@ def test_z_has_the_moments_of_the_posterior(many_keys):
         z = jax.jit(jax.vmap(lambda k: model.apply(variables, x, k).z[0]))(keys)
     else:
         z = model.apply(variables, jnp.tile(x, (count, 1, 1, 1)), jax.random.key(4)).z
-    standardised = (f64(z) - mean) / np.exp(log_variance / 2)
-    assert standardised.shape == (count, LATENT)
-    assert np.max(np.abs(standardised.mean(0))) < 5 / np.sqrt(count)
-    covariance = np.cov(standardised.T)
+    standardized = (f64(z) - mean) / np.exp(log_variance / 2)
+    assert standardized.shape == (count, LATENT)
+    assert np.max(np.abs(standardized.mean(0))) < 5 / np.sqrt(count)
+    covariance = np.cov(standardized.T)
     assert np.max(np.abs(np.diag(covariance) - 1)) < 5 * np.sqrt(2 / count)
     assert np.max(np.abs(covariance[np.triu_indices(LATENT, 1)])) < 5 / np.sqrt(count)
 

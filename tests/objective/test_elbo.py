@@ -1,4 +1,4 @@
-"""The objective against float64 NumPy and SciPy, quadrature, numerical minimisation, and numbers derived by hand.
+"""The objective against float64 NumPy and SciPy, quadrature, numerical minimization, and numbers derived by hand.
 
 Values are compared in float64 at 1e-12 (a few dozen roundings); float32 has its own tests. Errors are tested as a user
 meets them, with the shape and type checks of the test run switched off.
@@ -131,7 +131,7 @@ def test_optimal_nll_per_example_and_its_closed_form(x64, transform, over):
 
 @every_over
 @pytest.mark.parametrize("floor", [0.0, 0.05])
-def test_optimal_variance_minimises_the_expected_nll(x64, over, floor):
+def test_optimal_variance_minimizes_the_expected_nll(x64, over, floor):
     x, mean = images()
     best = [
         optimize.minimize_scalar(
@@ -165,7 +165,7 @@ def test_no_other_variance_is_better(over, seed, scale, floor, log_ratio):
 
 
 @pytest.mark.parametrize("step", [1 / 255, 1 / 16, 1.0])
-def test_distortion_is_the_expectation_over_uniform_dequantisation_noise(x64, step):
+def test_distortion_is_the_expectation_over_uniform_dequantization_noise(x64, step):
     x, mean = images(shape=(2, 2, 1), scale=0.3)
     floor, variance = quantization_variance(step), 0.07
 

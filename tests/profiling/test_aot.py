@@ -12,7 +12,7 @@ from bsvae_jax.data import DataShape, shape_of
 from bsvae_jax.distributed.hardware import CHIPS, TOPOLOGIES, check_precision
 from bsvae_jax.errors import UserError
 from bsvae_jax.profiling import aot
-from bsvae_jax.profiling.cost_analysis import Collective, Footprint, collectives
+from bsvae_jax.profiling.cost_analysis import Collective, ProgramCost, collectives
 
 DIGITS = shape_of(Digits())
 MNIST = DataShape((28, 28, 1), 256, np.dtype(np.uint8), 60_000, 10_000)
@@ -20,15 +20,15 @@ SMALL = Config(network=MLP((32,)), latent_size=4, batch_size=128)
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
-def footprint(**changes):
+def program_cost(**changes):
     values = dict(flops=1e12, bytes_accessed=1e9, arguments=10, results=20, temporary=30, collectives=()) | changes
-    return Footprint(**values)
+    return ProgramCost(**values)
 
 
 def test_the_roofline_by_hand():
     """v5e: 197e12 FLOP/s, 819e9 bytes/s, 1,600 Gbit/s; a ring of 4 passes each byte 1.5 times."""
     reduced = Collective("all-reduce", 3, 200_000_000)
-    times = aot.roofline(footprint(collectives=(reduced,)), CHIPS["TPU v5 lite"], "bfloat16", devices=4)
+    times = aot.roofline(program_cost(collectives=(reduced,)), CHIPS["TPU v5 lite"], "bfloat16", devices=4)
     assert times.compute == pytest.approx(1 / 197)
     assert times.memory == pytest.approx(1 / 819)
     assert times.network == pytest.approx(1.5 * 2e8 / 2e11)
@@ -36,7 +36,7 @@ def test_the_roofline_by_hand():
 
 
 def test_float32_takes_six_products_on_a_tpu_and_half_a_chip_has_half_its_peaks():
-    times = aot.roofline(footprint(), CHIPS["TPU v3"], "float32", devices_per_chip=2)
+    times = aot.roofline(program_cost(), CHIPS["TPU v3"], "float32", devices_per_chip=2)
     assert times.compute == pytest.approx(1 / (123 / 6 / 2))
     assert times.memory == pytest.approx(1 / 450)
     assert times.network == 0.0
@@ -100,7 +100,7 @@ def test_held_memory_is_that_of_the_arrays():
 
 def test_the_largest_batch_is_read_off_a_line():
     def of(batch, memory):
-        step = footprint(arguments=memory, results=0, temporary=0)
+        step = program_cost(arguments=memory, results=0, temporary=0)
         return aot.Compiled("x", CHIPS["TPU v5 lite"], 4, 1, batch, 1, "float32", step, {})
 
     # 16 GiB = 100 MB + B * 1 MB
@@ -114,7 +114,7 @@ def test_where_the_double_does_not_fit_the_line_goes_through_the_half(monkeypatc
             raise aot.DoesNotFitError("too large")
         if config.batch_size % 8:
             raise UserError("does not divide")
-        step = footprint(arguments=100 * 2**20 + config.batch_size * 2**25, results=0, temporary=0)
+        step = program_cost(arguments=100 * 2**20 + config.batch_size * 2**25, results=0, temporary=0)
         return aot.Compiled("x", CHIPS["TPU v5 lite"], 4, 1, config.batch_size, 1, "float32", step, {})
 
     monkeypatch.setattr(aot, "compile_training", compiled)

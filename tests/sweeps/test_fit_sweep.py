@@ -31,7 +31,7 @@ from bsvae_jax.evaluation import scores
 from bsvae_jax.objective import Constant, Learned, Optimal
 from bsvae_jax.sweeps import fit_sweep as sweeps
 from bsvae_jax.sweeps import gallery
-from bsvae_jax.sweeps.fit_sweep import choose_driving, fit_sweep, read_sweep
+from bsvae_jax.sweeps.fit_sweep import choose_execution, fit_sweep, read_sweep
 from bsvae_jax.sweeps.grid import Sweep
 from bsvae_jax.training import program, step, workdir
 from bsvae_jax.training.checkpoints import saved_steps
@@ -93,7 +93,7 @@ def check_numbers(folder, expected, exact, rate=1e-3, biases=True, rel=1e-4):
     # Sums in another order. Adam divides a gradient by its own size, so that one near 0 may turn an update around; a tenth
     # of one step's learning rate is far above what rounding has been seen to do in nine steps (1e-6), and far below a step.
     for (path, one), (_, other) in zip(*(jax.tree.leaves_with_path(run.variables) for run in (ours, theirs)), strict=True):
-        if biases or "bias" not in str(path[-1]):  # before batch normalisation a bias has rounding for a gradient, no more
+        if biases or "bias" not in str(path[-1]):  # before batch normalization a bias has rounding for a gradient, no more
             np.testing.assert_allclose(one, other, atol=0.1 * rate, rtol=1e-5, err_msg=str(path))
     compare_reports(folder, expected, rel)
 
@@ -174,7 +174,7 @@ RATES = Sweep((4.0,), (Optimal(), Learned()), 1, learning_rate=(1e-3, 1e-2, 3e-3
 
 
 @pytest.mark.parametrize(
-    ("grid", "stacks", "driving"),
+    ("grid", "stacks", "execution"),
     [
         (CONSTANTS, [4], "loop"),
         (CONSTANTS, [4], "vmap"),
@@ -184,16 +184,16 @@ RATES = Sweep((4.0,), (Optimal(), Learned()), 1, learning_rate=(1e-3, 1e-2, 3e-3
         pytest.param(RATES, [3, 3], "loop", marks=pytest.mark.slow),
     ],
 )
-def test_every_member_is_the_run_of_its_config_alone(driving, grid, stacks, alone, trained, tmp_path):
+def test_every_member_is_the_run_of_its_config_alone(execution, grid, stacks, alone, trained, tmp_path):
     """Betas and constant variances in one stack, learning rates in another, which differ from stack to stack in their kind."""
-    result = run_sweep(LINEAR, grid, tmp_path / "sweep", driving=driving)
+    result = run_sweep(LINEAR, grid, tmp_path / "sweep", execution=execution)
     members = grid.members(LINEAR)
     assert result.finished == [member.name for member in members]
-    assert [len(turn) for turn in trained] == ([1] * len(members) if driving == "loop" else stacks)
+    assert [len(turn) for turn in trained] == ([1] * len(members) if execution == "loop" else stacks)
     for member in members:
         rate = member.config.optimizer.learning_rate
         # scan does, for each member, the very operations of a single run; vmap batches the matrix products of all.
-        check_same(tmp_path / "sweep" / "members" / member.name, alone(member.config), driving != "vmap", rate)
+        check_same(tmp_path / "sweep" / "members" / member.name, alone(member.config), execution != "vmap", rate)
         if isinstance(member.config.decoder_variance, Constant):  # D/2 log(2 pi v) + SSE / (2 v) of 64 pixels
             variance = member.config.decoder_variance.variance
             values = evaluation(tmp_path / "sweep" / "members" / member.name)["splits"]["test"]
@@ -208,26 +208,26 @@ THREE_FIVE_EIGHT = ((0.5, 1.0, 4.0), 1), ((0.5, 1.0, 2.0, 4.0, 8.0), 1), ((0.5, 
 
 
 @pytest.mark.parametrize(
-    ("driving", "betas_and_seeds", "variance", "network", "window"),
+    ("execution", "betas_and_seeds", "variance", "network", "window"),
     [
         ("scan", THREE_FIVE_EIGHT[0], Optimal("batch"), Linear(), None),
         ("vmap", THREE_FIVE_EIGHT[1], Optimal("batch"), Linear(), 2),
         pytest.param("scan", THREE_FIVE_EIGHT[2], Optimal("batch"), Linear(), 1, marks=pytest.mark.slow),
         *(
-            pytest.param(driving, betas_and_seeds, variance, MLP((16,)), window, marks=pytest.mark.slow)
-            for driving in ("scan", "vmap")
+            pytest.param(execution, betas_and_seeds, variance, MLP((16,)), window, marks=pytest.mark.slow)
+            for execution in ("scan", "vmap")
             for betas_and_seeds in THREE_FIVE_EIGHT
             for variance in (Optimal("batch"), Constant(0.1), Learned())
             for window in (None, 1, 2)
         ),
     ],
 )
-def test_devices_do_not_change_a_member(driving, betas_and_seeds, variance, network, window, alone, tmp_path):
+def test_devices_do_not_change_a_member(execution, betas_and_seeds, variance, network, window, alone, tmp_path):
     """3, 5 and 8 members over 8 devices, against one model on one: slots left over, a shared batch, short windows."""
     betas, seeds = betas_and_seeds
     grid = Sweep(betas, (variance,), seeds)
     config = dataclasses.replace(BASE, network=network, devices=8, batch_size=504, steps_per_dispatch=window)
-    run_sweep(config, grid, tmp_path / "sweep", driving=driving)
+    run_sweep(config, grid, tmp_path / "sweep", execution=execution)
     members = grid.members(config)
     for member in (members[0], members[-1]):
         single = alone(dataclasses.replace(member.config, devices=1, steps_per_dispatch=None))
@@ -235,12 +235,12 @@ def test_devices_do_not_change_a_member(driving, betas_and_seeds, variance, netw
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("driving", ["scan", "vmap"])
-def test_a_stack_with_batch_norm(driving, alone, tmp_path):
+@pytest.mark.parametrize("execution", ["scan", "vmap"])
+def test_a_stack_with_batch_norm(execution, alone, tmp_path):
     """One step a call, as convolutions are dispatched here, and running statistics that are each member's own."""
     config = dataclasses.replace(BASE, network=Residual((2,)), epochs=1)
     grid = Sweep((0.5, 4.0), (Optimal(),), 1)
-    run_sweep(config, grid, tmp_path / "sweep", driving=driving)
+    run_sweep(config, grid, tmp_path / "sweep", execution=execution)
     for member in grid.members(config):
         folder, single = tmp_path / "sweep" / "members" / member.name, alone(member.config)
         # Those biases are in the running means, of which three steps are but a few; ELBOs are differences of larger numbers.
@@ -251,13 +251,13 @@ def test_a_stack_with_batch_norm(driving, alone, tmp_path):
 def test_how_members_are_driven_is_chosen_by_what_was_measured():
     residual = dataclasses.replace(BASE, network=Residual((4,)))
     linear = dataclasses.replace(BASE, network=Linear())
-    assert [choose_driving(config, "cpu") for config in (BASE, linear, residual)] == ["scan", "scan", "loop"]
-    assert [choose_driving(config, platform) for config in (BASE, residual) for platform in ("gpu", "tpu")] == ["vmap"] * 4
+    assert [choose_execution(config, "cpu") for config in (BASE, linear, residual)] == ["scan", "scan", "loop"]
+    assert [choose_execution(config, platform) for config in (BASE, residual) for platform in ("gpu", "tpu")] == ["vmap"] * 4
 
 
 def test_that_choice_is_taken_unless_another_is_made(three, trained, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(sweeps, "choose_driving", lambda *arguments: asked.append(arguments) or "loop")
+    monkeypatch.setattr(sweeps, "choose_execution", lambda *arguments: asked.append(arguments) or "loop")
     run_sweep(BASE, THREE, tmp_path / "sweep")
     assert asked == [(BASE, "cpu")]
     assert trained == [[name] for name in NAMES]
@@ -281,18 +281,18 @@ def test_what_differs_by_its_value_compiles_nothing(measured, monkeypatch, train
     counted(scores, "_score_batch")
     counted(gallery, "_draw")
     for cached in (scores, gallery):
-        cached._lifted.cache_clear()
+        cached._parallelized.cache_clear()
     # 2 * 2 * 2 * 2 members, at most 5 at a time, spread over 4 turns of 4.
     grid = Sweep((0.5, 4.0), (Constant(0.1), Constant(0.4)), 2, learning_rate=(1e-3, 1e-2))
     config = dataclasses.replace(BASE, evaluate_every=3)
-    result = run_sweep(config, grid, tmp_path / "sweep", driving="scan", members_at_once=5)
+    result = run_sweep(config, grid, tmp_path / "sweep", execution="scan", members_at_once=5)
     assert len(result.finished) == 16
     assert [len(turn) for turn in trained] == [4] * 4
     assert counts["run_steps"] <= 2  # to train, and before that to know the memory
     assert counts["_score_batch"] == 2  # two sizes of split
     assert counts["_draw"] == 1
     for cached in (scores, gallery):
-        cached._lifted.cache_clear()
+        cached._parallelized.cache_clear()
 
 
 def test_initial_parameters_compile_nothing_per_member(monkeypatch):
@@ -343,8 +343,8 @@ def test_pictures(three):
         assert pictures["latent_rate"].sum() == pytest.approx(evaluation(folder)["splits"]["test"]["rate"]["value"], rel=1e-6)
 
 
-@pytest.mark.parametrize("driving", ["scan", "vmap"])
-def test_galleries_are_what_each_member_draws(driving):
+@pytest.mark.parametrize("execution", ["scan", "vmap"])
+def test_galleries_are_what_each_member_draws(execution):
     """Posteriors without noise and decoders that tell: reconstructions are known, samples have the law of the prior."""
     model = step.build_model(dataclasses.replace(BASE, network=MLP((4,)), latent_size=1), (8, 8, 1), 1 / 16)
     images = load(Digits()).test[:10]
@@ -362,7 +362,9 @@ def test_galleries_are_what_each_member_draws(driving):
         members.append({"params": params})
     keys = [jax.random.key(seed) for seed in (1, 2, 2)]
     drawn = list(
-        gallery.draw_members(model, stack(members, mesh), images, stack(keys, mesh), 3, levels=17, mesh=mesh, driving=driving)
+        gallery.draw_members(
+            model, stack(members, mesh), images, stack(keys, mesh), 3, levels=17, mesh=mesh, execution=execution
+        )
     )
     assert len(drawn) == 3
     decoded = lambda z: (20 * z + 5) / (1 + np.exp(-20 * z - 5)) / 1000  # noqa: E731
@@ -382,7 +384,7 @@ def test_galleries_are_what_each_member_draws(driving):
 def test_finished_members_are_not_trained_again(three, trained):
     before = contents(three)
     assert run_sweep(BASE, THREE, three).finished == NAMES
-    assert run_sweep(BASE, THREE, three, driving="vmap", members_at_once=2).finished == NAMES
+    assert run_sweep(BASE, THREE, three, execution="vmap", members_at_once=2).finished == NAMES
     assert trained == []
     assert contents(three) == before
 
@@ -473,12 +475,12 @@ def test_a_kill_between_two_evaluations_trains_nothing_again(three, trained, mon
         check_same(tmp_path / "sweep" / "members" / name, three / "members" / name)
 
 
-@pytest.mark.parametrize(("driving", "at_once"), [("loop", None), ("vmap", 3)])
-def test_another_way_of_computing_continues(driving, at_once, three, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("execution", "at_once"), [("loop", None), ("vmap", 3)])
+def test_another_way_of_computing_continues(execution, at_once, three, monkeypatch, tmp_path):
     interrupted(monkeypatch, tmp_path / "sweep", 4)
-    assert run_sweep(BASE, THREE, tmp_path / "sweep", driving=driving, members_at_once=at_once).finished == NAMES
+    assert run_sweep(BASE, THREE, tmp_path / "sweep", execution=execution, members_at_once=at_once).finished == NAMES
     for name in NAMES:
-        check_same(tmp_path / "sweep" / "members" / name, three / "members" / name, exact=driving != "vmap")
+        check_same(tmp_path / "sweep" / "members" / name, three / "members" / name, exact=execution != "vmap")
 
 
 def test_a_member_may_be_continued_alone(three, trained, monkeypatch, tmp_path):
@@ -561,11 +563,11 @@ def test_a_killed_sweep_ends_as_if_it_had_not_been(three, tmp_path):
 # --- Divergence -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("driving", ["scan", "vmap"])
-def test_a_member_that_diverges_leaves_the_others_alone(driving, alone, trained, tmp_path, caplog):
+@pytest.mark.parametrize("execution", ["scan", "vmap"])
+def test_a_member_that_diverges_leaves_the_others_alone(execution, alone, trained, tmp_path, caplog):
     grid = Sweep((0.5,), (Optimal(),), 1, learning_rate=(1e-3, 1e30, 1e-2))
     folder = tmp_path / "sweep"
-    result = run_sweep(BASE, grid, folder, driving=driving)
+    result = run_sweep(BASE, grid, folder, execution=execution)
     first, lost, last = grid.members(BASE)
     assert lost.name == "optimal_rate1e+30_beta0.5_seed0"
     assert result.finished == [first.name, last.name]
@@ -582,15 +584,15 @@ def test_a_member_that_diverges_leaves_the_others_alone(driving, alone, trained,
     assert re.search(rf"{re.escape(lost.name)} diverged .* Step 2 is not finite", caplog.text)
     for member in (first, last):
         rate = member.config.optimizer.learning_rate
-        check_same(folder / "members" / member.name, alone(member.config), driving == "scan", rate)
-    if driving == "scan":  # nor does it matter that there were three
-        run_sweep(BASE, dataclasses.replace(grid, learning_rate=(1e-3, 1e-2)), tmp_path / "without", driving=driving)
+        check_same(folder / "members" / member.name, alone(member.config), execution == "scan", rate)
+    if execution == "scan":  # nor does it matter that there were three
+        run_sweep(BASE, dataclasses.replace(grid, learning_rate=(1e-3, 1e-2)), tmp_path / "without", execution=execution)
         for member in (first, last):
             check_same(folder / "members" / member.name, tmp_path / "without" / "members" / member.name)
     # It is known to diverge: not tried again, and still told.
     before = contents(folder)
     trained.clear()
-    again = run_sweep(BASE, grid, folder, driving=driving)
+    again = run_sweep(BASE, grid, folder, execution=execution)
     assert again == result
     assert trained == []
     assert contents(folder) == before
@@ -719,17 +721,17 @@ def refused(sentence, folder, config=BASE, grid=THREE, **settings):
     [
         ({}, {"members_at_once": 0}, r"^members_at_once must be a whole number >= 1, got 0\.$"),
         ({}, {"members_at_once": -2}, r"^members_at_once must be a whole number >= 1, got -2\.$"),
-        ({}, {"members_at_once": 2, "driving": "loop"}, r"^Driving 'loop' trains one member at a time; leave out "),
+        ({}, {"members_at_once": 2, "execution": "loop"}, r"^Execution 'loop' trains one member at a time; leave out "),
         ({"batch_size": 2000}, {}, "batch_size 2000 exceeds the 1500 training images of digits"),
         ({"latent_size": 65}, {}, "latent_size 65 exceeds the 64 pixels"),
         ({"devices": 9}, {}, r"devices must lie in 1 \.\.\. 8"),
-        ({"devices": 8, "driving": "loop"}, {}, "batch_size 500 does not divide over 8 devices; 496 would"),
+        ({"devices": 8, "execution": "loop"}, {}, "batch_size 500 does not divide over 8 devices; 496 would"),
         ({"data": Arrays("nowhere.npz")}, {}, "There is no file 'nowhere.npz'"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(change, settings, sentence, tmp_path):
-    settings |= {"driving": change["driving"]} if "driving" in change else {}
-    config = dataclasses.replace(BASE, **{name: value for name, value in change.items() if name != "driving"})
+    settings |= {"execution": change["execution"]} if "execution" in change else {}
+    config = dataclasses.replace(BASE, **{name: value for name, value in change.items() if name != "execution"})
     refused(sentence, tmp_path / "sweep", config, **settings)
 
 

@@ -184,12 +184,12 @@ def test_to_stop_at_the_last_step_is_to_end(whole, tmp_path):
     assert result.report == whole.report
 
 
-@pytest.mark.parametrize("driving", ["scan", "vmap", "loop"])
-def test_one_member_of_a_sweep_stops_and_the_others_go_on(driving, tmp_path, steps):
+@pytest.mark.parametrize("execution", ["scan", "vmap", "loop"])
+def test_one_member_of_a_sweep_stops_and_the_others_go_on(execution, tmp_path, steps):
     asks = Asks("on_metrics", 2, NAMES[1])
-    bv.fit_sweep(CONFIG, GRID, tmp_path / "all", driving, progress=False)
+    bv.fit_sweep(CONFIG, GRID, tmp_path / "all", execution, progress=False)
     count = sum(steps)
-    result = bv.fit_sweep(CONFIG, GRID, tmp_path / "some", driving, progress=False, callbacks=[asks])
+    result = bv.fit_sweep(CONFIG, GRID, tmp_path / "some", execution, progress=False, callbacks=[asks])
     assert (result.finished, result.failed) == (NAMES, {})
     stopped = tmp_path / "some" / "members" / NAMES[1]
     assert (bv.restore(stopped).step, read_stopped(stopped).step, read_evaluation(stopped).step) == (3, 3, 3)
@@ -205,7 +205,7 @@ def test_one_member_of_a_sweep_stops_and_the_others_go_on(driving, tmp_path, ste
         assert report[name].value == pytest.approx(quantity.value, rel=1e-4, abs=1e-5), name
     assert np.load(stopped / "pictures.npz")["latent_rate"].shape == (2,)
     trained = sum(steps)
-    assert bv.fit_sweep(CONFIG, GRID, tmp_path / "some", driving, progress=False) == result
+    assert bv.fit_sweep(CONFIG, GRID, tmp_path / "some", execution, progress=False) == result
     assert sum(steps) == trained > count
 
 

@@ -74,7 +74,7 @@ def crc32c(content):
     return value ^ 0xFFFFFFFF
 
 
-assert crc32c(b"123456789") == 0xE3069283  # the check value that catalogues of CRCs give
+assert crc32c(b"123456789") == 0xE3069283  # the check value that catalogs of CRCs give
 
 
 def read_events(path):

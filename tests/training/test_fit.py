@@ -54,16 +54,16 @@ def _linear_result(result, config):
         mesh=mesh,
         batch_size=2000,
     )
-    pixels, floor = scores.pixels, quantization_variance(images.step)
+    pixels, floor = scores.pixels, quantization_variance(images.bin_width)
     variance = scores.squared_error.sum() / (len(images.train) * pixels) + floor
     rate = scores.rate.mean()
     return pixels / 2 * (np.log(2 * np.pi * variance) + 1) + config.beta * rate, variance, rate
 
 
 def _linear_theory(images, latent_size, beta):
-    data = images.train.astype(np.float64) * images.step
+    data = images.train.astype(np.float64) * images.bin_width
     eigenvalues = theory.covariance_eigenvalues(data)
-    return eigenvalues, theory.linear_optimum(eigenvalues, latent_size, beta, quantization_variance(images.step))
+    return eigenvalues, theory.linear_optimum(eigenvalues, latent_size, beta, quantization_variance(images.bin_width))
 
 
 def _linear_config(beta, epochs):
@@ -96,11 +96,11 @@ def test_a_linear_model_lands_on_the_optimum(beta, tmp_path):
 def test_a_linear_model_collapses_beyond_the_critical_beta(tmp_path):
     images = load(Digits())
     eigenvalues, _ = _linear_theory(images, 4, 1.0)
-    config = _linear_config(1.2 * theory.critical_beta(eigenvalues, quantization_variance(images.step)), epochs=500)
+    config = _linear_config(1.2 * theory.critical_beta(eigenvalues, quantization_variance(images.bin_width)), epochs=500)
     result = fit(config, tmp_path / "run", progress=False)
     _, variance, rate = _linear_result(result, config)
     assert rate < 1e-3
-    assert variance == pytest.approx(eigenvalues.mean() + quantization_variance(images.step), rel=1e-3)
+    assert variance == pytest.approx(eigenvalues.mean() + quantization_variance(images.bin_width), rel=1e-3)
 
 
 @pytest.mark.slow
@@ -362,7 +362,7 @@ def test_devices_and_dispatch_do_not_change_a_run(tmp_path):
 def test_evaluation_counts_the_last_partial_batch(tmp_path, key):
     """297 test images in batches of 64 on 4 devices, against one plain pass over all of them."""
     images = load(Digits())
-    model = build_model(SMALL, images.image_shape, images.step)
+    model = build_model(SMALL, images.image_shape, images.bin_width)
     variables = {"params": create_state(SMALL, model, 1).params, "batch_stats": {}}
     mesh = data_mesh(4)
     scores = score_split(model, variables, DeviceImages(images.test, mesh), key, levels=17, mesh=mesh, batch_size=64)

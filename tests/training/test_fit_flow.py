@@ -16,7 +16,7 @@ from bsvae_jax.config import Config, Digits, FlowMatching, Optimizer, Spatial, S
 from bsvae_jax.distributed.mesh import data_mesh
 from bsvae_jax.distributed.preemption import Interrupted, Stop
 from bsvae_jax.errors import UserError
-from bsvae_jax.models.priors.velocity import Block, VelocityNetwork, time_features
+from bsvae_jax.models.priors.transformer import Block, VelocityNetwork, time_features
 from bsvae_jax.training import fit_flow
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.fit_flow import fit_flow_matching, map_moments

@@ -1,4 +1,4 @@
-"""Accumulation, rematerialisation and bfloat16: other ways of computing the same training."""
+"""Accumulation, rematerialization and bfloat16: other ways of computing the same training."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bsvae_jax.config import MLP, Config, Optimizer, Residual
-from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, lift, replicate
+from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
 from bsvae_jax.random import arranged
@@ -24,7 +24,9 @@ def one_step(config, devices):
     mesh = data_mesh(devices)
     model = training.build_model(config, (8, 8, 1), axis_name="data")
     state = training.create_state(config, model, 100)
-    step = lift(lambda state, x: training.train_step(state, x, jax.random.key(3), 0.5), mesh, (REPLICATED, SHARDED), REPLICATED)
+    step = parallelize(
+        lambda state, x: training.train_step(state, x, jax.random.key(3), 0.5), mesh, (REPLICATED, SHARDED), REPLICATED
+    )
     x = jnp.asarray(IMAGES[arranged(16, devices, config.gradient_accumulation)])
     after, metrics = jax.device_get(step(replicate(state, mesh), x))
     return after.optimizer_state[1][0].mu, after.batch_stats, metrics

@@ -17,7 +17,7 @@ from bsvae_jax.data import augment
 from bsvae_jax.data.shuffle import ShuffledOrder
 from bsvae_jax.errors import DivergenceError
 from bsvae_jax.evaluation.sampling import sample_prior
-from bsvae_jax.models.priors.velocity import VelocityNetwork
+from bsvae_jax.models.priors.transformer import VelocityNetwork
 from bsvae_jax.random import example_keys, make_key, normal_per_example, uniform_per_example
 from bsvae_jax.training.checkpoints import Checkpoints, saved_steps
 from bsvae_jax.training.fit_flow import _losses as flow_losses

@@ -21,7 +21,7 @@ _CELEBA = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 
 
 class CelebA(ImageBuilder):
-    """CelebA (Liu et al. 2015): 202,599 aligned faces, 218x178 colour, with 40 attributes.
+    """CelebA (Liu et al. 2015): 202,599 aligned faces, 218x178 color, with 40 attributes.
 
     From `img_align_celeba.zip` or the folder `img_align_celeba` unpacked from it, `list_eval_partition.txt` and
     `list_attr_celeba.txt` (or the `.csv` of both that Kaggle has; without attributes, if there is no such file).

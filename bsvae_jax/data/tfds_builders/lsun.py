@@ -68,7 +68,7 @@ LSUN_FILES = {
 
 
 class Lsun(ImageBuilder):
-    """One category of LSUN (Yu et al. 2015), colour photographs whose shorter side has 256 pixels.
+    """One category of LSUN (Yu et al. 2015), color photographs whose shorter side has 256 pixels.
 
     From the published `CATEGORY_train_lmdb.zip` and `CATEGORY_val_lmdb.zip` (or the folders unpacked from them), or from
     folders `CATEGORY_train` and `CATEGORY_val` of exported images. The bytes of the images are kept as they are (WebP as

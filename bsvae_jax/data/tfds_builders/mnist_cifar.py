@@ -26,7 +26,7 @@ def _png(pixels: np.ndarray) -> io.BytesIO:
 
 
 class Mnist(ImageBuilder):
-    """The MNIST handwritten digits (LeCun et al. 1998), 28x28 grey."""
+    """The MNIST handwritten digits (LeCun et al. 1998), 28x28 gray."""
 
     name = "mnist"
     DOWNLOADS = {
@@ -60,7 +60,7 @@ class Mnist(ImageBuilder):
 
 
 class FashionMnist(Mnist):
-    """Fashion-MNIST (Xiao et al. 2017), 28x28 grey pictures of clothes."""
+    """Fashion-MNIST (Xiao et al. 2017), 28x28 gray pictures of clothes."""
 
     name = "fashion_mnist"
     DOWNLOADS = {
@@ -83,7 +83,7 @@ class FashionMnist(Mnist):
 
 
 class Cifar10(ImageBuilder):
-    """CIFAR-10 (Krizhevsky 2009), 32x32 colour photographs of ten kinds of things."""
+    """CIFAR-10 (Krizhevsky 2009), 32x32 color photographs of ten kinds of things."""
 
     name = "cifar10"
     DOWNLOADS = {
@@ -108,7 +108,7 @@ class Cifar10(ImageBuilder):
         path = self.file("archive")
         number = 0
         for content in tar_members(path, names):
-            # A record is a label and the three colour planes.
+            # A record is a label and the three color planes.
             if len(content) % 3073:
                 raise UserError(f"{path} is damaged: a batch has {len(content)} bytes, which is no multiple of 3,073.")
             records = np.frombuffer(content, np.uint8).reshape(-1, 3073)

@@ -16,7 +16,7 @@ BLOCKS = 10
 
 
 class Moments(NamedTuple):
-    """Number, mean and sum of centred products of feature vectors, float64; made by `add`, in any number of parts."""
+    """Number, mean and sum of centered products of feature vectors, float64; made by `add`, in any number of parts."""
 
     size: int
     """Number of vectors."""
@@ -46,11 +46,11 @@ def add(moments: Moments, features: np.ndarray) -> Moments:
     if not np.isfinite(features).all():
         raise UserError("Features have values that are not finite: the images or the weights hold NaN or infinity.")
     count, mean = len(features), features.mean(axis=0)
-    centred = features - mean
+    centered = features - mean
     total = moments.size + count
     difference = mean - moments.mean
     between = np.outer(difference, difference) * (moments.size * count / total)
-    scatter = moments.scatter + centred.T @ centred + between
+    scatter = moments.scatter + centered.T @ centered + between
     return Moments(total, moments.mean + difference * (count / total), scatter)
 
 

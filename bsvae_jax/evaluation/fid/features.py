@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, lift, replicate
+from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, parallelize, replicate
 from bsvae_jax.errors import UserError
 
 
@@ -48,7 +48,7 @@ class FeatureNetwork:
         devices = mesh.shape[DATA_AXIS]
         batch_size = -(-batch_size // devices) * devices
         variables = replicate(self.variables, mesh)
-        compute, previous = _lifted(self.compute, mesh), None
+        compute, previous = _parallelized(self.compute, mesh), None
         for batch in _rebatch(batches, batch_size):
             padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
             current = (compute(variables, padded), len(batch))
@@ -60,8 +60,8 @@ class FeatureNetwork:
 
 
 @functools.cache
-def _lifted(compute: Callable[[Any, Array], Array], mesh: Mesh) -> Any:
-    return lift(compute, mesh, (REPLICATED, SHARDED), SHARDED, convolutional=True)
+def _parallelized(compute: Callable[[Any, Array], Array], mesh: Mesh) -> Any:
+    return parallelize(compute, mesh, (REPLICATED, SHARDED), SHARDED, convolutional=True)
 
 
 def _rebatch(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

@@ -2,8 +2,8 @@
 
 It is the network of Szegedy et al. (2016) up to its 2,048 pooled features, with what sets the published graph apart from
 later versions, and what every comparable FID depends on: average pooling does not count the padding, the last block pools
-by maximum, BatchNorm has eps 1e-3. Images go in as 8-bit RGB, are resized to 299 x 299 bilinearly (half-pixel centres, no
-antialiasing) and scaled to [-1, 1]; one grey channel is repeated to three. All in float32 at the highest matrix precision.
+by maximum, BatchNorm has eps 1e-3. Images go in as 8-bit RGB, are resized to 299 x 299 bilinearly (half-pixel centers, no
+antialiasing) and scaled to [-1, 1]; one gray channel is repeated to three. All in float32 at the highest matrix precision.
 
 The weights are those of pytorch-fid (`pt_inception-2015-12-05-6726825d.pth`), as published or converted to `.npz`.
 """
@@ -190,7 +190,7 @@ class Inception(nn.Module):
 
 
 def resize(images: UInt8[Array, "batch _ _ _"]) -> Float[Array, "batch 299 299 3"]:
-    """8-bit images of 1 or 3 channels to [-1, 1] at 299 x 299: bilinear, half-pixel centres, no antialiasing."""
+    """8-bit images of 1 or 3 channels to [-1, 1] at 299 x 299: bilinear, half-pixel centers, no antialiasing."""
     x = jnp.asarray(images, jnp.float32) / 255.0
     x = jnp.broadcast_to(x, (*x.shape[:3], 3))
     resized = jax.image.resize(x, (len(x), SIZE, SIZE, 3), "bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST)

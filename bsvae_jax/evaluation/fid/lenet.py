@@ -26,7 +26,7 @@ from bsvae_jax._io.terminal import ProgressBar
 from bsvae_jax.data import ImageSet, ShuffledOrder
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import gather
-from bsvae_jax.distributed.mesh import REPLICATED, data_mesh, lift
+from bsvae_jax.distributed.mesh import REPLICATED, data_mesh, parallelize
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.fid.features import FeatureNetwork
 from bsvae_jax.models.layers import HIGHEST
@@ -85,8 +85,8 @@ def network(images: ImageSet, progress: bool = True) -> FeatureNetwork:
     """
     labels, test_labels = _classes_of(images)
     classes = int(max(labels.max(), test_labels.max())) + 1
-    labelled = hashlib.sha256(labels.tobytes() + test_labels.tobytes()).hexdigest()
-    path = cache_folder() / "lenet" / f"{images.fingerprint()[:32]}-{labelled[:16]}-{STEPS}.npz"
+    labeled = hashlib.sha256(labels.tobytes() + test_labels.tobytes()).hexdigest()
+    path = cache_folder() / "lenet" / f"{images.fingerprint()[:32]}-{labeled[:16]}-{STEPS}.npz"
     remedy = "delete it, and the network is trained again"
     with locked(path.with_suffix(".lock"), f"LeNet of {images.name}", "set BSVAE_CACHE to a folder that can be written"):
         if not path.is_file():
@@ -144,7 +144,7 @@ def _train(images: ImageSet, labels: np.ndarray, classes: int, progress: bool) -
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, STEPS))
     state = (variables, jax.jit(optimizer.init)(variables))
     one_step = functools.partial(_step, optimizer=optimizer, levels=images.levels)
-    step = lift(one_step, data_mesh(1), (REPLICATED,) * 3, REPLICATED, donate=(0,), convolutional=True)
+    step = parallelize(one_step, data_mesh(1), (REPLICATED,) * 3, REPLICATED, donate=(0,), convolutional=True)
     order = np.asarray(ShuffledOrder(order_key, len(images.train), BATCH)(0, STEPS))
     with ProgressBar(STEPS * BATCH, 0, progress) as bar:
         bar.describe(f"LeNet of {images.name}")

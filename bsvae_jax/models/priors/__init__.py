@@ -1,7 +1,7 @@
 """Priors p(z) of the latents: kinds that a config can hold, and the Flax modules they build.
 
 Begin with `prior`, which has the base of both and the standard normal. `mixtures`, `flow` and `flow_prior` have the others;
-`flow_matching` has the mathematics of the last, `velocity` its network.
+`flow_matching` has the mathematics of the last, `transformer` its network.
 """
 
 from bsvae_jax.models.priors.flow import Flow

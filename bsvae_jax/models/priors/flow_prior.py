@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 from bsvae_jax.errors import UserError, check_count
 from bsvae_jax.models.priors.flow_matching import Velocity, integrate, log_density
 from bsvae_jax.models.priors.prior import Latents, Prior, PriorModule
-from bsvae_jax.models.priors.velocity import VelocityNetwork
+from bsvae_jax.models.priors.transformer import VelocityNetwork
 from bsvae_jax.random import make_key
 
 EXACT_LATENTS = 32

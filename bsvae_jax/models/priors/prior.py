@@ -27,8 +27,8 @@ LogDensity = Callable[[Latents], Float[Array, " batch"]]
 
 def gaussian_log_prob(z: Latents, mean: Latents, log_variance: Latents) -> Float[Array, " batch"]:
     """`log N(z; mean, exp(log_variance))`, nats per example, [B]."""
-    standardised = jnp.square(z - mean) * jnp.exp(-log_variance)
-    return -0.5 * jnp.sum(LOG_2PI + log_variance + standardised, axis=-1)
+    standardized = jnp.square(z - mean) * jnp.exp(-log_variance)
+    return -0.5 * jnp.sum(LOG_2PI + log_variance + standardized, axis=-1)
 
 
 class PriorModule(nn.Module):

@@ -21,8 +21,8 @@ HIGHEST_FREQUENCY = 1000.0
 
 def _norm(x: Tokens) -> Tokens:
     """Each token to mean 0 and variance 1."""
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6)
+    centered = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + 1e-6)
 
 
 def time_features(time: Float[Array, " batch"], count: int) -> Float[Array, "batch count"]:
