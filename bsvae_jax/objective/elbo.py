@@ -185,7 +185,7 @@ Values = float | Float[Array, "..."] | Float[np.ndarray, "..."]
 
 
 def bits_per_dimension(nll: Values, shape: Sequence[int], bin_width: float = 1.0 / 255.0) -> Values:
-    """`-log2 P` per pixel of the quantized image: `nll / (D ln 2) - log2(bin_width)`, where `bin_width` is the data's grid spacing.
+    """`-log2 P` per pixel of the quantized image: `nll / (D ln 2) - log2(bin_width)`, `bin_width` the grid spacing of the data.
 
     Takes the density as constant over a cell of the grid. Of a `nll` averaged over dequantization noise it is an upper bound
     of `-log2 P` (Theis et al. 2016, section 3.1).

@@ -142,7 +142,7 @@ ROWS = [
     ("bits_per_dimension", lambda: bv.bits_per_dimension(1.0, ()), r"shape must be that of an image.* got \(\)"),
     ("bits_per_dimension", lambda: bv.bits_per_dimension(1.0, (28, 0, 1)), r"whole numbers >= 1 .* got \(28, 0, 1\)"),
     ("bits_per_dimension", lambda: bv.bits_per_dimension(1.0, 784), "shape must be that of an image.* got 784"),
-    ("bits_per_dimension", lambda: bv.bits_per_dimension(1.0, (8, 8, 1), bin_width=0.0), "bin_width must be a finite number > 0"),
+    ("bits_per_dimension", lambda: bv.bits_per_dimension(1.0, (8, 8, 1), bin_width=0.0), "bin_width must be a finite number"),
     ("bits_per_dimension", lambda: bv.bits_per_dimension("1", (8, 8, 1)), "nll must be of type"),
     ("quantization_variance", lambda: bv.quantization_variance(-1.0), "bin_width must be a finite number > 0, got -1"),
     ("quantization_variance", lambda: bv.quantization_variance("1/255"), "bin_width must be a number, got '1/255'"),
