@@ -58,7 +58,7 @@ def prepare(
             raise UserError(f"There is no folder or .zip {source!r}.")
         chosen = TFDS(source, data_dir, manual_dir, train_split, test_split, crop, size, channels)
         sources.prepare_tfds(chosen)
-    recipe = sources.recipe(chosen)
+    recipe = chosen.recipe()
     images = prepared(recipe, skip_corrupt)
     print(f"{len(images.train):,} training and {len(images.test):,} test images {images.image_shape}: {recipe.folder()}")
     options = [

@@ -14,6 +14,7 @@ import numpy as np
 
 from bsvae_jax._io.terminal import messages_shown
 from bsvae_jax.data.image_set import DataShape, ImageSet
+from bsvae_jax.data.recipe import Recipe
 from bsvae_jax.errors import UserError, check_count, check_kind, check_number, check_path
 from bsvae_jax.objective import Kind, check_kind_of
 
@@ -157,11 +158,17 @@ class TFDS(Dataset):
                 raise UserError(f"data.{name} must be a name, got {getattr(self, name)!r}.")
         _check_preprocessing(self)
 
+    def recipe(self) -> Recipe:
+        """What is to be decoded."""
+        from bsvae_jax.data import sources
+
+        return sources.tfds_recipe(self)
+
     def load(self, progress: bool = True) -> ImageSet:
         """The prepared images; they are prepared at the first use."""
-        from bsvae_jax.data import cache, sources
+        from bsvae_jax.data import cache
 
-        return cache.prepared(sources.recipe(self), progress=progress)
+        return cache.prepared(self.recipe(), progress=progress)
 
     def shape(self) -> DataShape:
         """Of the sets whose sizes are known without reading them, else of the images."""
@@ -200,11 +207,17 @@ class Folder(Dataset):
         check_count("data.holdout_seed", self.holdout_seed, low=0)
         _check_preprocessing(self)
 
+    def recipe(self) -> Recipe:
+        """What is to be decoded."""
+        from bsvae_jax.data import sources
+
+        return sources.folder_recipe(self)
+
     def load(self, progress: bool = True) -> ImageSet:
         """The prepared images; they are prepared at the first use."""
-        from bsvae_jax.data import cache, sources
+        from bsvae_jax.data import cache
 
-        return cache.prepared(sources.recipe(self), progress=progress)
+        return cache.prepared(self.recipe(), progress=progress)
 
 
 def load(source: Dataset, progress: bool = True) -> ImageSet:

@@ -12,7 +12,6 @@ import numpy as np
 from bsvae_jax._io.files import DAMAGE, read_arrays
 from bsvae_jax._io.terminal import log
 from bsvae_jax.data.cache import Recipe
-from bsvae_jax.data.datasets import TFDS, Folder
 from bsvae_jax.data.decoding import CorruptImageError, Header, Preprocessing
 from bsvae_jax.data.idx import read_pair
 from bsvae_jax.data.image_files import Encoded, EncodedImages, find_images, printable
@@ -23,15 +22,6 @@ _UNREADABLE: tuple[type[Exception], ...] = (IndexError, *DAMAGE)
 
 DIGITS_TEST = 297
 """Held-out digits, the last of scikit-learn's 1,797 (their own order, which mixes the writers)."""
-
-
-def recipe(source: Folder | TFDS) -> Recipe:
-    """What is to be decoded for a folder or a TFDS set; looks for the images, and decodes none.
-
-    Raises:
-      UserError: no such folder or set, or a split of it is missing.
-    """
-    return _folder(source) if isinstance(source, Folder) else _tfds(source)
 
 
 def read_digits() -> ImageSet:
@@ -217,7 +207,12 @@ def _holdout(count: int, share: float, seed: int, what: str) -> tuple[np.ndarray
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def _folder(source: Folder) -> Recipe:
+def folder_recipe(source: Any) -> Recipe:
+    """What is to be decoded for a `Folder`; looks for the images, and decodes none.
+
+    Raises:
+      UserError: no such folder, or too few images in it.
+    """
     path = Path(source.path)
     if not source.path:
         raise UserError("data.path must name a folder, or a .zip, of images.")
@@ -280,7 +275,7 @@ class Records:
         return Encoded(what, bytes(example["image"]), label)
 
 
-def tfds_builder(source: TFDS) -> Any:
+def tfds_builder(source: Any) -> Any:
     """The TFDS builder of a set, prepared as array_record; one of ours is prepared now if it is not.
 
     Raises:
@@ -306,7 +301,7 @@ def tfds_builder(source: TFDS) -> Any:
     return builder_of(source.name, source.data_dir, source.manual_dir)  # which knows what is there now
 
 
-def prepare_tfds(source: TFDS) -> None:
+def prepare_tfds(source: Any) -> None:
     """Write the array_record files of a set, unless they are there: by our builder, or by TFDS's own with TensorFlow.
 
     Raises:
@@ -325,7 +320,12 @@ def prepare_tfds(source: TFDS) -> None:
         raise UserError(f"TFDS could not prepare {source.name!r}: {type(error).__name__}: {_first_line(error)}") from error
 
 
-def _tfds(source: TFDS) -> Recipe:
+def tfds_recipe(source: Any) -> Recipe:
+    """What is to be decoded for a `TFDS` set; looks for the images, and decodes none.
+
+    Raises:
+      UserError: no such set, or a split of it is missing.
+    """
     import tensorflow_datasets as tfds
 
     builder = tfds_builder(source)

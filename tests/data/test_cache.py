@@ -35,7 +35,6 @@ from bsvae_jax.data._workers import Decoders, decode_all
 from bsvae_jax.data.cache import prepared, read_manifest
 from bsvae_jax.data.decoding import CorruptImageError, Preprocessing, decode, decode_noted, read_header
 from bsvae_jax.data.image_files import find_images
-from bsvae_jax.data.sources import recipe
 from bsvae_jax.errors import UserError
 
 
@@ -738,7 +737,7 @@ def test_mixed_images_are_made_alike_when_asked(tmp_path):
 
 
 def of(folder: Path, **settings):
-    return recipe(config.Folder(str(folder), **settings))
+    return config.Folder(str(folder), **settings).recipe()
 
 
 def test_the_manifest_says_everything(tmp_path):
