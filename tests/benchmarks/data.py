@@ -1,11 +1,10 @@
-"""Preparing, streaming and residence against PyTorch's DataLoader and TFDS with Grain, on one folder of images.
+"""Preparing, streaming and residence against PyTorch's DataLoader, on one folder of images.
 
     python tests/benchmarks/data.py FOLDER [--repeats 3] [--size 64] [--steps 30]
 
 FOLDER holds folders of images (as torchvision's ImageFolder wants them). Prints images/s, the best of the repeats with all of
-them behind it, and their ratios: what is compared is measured in one run. PyTorch (extra `torch`) and Grain (`pip install
-grain`) are left out where they are not installed. The last part trains the CelebA-sized network on the streamed images and
-prints the share of the time that it waited for them.
+them behind it, and their ratios: what is compared is measured in one run. PyTorch (extra `torch`) is left out
+where it is not installed. The last part trains the CelebA-sized network on the streamed images and prints the share of the time that it waited for them.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import numpy as np
 
 from bsvae_jax import config as configs
 from bsvae_jax.config import Config, Residual
-from bsvae_jax.data import ImageSet, ShuffledOrder, load, tfds_builders
+from bsvae_jax.data import ImageSet, ShuffledOrder, load
 from bsvae_jax.data.prefetch import DeviceImages, Stream
 from bsvae_jax.distributed.mesh import P, data_mesh, replicate
 from bsvae_jax.training.program import Program
@@ -67,27 +66,6 @@ def torch_loader(folder: Path, size: int, workers: int) -> Callable[[], None]:
             pass
 
     run()
-    return run
-
-
-def grain_loader(folder: Path, workers: int, cache: Path) -> Callable[[], None]:
-    """One epoch of the images as array_record, shuffled, batches of uint8; images of one size and kind only."""
-    import grain.python as grain
-
-    builder = tfds_builders.ImageFolder(data_dir=cache, manual_dir=folder)
-    builder.prepare()
-    source = builder.as_data_source(split="train")
-
-    class Pixels(grain.MapTransform):
-        def map(self, example: dict) -> np.ndarray:
-            return example["image"]
-
-    def run() -> None:
-        sampler = grain.IndexSampler(len(source), shard_options=grain.NoSharding(), shuffle=True, num_epochs=1, seed=0)
-        operations = [Pixels(), grain.Batch(BATCH)]
-        for _ in grain.DataLoader(data_source=source, sampler=sampler, operations=operations, worker_count=workers):
-            pass
-
     return run
 
 
@@ -168,13 +146,6 @@ def main() -> None:
             break
         name = f"PyTorch DataLoader + ImageFolder, {workers} workers"
         peers[name] = timed(name, options.repeats, count, run)
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            run = grain_loader(options.folder, 0, Path(cache))
-            name = "tfds.data_source + Grain, 0 workers"
-            peers[name] = timed(name, options.repeats, count, run)
-        except ImportError as error:
-            print(f"Grain left out: {error}")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["BSVAE_CACHE"] = cache
         images = load(source, progress=False)
