@@ -4,7 +4,8 @@
 
 FOLDER holds folders of images (as torchvision's ImageFolder wants them). Prints images/s, the best of the repeats with all of
 them behind it, and their ratios: what is compared is measured in one run. PyTorch (extra `torch`) is left out
-where it is not installed. The last part trains the CelebA-sized network on the streamed images and prints the share of the time that it waited for them.
+where it is not installed. The last part trains the CelebA-sized network on the streamed images and prints the share of the
+time that it waited for them.
 """
 
 import argparse
