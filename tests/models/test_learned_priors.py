@@ -27,6 +27,7 @@ from bsvae_jax.sweeps.fit_sweep import fit_sweep
 from bsvae_jax.sweeps.grid import Sweep, base_config, choose_priors
 from bsvae_jax.sweeps.report import draw
 from bsvae_jax.sweeps.results import as_csv, read_results
+from bsvae_jax.training import state as building
 from bsvae_jax.training import step as training
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
@@ -298,7 +299,7 @@ def test_parameters_of_a_prior_do_not_decay(images, key):
 def test_the_optimizer_state_without_a_prior_is_what_it_was():
     """Checkpoints of runs from before learned priors hold this tree."""
     state = create_state(Config(), build_model(Config(), (8, 8, 1)), 10)
-    plain = optax.adamw(training.learning_rate_schedule(Config().optimizer, 10)).init(state.params)
+    plain = optax.adamw(building.learning_rate_schedule(Config().optimizer, 10)).init(state.params)
     assert jax.tree.structure(state.optimizer_state) == jax.tree.structure(plain)
 
 

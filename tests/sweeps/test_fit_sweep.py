@@ -33,7 +33,8 @@ from bsvae_jax.sweeps import fit_sweep as sweeps
 from bsvae_jax.sweeps import gallery
 from bsvae_jax.sweeps.fit_sweep import choose_execution, fit_sweep, read_sweep
 from bsvae_jax.sweeps.grid import Sweep
-from bsvae_jax.training import program, step, workdir
+from bsvae_jax.training import program, workdir
+from bsvae_jax.training import state as building
 from bsvae_jax.training.checkpoints import saved_steps
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.program import Program
@@ -297,10 +298,12 @@ def test_what_differs_by_its_value_compiles_nothing(measured, monkeypatch, train
 
 def test_initial_parameters_compile_nothing_per_member(monkeypatch):
     traces = []
-    inner = step._initial_arrays.__wrapped__
-    monkeypatch.setattr(step, "_initial_arrays", jax.jit(lambda *a: (traces.append(1), inner(*a))[1], static_argnums=(0, 1)))
-    model = step.build_model(BASE, (8, 8, 1), 1 / 16)
-    states = [step.create_state(member.config, model, 9) for member in RATES.members(BASE)]
+    inner = building._initial_arrays.__wrapped__
+    monkeypatch.setattr(
+        building, "_initial_arrays", jax.jit(lambda *a: (traces.append(1), inner(*a))[1], static_argnums=(0, 1))
+    )
+    model = building.build_model(BASE, (8, 8, 1), 1 / 16)
+    states = [building.create_state(member.config, model, 9) for member in RATES.members(BASE)]
     assert len(traces) == 1
     assert {float(state.learning_rate) for state in states} == {float(np.float32(rate)) for rate in (1e-3, 1e-2, 3e-3)}
 
@@ -346,7 +349,7 @@ def test_pictures(three):
 @pytest.mark.parametrize("execution", ["scan", "vmap"])
 def test_galleries_are_what_each_member_draws(execution):
     """Posteriors without noise and decoders that tell: reconstructions are known, samples have the law of the prior."""
-    model = step.build_model(dataclasses.replace(BASE, network=MLP((4,)), latent_size=1), (8, 8, 1), 1 / 16)
+    model = building.build_model(dataclasses.replace(BASE, network=MLP((4,)), latent_size=1), (8, 8, 1), 1 / 16)
     images = load(Digits()).test[:10]
     mesh = sweep_mesh(1, 3, 8)
     members = []
@@ -643,7 +646,7 @@ def needed(config, members):
 def test_the_memory_of_a_stack_is_what_it_holds(measured):
     images = 1500 * 64 + 297 * 64  # uint8
     each = needed(BASE, 4) - needed(BASE, 3)
-    state = step.create_state(BASE, step.build_model(BASE, (8, 8, 1)), 9)
+    state = building.create_state(BASE, building.build_model(BASE, (8, 8, 1)), 9)
     parameters = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
     # Parameters, their average and two moments, the indices of a window of 50 steps and its six metrics, all a second time at
     # most; then, once for all members of a scan, activations of at most ten floats a pixel of the batch.

@@ -23,7 +23,7 @@ from bsvae_jax.evaluation.evaluate import evaluate
 from bsvae_jax.evaluation.metrics import as_json
 from bsvae_jax.evaluation.scores import score_split
 from bsvae_jax.objective import Constant, Learned, Optimal, quantization_variance
-from bsvae_jax.training import step as training
+from bsvae_jax.training import state as building
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.state import build_model, build_optimizer, create_state, learning_rate_schedule, steps_per_dispatch
@@ -383,9 +383,9 @@ def test_a_run_that_diverges_says_where_and_keeps_the_last_checkpoint(tmp_path, 
     def explode(optimizer, steps):
         return optax.join_schedules([schedule(optimizer, steps), optax.constant_schedule(1e30)], [3])
 
-    monkeypatch.setattr(training, "learning_rate_schedule", explode)
+    monkeypatch.setattr(building, "learning_rate_schedule", explode)
     # Optimizers are kept by their settings: neither may an earlier one be used here, nor this one later.
-    monkeypatch.setattr(training, "_unit_optimizer", training._unit_optimizer.__wrapped__)
+    monkeypatch.setattr(building, "_unit_optimizer", building._unit_optimizer.__wrapped__)
     config = dataclasses.replace(SMALL, epochs=3, optimizer=Optimizer())
     with pytest.raises(DivergenceError, match=r"Step 5 is not finite: objective .*, rate .*checkpoints/3\. A lower") as error:
         fit(config, tmp_path / "run", progress=False)

@@ -12,6 +12,7 @@ from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, paralleli
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
 from bsvae_jax.random import arranged
+from bsvae_jax.training import state as building
 from bsvae_jax.training import step as training
 from bsvae_jax.training.fit import fit
 
@@ -22,8 +23,8 @@ SMALL = Config(network=MLP((16,)), latent_size=3, batch_size=16, optimizer=Optim
 def one_step(config, devices):
     """Gradient of the step, as Adam's first moment has it (0.1 of it), batch statistics and metrics."""
     mesh = data_mesh(devices)
-    model = training.build_model(config, (8, 8, 1), axis_name="data")
-    state = training.create_state(config, model, 100)
+    model = building.build_model(config, (8, 8, 1), axis_name="data")
+    state = building.create_state(config, model, 100)
     step = parallelize(
         lambda state, x: training.train_step(state, x, jax.random.key(3), 0.5), mesh, (REPLICATED, SHARDED), REPLICATED
     )
@@ -51,8 +52,8 @@ def test_averaging_the_gradients_of_parts_would_be_seen():
     """The test above can fail: with a shared variance, the average over parts of gradients is another vector."""
     config = dataclasses.replace(SMALL, decoder_variance=Optimal("batch"))
     whole, *_ = one_step(config, 1)
-    model = training.build_model(config, (8, 8, 1))
-    state = training.create_state(config, model, 100)
+    model = building.build_model(config, (8, 8, 1))
+    state = building.create_state(config, model, 100)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(3), jnp.arange(16))
 
     def objective(params, part):
@@ -78,15 +79,15 @@ def test_rematerialization_changes_no_number():
     config = dataclasses.replace(SMALL, network=Residual((4, 6)))
     expected, found = one_step(config, 1), one_step(dataclasses.replace(config, rematerialize=True), 1)
     assert_close(found, expected, 1e-6)
-    state = training.create_state(config, training.build_model(config, (8, 8, 1)), 10)
-    again = training.create_state(config, training.build_model(dataclasses.replace(config, rematerialize=True), (8, 8, 1)), 10)
+    state = building.create_state(config, building.build_model(config, (8, 8, 1)), 10)
+    again = building.create_state(config, building.build_model(dataclasses.replace(config, rematerialize=True), (8, 8, 1)), 10)
     assert_close(again.params, state.params, 0.0)
 
 
 def kept_for_the_backward_pass(config):
     """Bytes that a gradient needs beside its arguments."""
-    model = training.build_model(config, (32, 32, 1))
-    state = training.create_state(config, model, 10)
+    model = building.build_model(config, (32, 32, 1))
+    state = building.create_state(config, model, 10)
 
     def step(state, x):
         return training.train_step(state, x, jax.random.key(0), 1.0)
