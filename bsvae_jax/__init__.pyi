@@ -1,4 +1,5 @@
-from . import config, data, evaluation, models, objective, sweeps, theory, training
+from . import config, data, distributed, evaluation, models, objective, sweeps, theory, training
+from ._io.files import read_metrics
 from .config import Config, load_config
 from .data import Dataset
 from .distributed.preemption import Interrupted
@@ -78,6 +79,7 @@ __all__ = [
     "bits_per_dimension",
     "config",
     "data",
+    "distributed",
     "elbo_terms",
     "evaluate",
     "evaluation",
@@ -99,6 +101,7 @@ __all__ = [
     "optimal_gaussian_nll",
     "optimal_variance",
     "quantization_variance",
+    "read_metrics",
     "read_results",
     "restore",
     "sweeps",

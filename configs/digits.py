@@ -14,9 +14,9 @@ devices):
 The gap between training and test is real: 1,500 images are few for this network.
 """
 
+from bsvae_jax import Sweep
 from bsvae_jax.config import MLP, Config, Digits, Optimizer
 from bsvae_jax.objective import Constant, Optimal
-from bsvae_jax.sweeps.grid import Sweep
 
 
 def get_config() -> Config:

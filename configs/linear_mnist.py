@@ -23,9 +23,9 @@ Hardware and time: 2 CPU cores; the 20 models of the sweep took 25 minutes besid
 
 import numpy as np
 
+from bsvae_jax import Sweep
 from bsvae_jax.config import TFDS, Config, Linear, Optimizer
 from bsvae_jax.objective import Optimal
-from bsvae_jax.sweeps.grid import Sweep
 
 
 def get_config() -> Config:

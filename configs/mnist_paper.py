@@ -16,9 +16,9 @@ against `optimal`. Differences from the paper's code, all on purpose:
 Hardware and time: an accelerator. One run is 5,860 steps of 512 images; not measured yet.
 """
 
+from bsvae_jax import Sweep
 from bsvae_jax.config import TFDS, Augmentation, Config, Optimizer, Residual
 from bsvae_jax.objective import PAPER_FLOOR, Constant, Optimal
-from bsvae_jax.sweeps.grid import Sweep
 
 
 def get_config() -> Config:

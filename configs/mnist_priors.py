@@ -25,9 +25,9 @@ training images are at 2.2, reconstructions of the standard normal at beta 1 at 
 training gains 2 to 7 nats.
 """
 
+from bsvae_jax import Sweep
 from bsvae_jax.config import MLP, TFDS, Config, Flow, Mixture, Optimizer, StandardNormal, VampPrior
 from bsvae_jax.objective import Optimal
-from bsvae_jax.sweeps.grid import Sweep
 
 
 def get_config() -> Config:

@@ -43,9 +43,9 @@ convergence: reconstructions are blurred and have hardly any color yet, so the l
 be one of speed. One seed.
 """
 
+from bsvae_jax import Sweep
 from bsvae_jax.config import TFDS, Augmentation, Config, Optimizer, Spatial
 from bsvae_jax.objective import Constant, Optimal
-from bsvae_jax.sweeps.grid import Sweep
 
 
 def get_config() -> Config:

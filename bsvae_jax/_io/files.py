@@ -155,9 +155,19 @@ def digest(tree: Any) -> str:
     return found.hexdigest()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl`, in order; a last line torn by a kill is left out."""
-    path = folder / "metrics.jsonl"
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Rows of the `metrics.jsonl` of a run, in order; a last line torn by a kill is left out.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "metrics.jsonl").write_text('{"step": 50, "rate": 8.5}\\n{"step": 1')
+    ...     read_metrics(folder)
+    [{'step': 50, 'rate': 8.5}]
+
+    Raises:
+      UserError: a line before the last is damaged.
+    """
+    path = Path(folder) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     rows = []
     for number, line in enumerate(lines):

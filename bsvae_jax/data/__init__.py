@@ -6,8 +6,24 @@ brings to the devices, `augmentation` changes at random.
 """
 
 from bsvae_jax.data.augmentation import Augmentation, augment
-from bsvae_jax.data.datasets import Dataset, load, shape_of
-from bsvae_jax.data.image_set import DataShape, ImageSet, check_images
+from bsvae_jax.data.datasets import MNIST, TFDS, Arrays, Dataset, Digits, Folder, load, shape_of
+from bsvae_jax.data.image_set import DataShape, ImageSet, check_images, to_unit_interval
 from bsvae_jax.data.shuffle import ShuffledOrder
 
-__all__ = ["Augmentation", "DataShape", "Dataset", "ImageSet", "ShuffledOrder", "augment", "check_images", "load", "shape_of"]
+__all__ = [
+    "MNIST",
+    "TFDS",
+    "Arrays",
+    "Augmentation",
+    "DataShape",
+    "Dataset",
+    "Digits",
+    "Folder",
+    "ImageSet",
+    "ShuffledOrder",
+    "augment",
+    "check_images",
+    "load",
+    "shape_of",
+    "to_unit_interval",
+]

@@ -60,7 +60,11 @@ class Dataset(Kind, abc.ABC):
 
 @dataclass(frozen=True)
 class Digits(Dataset):
-    """The 1,797 real handwritten 8x8 digits (17 gray levels) that scikit-learn carries: no download."""
+    """The 1,797 real handwritten 8x8 digits (17 gray levels) that scikit-learn carries: no download.
+
+    >>> Digits().load().train.shape
+    (1500, 8, 8, 1)
+    """
 
     def load(self, progress: bool = True) -> ImageSet:
         """The last 297 of scikit-learn's digits are held out."""
@@ -71,7 +75,11 @@ class Digits(Dataset):
 
 @dataclass(frozen=True)
 class MNIST(Dataset):
-    """MNIST from its four canonical idx files, gzipped or not, in a folder."""
+    """MNIST from its four canonical idx files, gzipped or not, in a folder.
+
+    >>> MNIST().folder
+    'data/mnist'
+    """
 
     folder: str = "data/mnist"
     """Holds train-images-idx3-ubyte[.gz], train-labels-..., t10k-images-... and t10k-labels-..."""
@@ -91,6 +99,12 @@ class Arrays(Dataset):
     """Images of one's own: a `.npz` with `train` (and optionally `test`), or a `.npy`; see `bsvae_jax.data`.
 
     Other usual names are known (`x_train`, `train_images`, `images`, `arr_0`; labels `y_train`, `train_labels`).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(f"{folder}/images.npz", train=np.zeros((5, 8, 8), np.uint8), test=np.zeros((2, 8, 8), np.uint8))
+    ...     Arrays(f"{folder}/images.npz").load().train.shape
+    (5, 8, 8, 1)
     """
 
     path: str = ""
@@ -131,6 +145,9 @@ class TFDS(Dataset):
 
     `mnist`, `fashion_mnist`, `cifar10`, `celeb_a` and `lsun/CATEGORY` are prepared at their first use; any other set of the
     catalog once by `bsvae prepare NAME`, which needs TensorFlow.
+
+    >>> TFDS("celeb_a", crop=148, size=64).shape().image_shape
+    (64, 64, 3)
     """
 
     name: str = "mnist"
@@ -186,6 +203,9 @@ class Folder(Dataset):
 
     Folders named train and test in it are those splits, by any usual name (Training, eval, test_set; validation where there is
     no test); else a share is held out. Folders of the training images are classes. Transparent images are laid on white.
+
+    >>> Folder("photos/", size=32, channels=3).holdout
+    0.1
     """
 
     path: str = ""

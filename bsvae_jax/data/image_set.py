@@ -197,7 +197,11 @@ def _blocks(images: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def to_unit_interval(images: Array, levels: int) -> Float[Array, "..."]:
-    """Stored images to float32 in [0, 1]: uint8 values are divided by `levels - 1`, floats pass. Runs on the device."""
+    """Stored images to float32 in [0, 1]: uint8 values are divided by `levels - 1`, floats pass. Runs on the device.
+
+    >>> to_unit_interval(jnp.array([0, 4, 16], jnp.uint8), levels=17).tolist()
+    [0.0, 0.25, 1.0]
+    """
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images.astype(jnp.float32)
     return images.astype(jnp.float32) / (levels - 1)

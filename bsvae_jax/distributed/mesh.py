@@ -1,9 +1,8 @@
 """Devices: the mesh, and the way of a function written for one device's share of the batch over all of them.
 
-A step is written with a named axis `"data"` and explicit averages over it. `lift` runs it under `jit(shard_map)`;
-`jax.pmap(step, axis_name="data")` runs the same function on stacked copies of the state. A sweep's members are a second,
-outer axis: `lift` with an `execution` runs the same function for all of them in one program, the members divided over the
-devices of the `"member"` axis.
+A step is written with a named axis `"data"` and explicit averages over it. `parallelize` runs it under `jit(shard_map)`, or
+under `pmap`. A sweep's members are a second, outer axis: `parallelize` with an `execution` runs the same function for all of
+them in one program, the members divided over the devices of the `"member"` axis.
 """
 
 import functools
@@ -267,8 +266,13 @@ def keep_compiled_programs(folder: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def describe_devices(mesh: Mesh) -> str:
-    """`"2 x NVIDIA H200 (gpu)"`, with a word of warning on a CPU where the machine has an accelerator."""
+def describe_devices(mesh: Mesh | None = None) -> str:
+    """`"2 x NVIDIA H200 (gpu)"`, with a word of warning on a CPU where the machine has an accelerator.
+
+    Args:
+      mesh: the devices; None: all there are.
+    """
+    mesh = data_mesh() if mesh is None else mesh
     device = mesh.devices.flat[0]
     missed = unused_accelerator() if device.platform == "cpu" else ""
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""

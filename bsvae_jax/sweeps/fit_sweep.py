@@ -149,7 +149,7 @@ def fit_sweep(
         log.info(
             f"{len(members)} members, {len(members) - len(todo)} of them done; "
             f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
-            f"{describe_devices(devices)}; members driven by {execution}"
+            f"{describe_devices(devices)}; members executed by {execution}"
         )
         total = steps_through(config.epochs, len(images.train), config.batch_size) * config.batch_size
         done = sum(max(directory.saved_steps(member), default=0) for member in todo) * config.batch_size
