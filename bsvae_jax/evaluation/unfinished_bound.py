@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bsvae_jax._io.files import read_arrays, write_atomically
-from bsvae_jax._io.terminal import warn
+from bsvae_jax._io.terminal import log
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.importance_weighted import Partial
 
@@ -28,7 +28,7 @@ class UnfinishedBound:
         try:
             arrays = read_arrays(self._path, "it is made again")
         except UserError as error:
-            warn(str(error))
+            log.warning(str(error))
             return None
         expected = {"identity", *Partial._fields}
         if set(arrays) != expected or str(arrays.pop("identity")) != self._identity:

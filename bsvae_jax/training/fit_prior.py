@@ -133,9 +133,9 @@ def fit_prior(
         if velocity is None:
             fitted = fit_density(kind, kept, other, start, components)
         else:
-            found = fit_flow_matching(velocity, kept, other, start, steps, folder, identity, progress)
+            parameters = fit_flow_matching(velocity, kept, other, start, steps, folder, identity, progress)
             other = other[:DENSITIES]
-            fitted = FittedPrior(kind, velocity, found.parameters, kept.shape[1], 0.0)
+            fitted = FittedPrior(kind, velocity, parameters, kept.shape[1], 0.0)
             fitted = dataclasses.replace(fitted, held_out=float(fitted.log_prob(other).mean()))
         before = functools.partial(jax.jit(run.model.apply, static_argnames="method"), run.variables, method="log_prior")
         fitted = dataclasses.replace(fitted, held_out_before=float(log_density(before, other).mean()), **identity)
