@@ -93,7 +93,7 @@ def locked(path: Path, name: str, remedy: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info(f"another process is preparing {name}; waiting for it")
+            log.warning(f"another process is preparing {name}; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

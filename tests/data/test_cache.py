@@ -30,6 +30,7 @@ from PIL import Image
 from bsvae_jax import config, data
 from bsvae_jax.data import _workers as workers_module
 from bsvae_jax.data import cache as prepared_module
+from bsvae_jax.data import recipe as recipe_module
 from bsvae_jax.data._workers import Decoders, decode_all
 from bsvae_jax.data.cache import prepared, read_manifest
 from bsvae_jax.data.decoding import CorruptImageError, Preprocessing, decode, decode_noted, read_header
@@ -773,7 +774,7 @@ def test_the_key_covers_what_changes_a_pixel(tmp_path, monkeypatch):
     keys.add(of(folder).key())
     (folder / "0004.png").rename(folder / "0005.png")
     keys.add(of(folder).key())
-    monkeypatch.setattr(prepared_module, "version", lambda name: "another")
+    monkeypatch.setattr(recipe_module, "version", lambda name: "another")
     keys.add(of(folder).key())
     assert len(keys) == 9
     monkeypatch.undo()
@@ -872,8 +873,9 @@ def test_nonsense_in_the_record_of_an_unfinished_set(tmp_path, line):
     assert len(prepared(wanted, progress=False).train) == 5
 
 
-def test_names_that_are_not_utf_8(tmp_path, capfd):
+def test_names_that_are_not_utf_8(tmp_path, caplog):
     """To the end: prepared, left out and listed, and named."""
+    caplog.set_level("INFO", "bsvae_jax")
     folder = tmp_path / "caf\udce9"
     for name in ("a", "caf\udce9"):
         write_images(folder / name, 3)
@@ -886,11 +888,12 @@ def test_names_that_are_not_utf_8(tmp_path, capfd):
     assert len(images.train) + len(images.test) == 6
     np.save(folder / "\udce9.npy", pixels(5, 4, 4))
     assert data.load(config.Arrays(str(folder / "\udce9.npy"))).name == "\\xe9"
-    assert "caf\\xe9: 7 images, of which a share" in capfd.readouterr().err
+    assert "caf\\xe9: 7 images, of which a share" in caplog.text
 
 
-def test_labels_of_training_images_alone(tmp_path, capsys):
+def test_labels_of_training_images_alone(tmp_path, caplog):
     """And what was lost of images is said at every use, from the manifest."""
+    caplog.set_level("INFO", "bsvae_jax")
     for folder in ("train/cat", "train/dog", "test"):
         (tmp_path / "set" / folder).mkdir(parents=True)
         for number in range(2):
@@ -900,7 +903,8 @@ def test_labels_of_training_images_alone(tmp_path, capsys):
         assert images.train_labels.tolist() == [0, 0, 1, 1]
         assert images.test_labels is None
         np.testing.assert_array_equal(images.test[0], ON_WHITE)
-        said = capsys.readouterr().err.splitlines()
+        said = caplog.messages
+        caplog.clear()
         assert said == [
             "set: 4 images for training in 'train', 2 images for testing in 'test', all test images lie in no class folder of "
             "training.",

@@ -346,7 +346,7 @@ def test_levels_of_arrays(tmp_path, capsys, images, given, levels, said):
         assert one_sentence(error)
         return
     found = load_arrays(tmp_path / "own.npy", levels=given)
-    assert (found.levels, found.step) == (levels, 1 / (levels - 1))
+    assert (found.levels, found.bin_width) == (levels, 1 / (levels - 1))
     assert re.search(said, capsys.readouterr().err.strip())
 
 

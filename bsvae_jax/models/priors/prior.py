@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
+from bsvae_jax.errors import check_count
 from bsvae_jax.objective import LOG_2PI, Kind, kl_to_standard_normal
 
 if TYPE_CHECKING:
@@ -132,6 +133,10 @@ class StandardNormal(Prior):
 
     latent_size: int | None = field(default=None, repr=False, metadata={"of": "VAE"})
     """L, for a `VAE` of your own modules; a config has its own `latent_size`."""
+
+    def __post_init__(self) -> None:
+        if self.latent_size is not None:
+            check_count("prior.latent_size", self.latent_size)
 
     @property
     def name(self) -> str:
