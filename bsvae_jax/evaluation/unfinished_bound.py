@@ -1,13 +1,12 @@
 """The file from which an importance-weighted bound that was interrupted continues."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bsvae_jax._io.files import read_arrays, write_atomically
+from bsvae_jax._io.files import read_arrays, write_arrays
 from bsvae_jax._io.terminal import log
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.importance_weighted import Partial
@@ -39,9 +38,7 @@ class UnfinishedBound:
     def write(self, partial: Partial) -> None:
         """Keep how far it has come."""
         if self._path is not None:
-            content = io.BytesIO()
-            np.savez(content, identity=np.array(self._identity), **partial._asdict())
-            write_atomically(self._path, content.getvalue())
+            write_arrays(self._path, identity=np.array(self._identity), **partial._asdict())
 
     def remove(self) -> None:
         """The computation has ended."""

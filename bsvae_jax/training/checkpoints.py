@@ -396,7 +396,7 @@ class Checkpoints:
                 continue
             try:
                 valid = isinstance(json.loads(path.read_bytes())["objective"], float | int)
-            except (ValueError, TypeError, KeyError, FileNotFoundError):
+            except (ValueError, TypeError, KeyError, RecursionError, FileNotFoundError):
                 valid = False
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error.strerror}); nothing was changed.") from error

@@ -153,7 +153,7 @@ def fit_flow_matching(
     params = jax.jit(network.init)(init_key, standard[:1], jnp.zeros(1))["params"]
     state = FlowState(jnp.int32(0), params, jax.jit(_optimizer(steps).init)(params), jax.tree.map(jnp.copy, params))
     standard, run_key = replicate(standard, mesh), replicate(run_key, mesh)
-    place = _open(folder / FOLDER, {**identity, "prior": to_dict(prior), "steps": steps})
+    place = _open(folder / FOLDER, _about(identity, prior, steps))
     with stop_on_signals() as stop, Checkpoints(place / "checkpoints") as checkpoints:
         if checkpoints.steps():
             _, arrays = checkpoints.restore(state._asdict(), warn=log.warning)
@@ -183,17 +183,31 @@ def fit_flow_matching(
     return {**moments, "velocity": jax.device_get(state.ema_params)}
 
 
-def _open(place: Path, identity: dict[str, Any]) -> Path:
+def _about(identity: dict[str, Any], prior: FlowMatching, steps: int) -> bytes:
+    """What tells a fit from others."""
+    return json.dumps({**identity, "prior": to_dict(prior), "steps": steps}, indent=2).encode()
+
+
+def _holds(place: Path, about: bytes) -> bool:
+    path = place / "fit.json"
+    return path.is_file() and path.read_bytes() == about
+
+
+def _open(place: Path, about: bytes) -> Path:
     """The folder of a fit; emptied where it holds one of something else."""
-    about = place / "fit.json"
-    wanted = json.dumps(identity, indent=2)
-    if not about.is_file() or about.read_text() != wanted:
+    if not _holds(place, about):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        write_atomically(about, wanted.encode())
+        write_atomically(place / "fit.json", about)
     return place
 
 
 def finish(folder: Path) -> None:
     """Remove what a fit kept to continue from, now that its result is kept elsewhere."""
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+def finish_killed(folder: Path, identity: dict[str, Any], prior: FlowMatching, steps: int) -> None:
+    """`finish` for a fit that a kill ended after its result was kept; what another fit continues from stays."""
+    if _holds(folder / FOLDER, _about(identity, prior, steps)):
+        finish(folder)

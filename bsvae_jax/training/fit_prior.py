@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsvae_jax._io.files import as_path, digest, take_folder
+from bsvae_jax._io.files import as_path, digest, read_json, take_folder
 from bsvae_jax.config import FlowMatching
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.image_set import to_unit_interval
@@ -25,7 +24,7 @@ from bsvae_jax.models.vae import VAE
 from bsvae_jax.random import make_key
 from bsvae_jax.training import fitted_prior
 from bsvae_jax.training.checkpoints import saved_steps
-from bsvae_jax.training.fit_flow import finish, fit_flow_matching
+from bsvae_jax.training.fit_flow import finish, finish_killed, fit_flow_matching
 from bsvae_jax.training.fitted_prior import FILE, FittedPrior, fit_density, log_density, read_fitted, write_fitted
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.workdir import check_same_data, forget_quantities, read_info
@@ -117,6 +116,8 @@ def fit_prior(
             if kind == "mixture":
                 same = same and getattr(there.prior, "components", None) == components
             if same and (velocity is None or there.prior == velocity):
+                if velocity is not None:
+                    finish_killed(folder, identity, velocity, steps)
                 return there
             raise UserError(
                 f"{folder / FILE} holds another prior ({there.describe()}, seed {there.seed}, of step {there.step}); "
@@ -153,7 +154,9 @@ def map_positions(run: Restored) -> tuple[int, int]:
 def _check_trained(folder: Path, run: Restored, images: ImageSet) -> None:
     total = steps_through(run.config.epochs, len(images.train), run.config.batch_size)
     reached = max(saved_steps(folder / "checkpoints"))
-    if reached < total and "imported" not in json.loads((folder / "config.json").read_text()):
+    with read_json(folder / "config.json") as values:
+        imported = "imported" in values
+    if reached < total and not imported:
         raise UserError(
             f"{folder} is not trained to its end (step {reached} of {total}): its latents will still change. "
             "`bsvae train` continues it; then fit the prior."

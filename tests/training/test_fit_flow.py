@@ -170,6 +170,10 @@ def test_interrupted_and_continued_it_ends_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, *rest: saved.append(step) or save(self, step, *rest))
     chex.assert_trees_all_equal(run(tmp_path / "cut", 120), whole)
     assert saved == [100, 120]
+    fit_flow.finish_killed(tmp_path / "cut", {}, TINY, 121)
+    assert (tmp_path / "cut" / fit_flow.FOLDER).exists()
+    fit_flow.finish_killed(tmp_path / "whole", {}, TINY, 120)
+    assert not (tmp_path / "whole" / fit_flow.FOLDER).exists()
     run(tmp_path / "cut", 120)  # finished: nothing is trained again
     assert saved == [100, 120]
     run(tmp_path / "cut", 120, checkpoint="of another model")
@@ -194,7 +198,7 @@ def test_moments_are_of_a_channel_over_positions():
 
 
 @pytest.mark.slow
-def test_the_two_stages(tmp_path, capsys):
+def test_the_two_stages(tmp_path, capsys, monkeypatch):
     """An autoencoder with a latent map, flow matching on it, then samples and an evaluation that take it like any prior."""
     config = Config(
         network=Spatial(widths=(8, 8, 8), blocks=1, groups=2),
@@ -208,12 +212,15 @@ def test_the_two_stages(tmp_path, capsys):
     )
     folder = tmp_path / "run"
     fit(config, folder, progress=False)
-    fitted = fit_prior(folder, "flow_matching", steps=100, width=32, depth=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("bsvae_jax.training.fit_prior.finish", lambda folder: None)  # a kill at the very end
+        fitted = fit_prior(folder, "flow_matching", steps=100, width=32, depth=1)
+    assert (folder / fit_flow.FOLDER).exists()
     assert fitted.prior == FlowMatching(rows=2, columns=2, width=32, depth=1)
-    assert not (folder / fit_flow.FOLDER).exists()
     assert fitted.held_out > fitted.held_out_before
     assert read_fitted(folder).prior == fitted.prior
     assert fit_prior(folder, "flow_matching", steps=100, width=32, depth=1).held_out == fitted.held_out
+    assert not (folder / fit_flow.FOLDER).exists()
     with pytest.raises(UserError, match="holds another prior"):
         fit_prior(folder, "flow_matching", steps=100, width=16, depth=1)
     restored = restore(folder, prior="fitted")
