@@ -16,8 +16,9 @@ from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages, fits
 from bsvae_jax.data.shuffle import steps_through
-from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, padded_batches, parallelize, replicate
+from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError, check_count
+from bsvae_jax.evaluation.run_over import joined, run_over
 from bsvae_jax.evaluation.scores import EVALUATION_BATCH
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.models.vae import VAE
@@ -179,11 +180,8 @@ def _posteriors(run: Restored, images: ImageSet) -> tuple[np.ndarray, np.ndarray
         functools.partial(_encode, model=model, levels=images.levels), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED)
     )
     variables = replicate(run.variables, mesh)
-    parts = [
-        jax.device_get(encode(variables, stored.batch(indices)))
-        for indices, _ in padded_batches(mesh, len(stored), EVALUATION_BATCH)
-    ]
-    mean, deviation = (np.concatenate(own)[: len(stored)] for own in zip(*parts, strict=True))
+    batches = run_over(stored, mesh, EVALUATION_BATCH, lambda stored, *_: encode(variables, stored))
+    mean, deviation = joined(batches, len(stored))
     return mean, deviation
 
 
