@@ -2,7 +2,9 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -18,6 +20,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+import psutil
 
 from bsvae_jax._io.terminal import log
 from bsvae_jax.errors import UserError, check_kind
@@ -27,6 +30,8 @@ DAMAGE: tuple[type[Exception], ...] = (
     *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tokenize.TokenError, IndexError),
 )
 """What NumPy and the standard library have been seen to raise on damaged archives."""
+TEMPORARY = re.compile(r"\..+\.([0-9]{1,9})\.part", re.DOTALL)
+"""Names of files that are being written, and by which process."""
 
 
 def cache_folder() -> Path:
@@ -59,9 +64,18 @@ def sha256_of(path: Path, progress: Callable[[int], Any] | None = None) -> str:
     return digest.hexdigest()
 
 
+def _sweep(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files, of any file or the one of this name, of processes that a kill has ended."""
+    for left in folder.glob(f".{name}.*.part"):
+        match = TEMPORARY.fullmatch(left.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            left.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part, also after a crash of the machine."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _sweep(path.parent, glob.escape(path.name))
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -70,6 +84,35 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_arrays(path: Path, /, **arrays: Any) -> None:
+    """Write an `.npz`, as `write_atomically` does."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_atomically(path, content.getvalue())
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write plain JSON values for people to read, as `write_atomically` does."""
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def read_json(path: Path, remedy: str = "") -> Iterator[Any]:
+    """The values of a JSON file, for the block that makes sense of them.
+
+    Raises:
+      UserError: it is no JSON, or the block raised what values of other types, missing ones or too large ones do; the sentence
+        ends with `remedy`. A UserError of the block is passed on.
+    """
+    try:
+        yield json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        ending = f"; {remedy}." if remedy else "."
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}){ending}") from error
 
 
 @contextlib.contextmanager
@@ -120,6 +163,11 @@ def read_arrays(path: Path, remedy: str, choose: Callable[[list[str]], Iterable[
         raise UserError(f"{path} cannot be read as a NumPy file ({what}): it is damaged or holds objects; {remedy}.") from error
 
 
+def is_used(folder: Path) -> bool:
+    """Whether there is a folder that holds more than its lock and what a kill left of a first file."""
+    return folder.is_dir() and any(path.name != ".lock" and not TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
+
+
 def take_folder(folder: Path, doing: str, option: str = "--workdir") -> TextIO:
     """Make a folder and keep other processes out until the file returned is closed; the system closes it for a dead process.
 
@@ -142,6 +190,7 @@ def take_folder(folder: Path, doing: str, option: str = "--workdir") -> TextIO:
     except BlockingIOError as error:
         lock.close()
         raise UserError(f"Another process is {doing} in {folder}; choose another {option}.") from error
+    _sweep(folder)
     return lock
 
 
@@ -162,18 +211,33 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = (Path(folder) / "metrics.jsonl").write_text('{"step": 50, "rate": 8.5}\\n{"step": 1')
     ...     read_metrics(folder)
-    [{'step': 50, 'rate': 8.5}]
+    [{'step': 50, 'epoch': 1, 'split': 'train', 'rate': 8.5}]
 
     Raises:
-      UserError: a line before the last is damaged.
+      UserError: another line is no JSON, or a row lacks its step, epoch or split, or has a value that is no number.
     """
     path = Path(folder) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     rows = []
     for number, line in enumerate(lines):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines) - 1:
-                raise UserError(f"{path}, line {number + 1} is damaged: {error}.") from error
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines) - 1:
+                break
+            raise UserError(f"{path}, line {number + 1} is damaged: {error}.") from error
+        if not _is_row(row):
+            raise UserError(
+                f"{path}, line {number + 1} is damaged: expected step, epoch, split and numbers, got {line[:80]!r}."
+            )
+        rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether this is what training logs: step, epoch, split and numbers, None where there is none."""
+    if not isinstance(row, dict) or not isinstance(row.get("split"), str):
+        return False
+    numbers = [value for name, value in row.items() if name != "split"]
+    place = type(row.get("step")) is int and row["step"] >= 1 and row.get("epoch") is not None
+    return place and all(value is None or type(value) in (int, float) for value in numbers)

@@ -54,11 +54,6 @@ def messages_shown(enabled: bool = True) -> Iterator[None]:
             console.removeFilter(_is_of_others)
 
 
-def warn(message: str) -> None:
-    """Log a warning."""
-    log.warning(message)
-
-
 class ProgressBar:
     """Images done, images per second and the terms of the objective, on one line.
 

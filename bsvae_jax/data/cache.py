@@ -26,7 +26,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from bsvae_jax._io.disk import MARGIN, free_bytes, mebibytes
-from bsvae_jax._io.files import locked, sha256_of, write_atomically
+from bsvae_jax._io.files import locked, sha256_of, write_json
 from bsvae_jax._io.terminal import log
 from bsvae_jax.data._workers import Decoders
 from bsvae_jax.data.decoding import CorruptImageError, Header, read_header
@@ -423,7 +423,7 @@ class _Preparation:
             "notes": notes,
         }
         manifest["digest"] = digest_of(manifest)
-        write_atomically(source / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+        write_json(source / "manifest.json", manifest)
         (source / "progress.jsonl").unlink(missing_ok=True)
         source.rename(self.folder)
         shutil.rmtree(self.unfinished, ignore_errors=True)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bsvae_jax._io.files import as_path, cache_folder, digest
-from bsvae_jax._io.terminal import ProgressBar, warn
+from bsvae_jax._io.terminal import ProgressBar, log
 from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.image_set import no_images, to_unit_interval
@@ -429,7 +429,7 @@ def _fid_quantities(
     )
     few = min(reference.moments.size, drawn.moments.size)
     if few <= network.size:
-        warn(
+        log.warning(
             f"FID of {few} images has covariances of rank {few - 1} in {network.size} dimensions and is far too high; "
             f"use more than {network.size:,}, 10,000 to be comparable. KID is unbiased."
         )

@@ -116,8 +116,18 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> Report:
-    """The inverse of `as_json`."""
-    return {split: {name: Quantity(**q) for name, q in quantities.items()} for split, quantities in values.items()}
+    """The inverse of `as_json`; a TypeError where there is another value than it writes."""
+    return {split: {name: _quantity(**q) for name, q in quantities.items()} for split, quantities in values.items()}
+
+
+def _quantity(value: Any, standard_error: Any, unit: Any, meaning: Any) -> Quantity:
+    """What a file says of a quantity; a TypeError where it is no number, unit and meaning."""
+    numbers = (value, 0.0 if standard_error is None else standard_error)
+    if not all(type(number) in (int, float) for number in numbers) or not all(
+        isinstance(text, str) for text in (unit, meaning)
+    ):
+        raise TypeError(f"{value!r} +- {standard_error!r} {unit!r} ({meaning!r}) is no quantity")
+    return Quantity(value, standard_error, unit, meaning)
 
 
 def as_table(report: Report) -> str:

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages
-from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, padded_batches, parallelize
+from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, parallelize
+from bsvae_jax.evaluation.run_over import joined, run_over
 from bsvae_jax.evaluation.scores import Calibration
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.random import example_keys, uniform_per_example
@@ -153,22 +154,14 @@ def details_of_split(
     variances = (np.float32(calibration.variance), calibration.variance_per_pixel.astype(np.float32)[None])
     batches = []
     residuals = np.zeros((len(STANDARDISED_BY), BINS), np.int64)
-    for indices, counted in padded_batches(mesh, count, batch_size):
-        batch = jax.device_get(compute(variables, images.batch(indices), indices, counted, key, *variances))
+    for batch in run_over(images, mesh, batch_size, lambda *given: compute(variables, *given, key, *variances)):
         residuals += batch.residuals
-        batches.append(batch)
+        batches.append(batch._replace(residuals=None))
         if progress is not None:
-            progress(int(counted.sum()))
-
-    def joined(name: str) -> Any:
-        return (
-            None
-            if getattr(batches[0], name) is None
-            else np.concatenate([getattr(batch, name) for batch in batches])[:count].astype(np.float64)
-        )
-
-    per_image = {name: joined(name) for name in Details._fields if name != "residuals"}
-    return Details(**per_image, residuals=residuals)
+            done = len(batches) * len(batch.z)
+            progress(min(done, count) - (done - len(batch.z)))
+    per_image = jax.tree.map(np.float64, joined(batches, count))
+    return Details(*per_image)._replace(residuals=residuals)
 
 
 def _cumulative(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

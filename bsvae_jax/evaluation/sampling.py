@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bsvae_jax._io.files import digest, read_arrays, take_folder, write_atomically
+from bsvae_jax._io.files import digest, is_used, read_arrays, take_folder, write_atomically
 from bsvae_jax.data.image_set import no_images
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError
@@ -168,12 +168,12 @@ def _open(folder: Path, identity: dict[str, Any], overwrite: bool, suffix: str) 
     manifest = folder / MANIFEST
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give another --out.")
-    if folder.is_dir() and not manifest.is_file() and not overwrite and any(path.name != ".lock" for path in folder.iterdir()):
+    if is_used(folder) and not manifest.is_file() and not overwrite:
         raise UserError(f"{folder} exists and is not empty; give another --out, or --overwrite to replace its samples.")
     lock = take_folder(folder, "drawing samples", "--out")
     try:
         same = json.loads(manifest.read_text()) == identity if manifest.is_file() else False
-    except ValueError:
+    except (ValueError, RecursionError):
         same = False
     if not same:
         if manifest.is_file() and not overwrite:

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages
-from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, Execution, padded_batches, parallelize
+from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, Execution, parallelize
+from bsvae_jax.evaluation.run_over import run_over
 from bsvae_jax.models.priors import StandardNormal
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.objective import LOG_2PI, DecoderVariance, elbo_terms
@@ -211,13 +212,7 @@ def _score_batches(
 ) -> list[_BatchScores]:
     """Host copies of the scores of every batch, in order; the last one is filled up with repetitions of an image."""
     score = _parallelized(model.clone(axis_name=None), levels, mesh, execution)
-    batches, previous = [], None
-    for indices, weights in padded_batches(mesh, len(images), batch_size):
-        current = score(variables, images.batch(indices), indices, weights, key)
-        if previous is not None:  # one batch in flight while the one before is fetched
-            batches.append(jax.device_get(previous))
-        previous = current
-    return [*batches, jax.device_get(previous)]
+    return list(run_over(images, mesh, batch_size, lambda *batch: score(variables, *batch, key)))
 
 
 def _split_scores(

@@ -1,14 +1,13 @@
 """The file from which an importance-weighted bound that was interrupted continues."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bsvae_jax._io.files import read_arrays, write_atomically
-from bsvae_jax._io.terminal import warn
+from bsvae_jax._io.files import read_arrays, write_arrays
+from bsvae_jax._io.terminal import log
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.importance_weighted import Partial
 
@@ -28,7 +27,7 @@ class UnfinishedBound:
         try:
             arrays = read_arrays(self._path, "it is made again")
         except UserError as error:
-            warn(str(error))
+            log.warning(str(error))
             return None
         expected = {"identity", *Partial._fields}
         if set(arrays) != expected or str(arrays.pop("identity")) != self._identity:
@@ -39,9 +38,7 @@ class UnfinishedBound:
     def write(self, partial: Partial) -> None:
         """Keep how far it has come."""
         if self._path is not None:
-            content = io.BytesIO()
-            np.savez(content, identity=np.array(self._identity), **partial._asdict())
-            write_atomically(self._path, content.getvalue())
+            write_arrays(self._path, identity=np.array(self._identity), **partial._asdict())
 
     def remove(self) -> None:
         """The computation has ended."""

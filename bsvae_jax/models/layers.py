@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -31,7 +32,7 @@ def as_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def add_bias(x: Array, bias: Float[Array, " features"]) -> Array:
+def add_bias(x: Array, bias: Float[Array | np.ndarray, " features"]) -> Array:
     """`x + bias` in the type of `x`, added in at least float32.
 
     The bias's gradient is a sum over all examples and positions, and is taken in the type of this addition: a bfloat16 sum of

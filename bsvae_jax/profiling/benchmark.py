@@ -7,7 +7,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,9 +24,6 @@ from bsvae_jax.profiling.cost_analysis import ProgramCost, program_cost
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.state import build_hyperparameters, check_against_data, create_state
 from bsvae_jax.training.step import data_order
-
-TORCH = Path(__file__).parents[2] / "tests" / "benchmarks" / "torch_vae.py"
-"""The same network and recipe in PyTorch; part of the repository, not of an installed package."""
 
 
 class Speed(NamedTuple):
@@ -187,12 +183,10 @@ def measure_torch(config: Config, images: ImageSet, repeats: int = 5, seconds: f
       seconds: the same.
 
     Raises:
-      UserError: another network, no PyTorch, not a checkout of the repository, or PyTorch failed.
+      UserError: another network, no PyTorch, or PyTorch failed.
     """
     if not isinstance(config.network, Residual) or not isinstance(config.decoder_variance, Optimal):
         raise UserError("The PyTorch version is of the residual network with an optimal variance; choose --network residual.")
-    if not TORCH.is_file():
-        raise UserError("The PyTorch version is part of the repository, not of the package: clone it and install it with -e.")
     setup = {
         "image_shape": images.image_shape,
         "widths": config.network.widths,
@@ -205,7 +199,8 @@ def measure_torch(config: Config, images: ImageSet, repeats: int = 5, seconds: f
         "repeats": repeats,
         "seconds": seconds,
     }
-    done = subprocess.run([sys.executable, str(TORCH), json.dumps(setup)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "bsvae_jax.profiling.torch_vae", json.dumps(setup)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "No module named 'torch'" in done.stderr:
         raise UserError("PyTorch is not installed: pip install 'bsvae_jax[torch]'.")
     if done.returncode:

@@ -9,7 +9,6 @@ continued by `bsvae train` instead.
 
 import contextlib
 import functools
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 
 from bsvae_jax import config as configs
-from bsvae_jax._io.files import as_path, take_folder, write_atomically
+from bsvae_jax._io.files import as_path, is_used, read_json, take_folder, write_arrays, write_atomically
 from bsvae_jax._io.terminal import ProgressBar, log, messages_shown
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet, load
@@ -47,6 +46,7 @@ from bsvae_jax.training.workdir import (
     evaluation_at,
     read_failure,
     read_info,
+    shape_and_levels,
 )
 
 FORMAT = 1
@@ -293,9 +293,7 @@ def _train_turn(
 def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray, images: bool = True) -> None:
     """Write `pictures.npz`: uint8 `images`, or other examples as float32, and the rate of each latent on the test set, nats."""
     arrays: dict[str, Any] = {name: to_8_bits(values) if images else values for name, values in gallery._asdict().items()}
-    content = io.BytesIO()
-    np.savez(content, **arrays, latent_rate=latent_rate)
-    write_atomically(folder / "pictures.npz", content.getvalue())
+    write_arrays(folder / "pictures.npz", **arrays, latent_rate=latent_rate)
 
 
 class _SweepDirectory:
@@ -311,7 +309,7 @@ class _SweepDirectory:
         check_place(folder, "choose another --workdir")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
-        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        if is_used(folder):
             if not (folder / "sweep.json").is_file():
                 raise UserError(f"{folder} is not empty and not a sweep of bsvae; choose another --workdir.")
             info = read_sweep(folder)
@@ -417,17 +415,12 @@ def read_sweep(folder: Path) -> SweepInfo:
     path = folder / "sweep.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a sweep: it has no sweep.json. Give the folder that `bsvae sweep` wrote.")
-    try:
-        values = json.loads(path.read_text())
+    with read_json(path) as values:
         if values["format"] > FORMAT:
             raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
         config, data = configs.from_dict(values["config"]), values["data"]
-        shape = tuple(int(size) for size in data["image_shape"])
+        shape, levels = shape_and_levels(data)
         spectrum = data["covariance_eigenvalues"]
         eigenvalues = None if spectrum is None else np.asarray(spectrum, np.float64)
         members = [str(name) for name in values["members"]]
-        return SweepInfo(config, str(data["name"]), str(data["fingerprint"]), shape, int(data["levels"]), eigenvalues, members)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+        return SweepInfo(config, str(data["name"]), str(data["fingerprint"]), shape, levels, eigenvalues, members)

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from bsvae_jax._io.files import write_atomically
-from bsvae_jax._io.terminal import ProgressBar, warn
+from bsvae_jax._io.terminal import ProgressBar, log
 from bsvae_jax.config import FlowMatching, to_dict
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, data_mesh, parallelize, replicate
 from bsvae_jax.distributed.preemption import stop_on_signals
@@ -52,15 +52,6 @@ class FlowState(NamedTuple):
     params: Any
     optimizer_state: Any
     ema_params: Any
-
-
-class FlowFit(NamedTuple):
-    """What a fit ends with."""
-
-    parameters: dict[str, Any]
-    """Of the module `priors.FlowMatching`, float32."""
-    losses: list[tuple[int, float]]
-    """Step and flow-matching loss of held-out latents, per latent, since the fit was last continued."""
 
 
 def _optimizer(steps: int) -> optax.GradientTransformation:
@@ -117,7 +108,7 @@ def fit_flow_matching(
     folder: Path,
     identity: dict[str, Any],
     progress: bool = True,
-) -> FlowFit:
+) -> dict[str, Any]:
     """Train a velocity field on latents, which it standardizes per channel of the map.
 
     AdamW without decay, a cosine after a short warm-up, gradients clipped to norm 1, an exponential moving average of the
@@ -132,6 +123,9 @@ def fit_flow_matching(
       folder: where `prior_training` with the checkpoints is kept until `finish`.
       identity: of the latents, plain JSON values; a fit of others in `folder` is begun anew.
       progress: show a progress bar.
+
+    Returns:
+      The parameters of the module that `prior` builds, float32.
 
     Raises:
       UserError: no steps, or latents that the map's positions do not divide.
@@ -159,11 +153,10 @@ def fit_flow_matching(
     params = jax.jit(network.init)(init_key, standard[:1], jnp.zeros(1))["params"]
     state = FlowState(jnp.int32(0), params, jax.jit(_optimizer(steps).init)(params), jax.tree.map(jnp.copy, params))
     standard, run_key = replicate(standard, mesh), replicate(run_key, mesh)
-    place = _open(folder / FOLDER, {**identity, "prior": to_dict(prior), "steps": steps})
-    losses = []
+    place = _open(folder / FOLDER, _about(identity, prior, steps))
     with stop_on_signals() as stop, Checkpoints(place / "checkpoints") as checkpoints:
         if checkpoints.steps():
-            _, arrays = checkpoints.restore(state._asdict(), warn=warn)
+            _, arrays = checkpoints.restore(state._asdict(), warn=log.warning)
             state = FlowState(**arrays)
         step, saved = int(state.step), int(state.step)
         state = replicate(state, mesh)
@@ -180,27 +173,41 @@ def fit_flow_matching(
                 bar.show(loss=f"{value:.3f}")
                 stopping = stop.number is not None  # one look: a signal may come at any time
                 if step - saved == SAVE_EVERY or step == steps or stopping:
-                    losses.append((step, float(compare(jax.device_get(state.ema_params)))))
-                    bar.show(held_out=f"{losses[-1][1]:.3f}")
-                    checkpoints.save(step, jax.device_get(state._asdict()), losses[-1][1])
+                    held_out_loss = float(compare(jax.device_get(state.ema_params)))
+                    bar.show(held_out=f"{held_out_loss:.3f}")
+                    checkpoints.save(step, jax.device_get(state._asdict()), held_out_loss)
                     saved = step
                 if step < steps and stopping:
                     stop.check(f"stopped after step {step} of {steps} of the prior")
     moments = {"origin": mean.astype(np.float32), "log_scale": np.log(deviation).astype(np.float32)}
-    return FlowFit({**moments, "velocity": jax.device_get(state.ema_params)}, losses)
+    return {**moments, "velocity": jax.device_get(state.ema_params)}
 
 
-def _open(place: Path, identity: dict[str, Any]) -> Path:
+def _about(identity: dict[str, Any], prior: FlowMatching, steps: int) -> bytes:
+    """What tells a fit from others."""
+    return json.dumps({**identity, "prior": to_dict(prior), "steps": steps}, indent=2).encode()
+
+
+def _holds(place: Path, about: bytes) -> bool:
+    path = place / "fit.json"
+    return path.is_file() and path.read_bytes() == about
+
+
+def _open(place: Path, about: bytes) -> Path:
     """The folder of a fit; emptied where it holds one of something else."""
-    about = place / "fit.json"
-    wanted = json.dumps(identity, indent=2)
-    if not about.is_file() or about.read_text() != wanted:
+    if not _holds(place, about):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        write_atomically(about, wanted.encode())
+        write_atomically(place / "fit.json", about)
     return place
 
 
 def finish(folder: Path) -> None:
     """Remove what a fit kept to continue from, now that its result is kept elsewhere."""
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+def finish_killed(folder: Path, identity: dict[str, Any], prior: FlowMatching, steps: int) -> None:
+    """`finish` for a fit that a kill ended after its result was kept; what another fit continues from stays."""
+    if _holds(folder / FOLDER, _about(identity, prior, steps)):
+        finish(folder)

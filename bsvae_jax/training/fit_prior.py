@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,21 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsvae_jax._io.files import as_path, digest, take_folder
+from bsvae_jax._io.files import as_path, digest, read_json, take_folder
 from bsvae_jax.config import FlowMatching
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages, fits
 from bsvae_jax.data.shuffle import steps_through
-from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, padded_batches, parallelize, replicate
+from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError, check_count
+from bsvae_jax.evaluation.run_over import joined, run_over
 from bsvae_jax.evaluation.scores import EVALUATION_BATCH
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.random import make_key
 from bsvae_jax.training import fitted_prior
 from bsvae_jax.training.checkpoints import saved_steps
-from bsvae_jax.training.fit_flow import finish, fit_flow_matching
+from bsvae_jax.training.fit_flow import finish, finish_killed, fit_flow_matching
 from bsvae_jax.training.fitted_prior import FILE, FittedPrior, fit_density, log_density, read_fitted, write_fitted
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.workdir import check_same_data, forget_quantities, read_info
@@ -117,6 +117,8 @@ def fit_prior(
             if kind == "mixture":
                 same = same and getattr(there.prior, "components", None) == components
             if same and (velocity is None or there.prior == velocity):
+                if velocity is not None:
+                    finish_killed(folder, identity, velocity, steps)
                 return there
             raise UserError(
                 f"{folder / FILE} holds another prior ({there.describe()}, seed {there.seed}, of step {there.step}); "
@@ -133,9 +135,9 @@ def fit_prior(
         if velocity is None:
             fitted = fit_density(kind, kept, other, start, components)
         else:
-            found = fit_flow_matching(velocity, kept, other, start, steps, folder, identity, progress)
+            parameters = fit_flow_matching(velocity, kept, other, start, steps, folder, identity, progress)
             other = other[:DENSITIES]
-            fitted = FittedPrior(kind, velocity, found.parameters, kept.shape[1], 0.0)
+            fitted = FittedPrior(kind, velocity, parameters, kept.shape[1], 0.0)
             fitted = dataclasses.replace(fitted, held_out=float(fitted.log_prob(other).mean()))
         before = functools.partial(jax.jit(run.model.apply, static_argnames="method"), run.variables, method="log_prior")
         fitted = dataclasses.replace(fitted, held_out_before=float(log_density(before, other).mean()), **identity)
@@ -153,7 +155,9 @@ def map_positions(run: Restored) -> tuple[int, int]:
 def _check_trained(folder: Path, run: Restored, images: ImageSet) -> None:
     total = steps_through(run.config.epochs, len(images.train), run.config.batch_size)
     reached = max(saved_steps(folder / "checkpoints"))
-    if reached < total and "imported" not in json.loads((folder / "config.json").read_text()):
+    with read_json(folder / "config.json") as values:
+        imported = "imported" in values
+    if reached < total and not imported:
         raise UserError(
             f"{folder} is not trained to its end (step {reached} of {total}): its latents will still change. "
             "`bsvae train` continues it; then fit the prior."
@@ -176,11 +180,8 @@ def _posteriors(run: Restored, images: ImageSet) -> tuple[np.ndarray, np.ndarray
         functools.partial(_encode, model=model, levels=images.levels), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED)
     )
     variables = replicate(run.variables, mesh)
-    parts = [
-        jax.device_get(encode(variables, stored.batch(indices)))
-        for indices, _ in padded_batches(mesh, len(stored), EVALUATION_BATCH)
-    ]
-    mean, deviation = (np.concatenate(own)[: len(stored)] for own in zip(*parts, strict=True))
+    batches = run_over(stored, mesh, EVALUATION_BATCH, lambda stored, *_: encode(variables, stored))
+    mean, deviation = joined(batches, len(stored))
     return mean, deviation
 
 

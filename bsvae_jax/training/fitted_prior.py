@@ -8,7 +8,6 @@ it. A further kind is one more case of `fit_density`, of an old prior or of a ne
 
 import dataclasses
 import functools
-import io
 import json
 import typing
 import warnings
@@ -24,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key
 
 from bsvae_jax import config as configs
-from bsvae_jax._io.files import read_arrays, write_atomically
+from bsvae_jax._io.files import read_arrays, write_arrays
 from bsvae_jax.errors import UserError, check_count, nearest
 from bsvae_jax.random import make_key
 
@@ -257,9 +256,7 @@ def write_fitted(folder: Path, fitted: FittedPrior) -> Path:
     arrays = {f"parameters.{name}": leaf for name, leaf in flatten_dict(fitted.parameters, sep=".").items()}
     about = {"format": FORMAT, "prior": configs.to_dict(fitted.prior)}
     about |= {f.name: getattr(fitted, f.name) for f in dataclasses.fields(fitted) if f.name not in ("prior", "parameters")}
-    content = io.BytesIO()
-    np.savez(content, about=np.array(json.dumps(about)), **arrays)
-    write_atomically(folder / FILE, content.getvalue())
+    write_arrays(folder / FILE, about=np.array(json.dumps(about)), **arrays)
     return folder / FILE
 
 
@@ -285,7 +282,7 @@ def read_fitted(folder: Path) -> FittedPrior | None:
         return fitted
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}.") from error
 
 

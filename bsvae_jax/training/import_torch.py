@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bsvae_jax import config as configs
 from bsvae_jax._io.disk import check_room, tree_bytes
-from bsvae_jax._io.files import as_path, sha256_of, take_folder, write_atomically
+from bsvae_jax._io.files import as_path, is_used, sha256_of, take_folder, write_atomically
 from bsvae_jax.config import Config
 from bsvae_jax.data import load
 from bsvae_jax.data.shuffle import steps_through
@@ -89,5 +89,5 @@ def _check_unused(folder: Path) -> None:
     check_place(folder, "choose another --workdir")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --workdir must name a folder.")
-    if folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
+    if is_used(folder):
         raise UserError(f"{folder} is not empty; imported weights need a --workdir of their own.")

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 
 from bsvae_jax._io.files import as_path, digest
-from bsvae_jax._io.terminal import warn
+from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config, load_module
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.trained import Restored
@@ -63,7 +63,7 @@ def restore(
     target = jax.eval_shape(lambda: create_state(info.config, model, 1).arrays())
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device()), target)
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
-        step, arrays = checkpoints.restore(target, checkpoints.best_step() if checkpoint == "best" else None, warn)
+        step, arrays = checkpoints.restore(target, checkpoints.best_step() if checkpoint == "best" else None, log.warning)
     params = arrays["ema_params"] or arrays["params"]
     calibration = read_calibration(folder)
     if calibration is not None and calibration.step != step:

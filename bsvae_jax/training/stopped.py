@@ -1,10 +1,9 @@
 """`stopped.json` in the folder of a run: where and why a callback ended training before the last step."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-from bsvae_jax.errors import UserError
+from bsvae_jax._io.files import read_json
 
 
 class Stopped(NamedTuple):
@@ -24,11 +23,8 @@ def read_stopped(folder: Path) -> Stopped | None:
     path = folder / "stopped.json"
     if not path.is_file():
         return None
-    try:
-        values = json.loads(path.read_text())
+    with read_json(path, "delete it, and training goes on") as values:
         return Stopped(int(values["step"]), str(values["reason"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it, and training goes on.") from error
 
 
 def final_step(folder: Path, total: int) -> int:

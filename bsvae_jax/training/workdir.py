@@ -14,7 +14,6 @@ figures/           written by the command line
 """
 
 import errno
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -28,7 +27,16 @@ import numpy as np
 
 from bsvae_jax import config as configs
 from bsvae_jax._io.disk import MARGIN, check_room, free_bytes, mebibytes, tree_bytes
-from bsvae_jax._io.files import read_arrays, read_metrics, take_folder, write_atomically
+from bsvae_jax._io.files import (
+    is_used,
+    read_arrays,
+    read_json,
+    read_metrics,
+    take_folder,
+    write_arrays,
+    write_atomically,
+    write_json,
+)
 from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
@@ -62,6 +70,20 @@ class RunInfo(NamedTuple):
     """The `SWITCHES` under which the run began; empty where they were not recorded."""
 
 
+def shape_and_levels(data: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+    """Shape of an example and number of gray levels, as `config.json` and `sweep.json` have them; else a ValueError."""
+    shape, levels = data["image_shape"], data["levels"]
+    if not (
+        isinstance(shape, list)
+        and shape
+        and all(type(n) is int and n > 0 for n in shape)
+        and type(levels) is int
+        and levels > 1
+    ):
+        raise ValueError(f"there are no data of shape {shape} and {levels} levels")
+    return tuple(shape), levels
+
+
 def read_info(folder: Path, like: Config | None = None) -> RunInfo:
     """Read `config.json`; classes that the library does not have are those of `like`, or of modules that are loaded already.
 
@@ -73,19 +95,14 @@ def read_info(folder: Path, like: Config | None = None) -> RunInfo:
         raise UserError(f"{folder} is a sweep, not a run: give one of its members, {folder}/members/NAME.")
     if not path.is_file():
         raise UserError(f"{folder} is not a run: it has no config.json. Give the folder that `bsvae train` wrote.")
-    try:
-        values = json.loads(path.read_text())
+    with read_json(path) as values:
         if values["format"] > FORMAT:
             raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
         config, data = configs.from_dict(values["config"], given=configs.kinds_of(like)), values["data"]
-        shape = tuple(int(size) for size in data["image_shape"])
+        shape, levels = shape_and_levels(data)
         images = bool(data.get("images", is_image(shape)))  # earlier versions did not write it
         switches = dict(values.get("switches", {}))
-        return RunInfo(config, shape, int(data["levels"]), str(data["fingerprint"]), images, switches)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON's and Unicode's errors are ValueErrors
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+        return RunInfo(config, shape, levels, str(data["fingerprint"]), images, switches)
 
 
 def _switches() -> dict[str, Any]:
@@ -174,12 +191,9 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     path = folder / "evaluation.json"
     if not path.is_file():
         return None
-    try:
-        values = json.loads(path.read_text())
+    with read_json(path, "delete it and evaluate again") as values:
         findings = {str(name): str(sentence) for name, sentence in values.get("findings", {}).items()}
         return Evaluation(int(values["step"]), str(values["checkpoint"]), from_json(values["splits"]), findings)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and evaluate again.") from error
 
 
 def evaluation_at(folder: Path, step: int, checkpoint: str = "latest") -> Report:
@@ -204,7 +218,7 @@ def write_evaluation(
 def _write(folder: Path, evaluation: Evaluation) -> None:
     step, checkpoint, report, findings = evaluation
     values = {"step": step, "checkpoint": checkpoint, "findings": findings, "splits": as_json(report)}
-    write_atomically(folder / "evaluation.json", (json.dumps(values, indent=2) + "\n").encode())
+    write_json(folder / "evaluation.json", values)
 
 
 def forget_quantities(folder: Path, prefix: str) -> None:
@@ -225,10 +239,8 @@ def read_failure(folder: Path) -> str | None:
     path = folder / "failure.json"
     if not path.is_file():
         return None
-    try:
-        return str(json.loads(path.read_text())["error"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it.") from error
+    with read_json(path, "delete it") as values:
+        return str(values["error"])
 
 
 class RunDirectory:
@@ -256,7 +268,7 @@ class RunDirectory:
         check_place(folder, "choose another --workdir")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
-        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        if is_used(folder):
             if not (folder / "config.json").is_file():
                 raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
             info = read_info(folder)
@@ -426,11 +438,9 @@ class RunDirectory:
 
     def _write_json(self, name: str, values: dict[str, Any]) -> None:
         if self.primary:
-            write_atomically(self.folder / name, (json.dumps(values, indent=2) + "\n").encode())
+            write_json(self.folder / name, values)
 
     def _write_arrays(self, name: str, arrays: Mapping[str, Any]) -> Path:
         if self.primary:
-            content = io.BytesIO()
-            np.savez(content, **arrays)
-            write_atomically(self.folder / name, content.getvalue())
+            write_arrays(self.folder / name, **arrays)
         return self.folder / name

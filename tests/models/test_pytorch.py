@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from benchmarks.torch_vae import torch_network
 from safetensors import safe_open
 
 import bsvae_jax as bv
@@ -25,6 +24,7 @@ from bsvae_jax.cli import main
 from bsvae_jax.config import MLP, Arrays, Config, Optimizer, Residual
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.pytorch import counterparts, flatten, unflatten
+from bsvae_jax.profiling.torch_vae import torch_network
 from bsvae_jax.training.checkpoints import Checkpoints
 from bsvae_jax.training.state import build_model
 

@@ -18,6 +18,7 @@ from bsvae_jax.distributed.preemption import Interrupted, Stop
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.priors.transformer import Block, VelocityNetwork, time_features
 from bsvae_jax.training import fit_flow
+from bsvae_jax.training.checkpoints import Checkpoints
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.fit_flow import fit_flow_matching, map_moments
 from bsvae_jax.training.fit_prior import fit_prior
@@ -119,7 +120,7 @@ def test_the_estimated_density_is_right_on_average_and_an_example_has_its_own_pr
     z = jax.random.normal(jax.random.key(3), (400, 4))
     apply = lambda z: module.apply({"params": params}, z, method="log_prob")  # noqa: E731
     exact = np.asarray(apply(z), np.float64)
-    monkeypatch.setattr(priors, "EXACT_LATENTS", 0)
+    monkeypatch.setattr("bsvae_jax.models.priors.flow_prior.EXACT_LATENTS", 0)
     estimate = np.asarray(apply(z), np.float64)
     error = estimate - exact
     assert error.std() > 1e-3
@@ -140,7 +141,7 @@ def run(folder, steps, latents=None, **identity):
 
 def test_it_learns_a_gaussian(tmp_path):
     found = run(tmp_path, 600)
-    fitted = FittedPrior("flow_matching", TINY, found.parameters, 2, 0.0)
+    fitted = FittedPrior("flow_matching", TINY, found, 2, 0.0)
     fresh = GAUSSIAN.rvs(2000, random_state=1)
     gap = GAUSSIAN.logpdf(fresh) - fitted.log_prob(fresh)  # mean: KL(truth || fitted)
     independent = stats.norm([3.0, -1.0], 2.0).logpdf(fresh).sum(axis=1)
@@ -165,12 +166,18 @@ def test_interrupted_and_continued_it_ends_the_same(tmp_path, monkeypatch):
         stop.number = signal.SIGTERM
         with pytest.raises(Interrupted, match="stopped after step 50 of 120"):
             run(tmp_path / "cut", 120)
-    continued = run(tmp_path / "cut", 120)
-    assert [step for step, _ in continued.losses] == [100, 120]
-    chex.assert_trees_all_equal(continued.parameters, whole.parameters)
-    assert not run(tmp_path / "cut", 120).losses  # finished: nothing is trained again
-    other = run(tmp_path / "cut", 120, checkpoint="of another model")
-    assert [step for step, _ in other.losses] == [50, 100, 120]
+    saved, save = [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *rest: saved.append(step) or save(self, step, *rest))
+    chex.assert_trees_all_equal(run(tmp_path / "cut", 120), whole)
+    assert saved == [100, 120]
+    fit_flow.finish_killed(tmp_path / "cut", {}, TINY, 121)
+    assert (tmp_path / "cut" / fit_flow.FOLDER).exists()
+    fit_flow.finish_killed(tmp_path / "whole", {}, TINY, 120)
+    assert not (tmp_path / "whole" / fit_flow.FOLDER).exists()
+    run(tmp_path / "cut", 120)  # finished: nothing is trained again
+    assert saved == [100, 120]
+    run(tmp_path / "cut", 120, checkpoint="of another model")
+    assert saved == [100, 120, 50, 100, 120]
 
 
 def test_any_number_of_devices_trains_the_same(tmp_path, monkeypatch):
@@ -178,7 +185,7 @@ def test_any_number_of_devices_trains_the_same(tmp_path, monkeypatch):
     results = []
     for devices in (1, 8):
         monkeypatch.setattr(fit_flow, "data_mesh", lambda devices=devices: data_mesh(devices))
-        results.append(run(tmp_path / str(devices), 5).parameters)
+        results.append(run(tmp_path / str(devices), 5))
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
@@ -191,7 +198,7 @@ def test_moments_are_of_a_channel_over_positions():
 
 
 @pytest.mark.slow
-def test_the_two_stages(tmp_path, capsys):
+def test_the_two_stages(tmp_path, capsys, monkeypatch):
     """An autoencoder with a latent map, flow matching on it, then samples and an evaluation that take it like any prior."""
     config = Config(
         network=Spatial(widths=(8, 8, 8), blocks=1, groups=2),
@@ -205,12 +212,15 @@ def test_the_two_stages(tmp_path, capsys):
     )
     folder = tmp_path / "run"
     fit(config, folder, progress=False)
-    fitted = fit_prior(folder, "flow_matching", steps=100, width=32, depth=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("bsvae_jax.training.fit_prior.finish", lambda folder: None)  # a kill at the very end
+        fitted = fit_prior(folder, "flow_matching", steps=100, width=32, depth=1)
+    assert (folder / fit_flow.FOLDER).exists()
     assert fitted.prior == FlowMatching(rows=2, columns=2, width=32, depth=1)
-    assert not (folder / fit_flow.FOLDER).exists()
     assert fitted.held_out > fitted.held_out_before
     assert read_fitted(folder).prior == fitted.prior
     assert fit_prior(folder, "flow_matching", steps=100, width=32, depth=1).held_out == fitted.held_out
+    assert not (folder / fit_flow.FOLDER).exists()
     with pytest.raises(UserError, match="holds another prior"):
         fit_prior(folder, "flow_matching", steps=100, width=16, depth=1)
     restored = restore(folder, prior="fitted")

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, parallelize, replicate
 from bsvae_jax.errors import UserError
+from bsvae_jax.evaluation.run_over import fetched
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,14 @@ class FeatureNetwork:
         devices = mesh.shape[DATA_AXIS]
         batch_size = -(-batch_size // devices) * devices
         variables = replicate(self.variables, mesh)
-        compute, previous = _parallelized(self.compute, mesh), None
-        for batch in _rebatch(batches, batch_size):
+        compute = _parallelized(self.compute, mesh)
+
+        def of(batch: np.ndarray) -> tuple[Any, int]:
             padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-            current = (compute(variables, padded), len(batch))
-            if previous is not None:  # one batch in flight while the one before is fetched
-                yield np.asarray(previous[0])[: previous[1]]
-            previous = current
-        if previous is not None:
-            yield np.asarray(previous[0])[: previous[1]]
+            return compute(variables, padded), len(batch)
+
+        for found, size in fetched(map(of, _rebatch(batches, batch_size))):
+            yield found[:size]
 
 
 @functools.cache

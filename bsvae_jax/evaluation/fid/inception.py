@@ -266,19 +266,6 @@ class Weights(NamedTuple):
         return FeatureNetwork("inception", "", FEATURES, self.source, note, features, self.variables)
 
 
-def convert_weights(path: Path, out: Path, sha256: str | None = WEIGHTS.sha256) -> None:
-    """Write a `.pth` as `.npz`, which loads without any reader of pickles and remembers the hash of its source.
-
-    Raises:
-      UserError: as `load_weights`.
-    """
-    found = _checked_hash(path, sha256)
-    arrays = read_state_dict(path)
-    from_state_dict(arrays, str(path))
-    with out.open("wb") as file:
-        np.savez(file, **{"source_sha256": np.array(found), **arrays})  # type: ignore[arg-type]
-
-
 def load_weights(path: str | Path | None = None, sha256: str | None = WEIGHTS.sha256) -> Weights:
     """Variables of `Inception` from a file, or from pytorch-fid's public release, downloaded once.
 

@@ -10,7 +10,6 @@ in the cache may be carried along; its hash stands beside every number. What doe
 
 import functools
 import hashlib
-import io
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, UInt8
 
-from bsvae_jax._io.files import cache_folder, digest, locked, read_arrays, write_atomically
+from bsvae_jax._io.files import cache_folder, digest, locked, read_arrays, write_arrays
 from bsvae_jax._io.terminal import ProgressBar
 from bsvae_jax.data import ImageSet, ShuffledOrder
 from bsvae_jax.data.image_set import to_unit_interval
@@ -92,9 +91,7 @@ def network(images: ImageSet, progress: bool = True) -> FeatureNetwork:
         if not path.is_file():
             trained = _train(images, labels, classes, progress)
             accuracy = _accuracy(trained, images, test_labels)
-            content = io.BytesIO()
-            np.savez(content, **flatten_dict(trained, sep="."), accuracy=accuracy)
-            write_atomically(path, content.getvalue())
+            write_arrays(path, **flatten_dict(trained, sep="."), accuracy=accuracy)
         arrays = read_arrays(path, remedy)
     known_accuracy = arrays.pop("accuracy", np.empty(0))
     variables = unflatten_dict(arrays, sep=".")

@@ -1,6 +1,5 @@
 """Feature statistics of many images, kept in a file as they come, so that hours of work survive an interruption."""
 
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from bsvae_jax._io.files import read_arrays, write_atomically
+from bsvae_jax._io.files import read_arrays, write_arrays
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.fid import distance
 from bsvae_jax.evaluation.fid.features import FeatureNetwork
@@ -48,10 +47,8 @@ def read(path: Path, size: int) -> FeatureStatistics | None:
 
 
 def _write(path: Path, statistics: FeatureStatistics) -> None:
-    content = io.BytesIO()
-    np.savez(content, **statistics.moments._asdict(), features=statistics.features)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content.getvalue())
+    write_arrays(path, **statistics.moments._asdict(), features=statistics.features)
 
 
 def feature_statistics(

@@ -8,19 +8,18 @@ A velocity is any function of x [B, L] and t [B] that returns [B, L] and treats 
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bsvae_jax.errors import UserError, check_count
+from bsvae_jax.errors import check_count
 from bsvae_jax.objective import LOG_2PI
 
 States = Float[Array, "batch latent"]
 Times = Float[Array, " batch"]
 Velocity = Callable[[States, Times], States]
-Method = Literal["euler", "heun"]
 
 
 def flow_matching_loss(velocity: Velocity, z: States, noise: States, time: Times) -> Float[Array, " batch"]:
@@ -42,14 +41,9 @@ def flow_matching_loss(velocity: Velocity, z: States, noise: States, time: Times
     return jnp.sum(jnp.square(velocity(x, time) - (z - noise)), axis=-1)
 
 
-def _check(steps: int, method: str) -> None:
+def _integrate(field: Callable[[Any, Array], Any], start: Any, steps: int, backwards: bool) -> Any:
+    """Solve `d state / dt = field(state, t)` for a pytree from t = 0 to 1, or from 1 to 0, in equal steps of Heun's method."""
     check_count("steps", steps)
-    if method not in ("euler", "heun"):
-        raise UserError(f"method must be 'euler' or 'heun', got {method!r}.")
-
-
-def _integrate(field: Callable[[Any, Array], Any], start: Any, steps: int, method: str, backwards: bool) -> Any:
-    """Solve `d state / dt = field(state, t)` for a pytree from t = 0 to 1, or from 1 to 0, in equal steps."""
     step = (-1.0 if backwards else 1.0) / steps
 
     def along(state: Any, slope: Any, factor: float) -> Any:
@@ -58,41 +52,33 @@ def _integrate(field: Callable[[Any, Array], Any], start: Any, steps: int, metho
     def body(number: Array, state: Any) -> Any:
         time = (1.0 if backwards else 0.0) + step * number
         slope = field(state, time)
-        if method == "euler":
-            return along(state, slope, step)
         second = field(along(state, slope, step), time + step)
         return along(along(state, slope, 0.5 * step), second, 0.5 * step)
 
     return jax.lax.fori_loop(0, steps, body, start)
 
 
-def integrate(
-    velocity: Velocity, start: States, steps: int, method: Method = "heun", backwards: bool = False
-) -> Float[Array, "batch latent"]:
+def integrate(velocity: Velocity, start: States, steps: int, backwards: bool = False) -> Float[Array, "batch latent"]:
     """Follow the velocity from noise at t = 0 to data at t = 1, or backwards, in equal steps.
 
     Args:
       velocity: u.
       start: where to start, [B, L].
-      steps: number of steps.
-      method: 'euler', of first order, asks for the velocity once a step; 'heun', of second order, twice.
+      steps: number of steps of Heun's method, which is of second order and asks for the velocity twice a step.
       backwards: from data at t = 1 to noise at t = 0.
 
     >>> growth = lambda x, t: x  # exp(1) = 2.718
-    >>> for method in ("euler", "heun"):
-    ...     print(f"{integrate(growth, jnp.ones((1, 1)), 10, method)[0, 0]:.4f}")
-    2.5937
+    >>> print(f"{integrate(growth, jnp.ones((1, 1)), 10)[0, 0]:.4f}")
     2.7141
 
     Raises:
-      UserError: no steps, or an unknown method.
+      UserError: no steps.
     """
-    _check(steps, method)
 
     def field(x: Array, time: Array) -> Array:
         return velocity(x, jnp.full(x.shape[0], time, x.dtype))
 
-    end: Array = _integrate(field, start, steps, method, backwards)
+    end: Array = _integrate(field, start, steps, backwards)
     return end
 
 
@@ -131,7 +117,6 @@ def log_density(
     velocity: Velocity,
     z: States,
     steps: int,
-    method: Method = "heun",
     probes: Float[Array, "probes batch latent"] | None = None,
 ) -> Float[Array, " batch"]:
     """Log density at t = 1 of what starts as N(0, I) at t = 0 and follows the velocity, nats, [B].
@@ -143,7 +128,6 @@ def log_density(
       velocity: u.
       z: [B, L].
       steps: number of steps.
-      method: as for `integrate`.
       probes: as for `divergence`, the same at all times.
 
     >>> doubling = lambda x, t: x * jnp.log(2.0)  # N(0, 1) becomes N(0, 4)
@@ -151,13 +135,12 @@ def log_density(
     -1.6121
 
     Raises:
-      UserError: no steps, or an unknown method.
+      UserError: no steps.
     """
-    _check(steps, method)
 
     def field(state: tuple[Array, Array], time: Array) -> tuple[Array, Array]:
         return divergence(velocity, state[0], jnp.full(z.shape[0], time, z.dtype), probes)
 
     # Backwards the integral is counted from 1 down to 0: it comes with the sign that the density wants.
-    noise, change = _integrate(field, (z, jnp.zeros(z.shape[0], z.dtype)), steps, method, backwards=True)
+    noise, change = _integrate(field, (z, jnp.zeros(z.shape[0], z.dtype)), steps, backwards=True)
     return change - 0.5 * jnp.sum(LOG_2PI + jnp.square(noise), axis=-1)

@@ -1,9 +1,10 @@
 """The paper's network and recipe in PyTorch, and how fast it trains: the peer that `bsvae bench --against torch` runs.
 
-    python tests/benchmarks/torch_vae.py '{"image_shape": [28, 28, 1], "widths": [32, 64, 128], "latent_size": 32, ...}'
+    python -m bsvae_jax.profiling.torch_vae '{"image_shape": [28, 28, 1], "widths": [32, 64, 128], "latent_size": 32, ...}'
 
 Written from the description in the paper. Its best settings are tried in turn, each reported on a line of JSON: contiguous and
-channels-last memory, and on CUDA autocast to bfloat16, fused AdamW and `torch.compile`; the data lie on the device.
+channels-last memory, and on CUDA autocast to bfloat16, fused AdamW and `torch.compile`; the data lie on the device. PyTorch is
+imported when a process runs this, and otherwise passed to the functions: the package does not need it.
 """
 
 import json
@@ -11,11 +12,12 @@ import math
 import sys
 import time
 from itertools import pairwise
+from typing import Any
 
 
 def torch_network(torch, image_shape, widths, latent):
     """Encoder and decoder in torch.nn, with the numbering of the published ones."""
-    nn = torch.nn
+    nn: Any = torch.nn
 
     def block(before, after, stride):
         class Block(nn.Module):
@@ -113,14 +115,15 @@ def images_per_second(torch, setup, layout, compiled):
 
 
 def main(setup):
+    """Measure every setting, and print a line of JSON of each as soon as it is done."""
     import torch
 
     compilers = [False, True] if torch.cuda.is_available() else [False]
     for compiled in compilers:
         for layout in ("contiguous", "channels_last"):
             speeds = images_per_second(torch, setup, layout, compiled)
-            print(json.dumps({"layout": layout, "compiled": compiled, "images_per_second": speeds, "torch": torch.__version__}))
-            sys.stdout.flush()
+            row = {"layout": layout, "compiled": compiled, "images_per_second": speeds, "torch": torch.__version__}
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
