@@ -208,8 +208,9 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Rows of the `metrics.jsonl` of a run, in order; a last line torn by a kill is left out.
 
     >>> import tempfile
+    >>> row = '{"step": 50, "epoch": 1, "split": "train", "rate": 8.5}'
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = (Path(folder) / "metrics.jsonl").write_text('{"step": 50, "rate": 8.5}\\n{"step": 1')
+    ...     _ = (Path(folder) / "metrics.jsonl").write_text(f'{row}\\n{{"step": 1')
     ...     read_metrics(folder)
     [{'step': 50, 'epoch': 1, 'split': 'train', 'rate': 8.5}]
 
