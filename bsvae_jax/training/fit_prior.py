@@ -80,7 +80,7 @@ def fit_prior(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = bv.fit(config, folder, progress=False)
     ...     fitted = fit_prior(folder, "gaussian")
-    ...     images = bv.restore(folder, prior="fitted").model.image_shape
+    ...     images = bv.restore(folder, prior="fitted").image_shape
     >>> fitted.held_out > fitted.held_out_before  # the rate of held-out images has become smaller
     True
 

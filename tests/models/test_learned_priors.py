@@ -248,7 +248,8 @@ def test_the_gradient_is_that_of_finite_differences(images, key):
     """Of the whole objective in the pseudo-inputs and in the encoder, through both of its roles, in float64."""
     with jax.enable_x64(True):
         state = state_of(VampPrior(2), MLP((4,)))
-        model = state.model.clone(dtype=jnp.float64)
+        config = Config(network=MLP((4,)), latent_size=3, prior=VampPrior(2))
+        model = build_model(config, (6, 5, 1), 1 / 16, dtype=jnp.float64)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state.params)
         x = images.astype(jnp.float64)
 
@@ -354,7 +355,7 @@ def test_an_interrupted_run_continues_to_the_same_numbers(prior, tmp_path, monke
     fit(config, tmp_path / "cut", progress=False)
     one, other = restore(tmp_path / "whole"), restore(tmp_path / "cut")
     chex.assert_trees_all_equal(one.variables, other.variables)
-    assert one.model.prior == prior
+    assert one.model.prior == dataclasses.replace(prior, latent_size=one.config.latent_size)
     begun = create_state(config, one.model, 6, images=expected.images).params["prior_model"]
     assert optax.tree.norm(jax.tree.map(jnp.subtract, one.variables["params"]["prior_model"], begun)) > 0
     # Samples, numbers and pictures of such a run.

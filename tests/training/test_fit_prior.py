@@ -206,7 +206,7 @@ def test_the_density_of_the_run_is_the_fitted_one(run, monkeypatch):
         own.model.apply(own.variables, jax.random.key(3), 9, method="sample_latents"), fitted.sample(jax.random.key(3), 9)
     )
     assert own.config == CONFIG  # how it was trained
-    assert own.model.prior == Flow()
+    assert own.model.prior == Flow(latent_size=own.config.latent_size)
     plain = restore(run)
     x = jnp.full((2, 8, 8, 1), 0.5)
     for one, other in zip(*(r.model.apply(r.variables, x, method="encode") for r in (own, plain)), strict=True):
@@ -218,7 +218,7 @@ def test_it_takes_the_place_of_a_learned_prior(tmp_path):
     fit(config, tmp_path, progress=False)
     fitted = fit_prior(tmp_path, "mixture", 3)
     own = restore(tmp_path, prior="fitted")
-    assert own.model.prior == Mixture(3, "full")
+    assert own.model.prior == Mixture(3, "full", latent_size=own.config.latent_size)
     assert set(own.variables["params"]["prior_model"]) == {"logits", "mean", "log_diagonal", "upper"}
     assert fitted.held_out > fitted.held_out_before
 
