@@ -44,12 +44,15 @@ def messages_shown(enabled: bool = True) -> Iterator[None]:
     consoles = [other for other in logging.getLogger().handlers if getattr(other, "stream", 0) in (sys.stderr, sys.stdout)]
     for console in consoles:
         console.addFilter(_is_of_others)
+    propagate = log.propagate
+    log.propagate = propagate and bool(logging.getLogger().handlers)  # one that a library adds later would repeat it
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+        log.propagate = propagate
         for console in consoles:
             console.removeFilter(_is_of_others)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from bsvae_jax import config as configs
-from bsvae_jax.cli.options import Merged
+from bsvae_jax.cli.options import Merged, parse
 from bsvae_jax.config import Config
 from bsvae_jax.errors import UserError
 
@@ -79,7 +79,7 @@ def read_config(command: str, arguments: list[str], files: tuple[str, ...] = ("C
         raise UserError(f"{what} first: bsvae {command} {' '.join(files)} [options].")
     config = configs.load_config(arguments[len(files) - 1])
     prog = f"bsvae {command}"
-    chosen, _ = tyro.cli(kinds, prog=prog, args=arguments[len(files) :], return_unknown_args=True, add_help=False)
+    chosen, _ = parse(kinds, prog=prog, args=arguments[len(files) :], return_unknown_args=True, add_help=False)
     return chosen.applied_to(config)
 
 

@@ -1,12 +1,17 @@
 """Options that several commands share, and how a command is called with them."""
 
+import contextlib
 import functools
+import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
+
+from bsvae_jax.errors import UserError
 
 if TYPE_CHECKING:
     from bsvae_jax.evaluation.trained import Restored
@@ -20,8 +25,29 @@ Prior = Literal["model", "fitted"]
 
 def call(command: Callable[..., None], arguments: list[str], **defaults: Any) -> None:
     """Call a command with its parameters as options; `defaults` are those that are known only now."""
+
+    @functools.wraps(command)
+    def parsed(*values: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(command, *values, **options)
+
     name = command.__name__.replace("_", "-")
-    tyro.cli(functools.partial(command, **defaults), prog=f"bsvae {name}", args=arguments)
+    parse(functools.partial(parsed, **defaults), prog=f"bsvae {name}", args=arguments)()
+
+
+def parse(target: Any, **options: Any) -> Any:
+    """`tyro.cli`, but for a UserError of a field, which is raised as it is: tyro takes every ValueError for one of its own."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(target, **options)
+    except SystemExit as stop:
+        error: BaseException | None = stop
+        while error is not None and not isinstance(error, UserError):
+            error = error.__cause__ or error.__context__
+        if error is not None:
+            raise error from None
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 @dataclass(frozen=True)

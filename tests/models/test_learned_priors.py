@@ -501,7 +501,7 @@ def test_the_report_of_a_sweep_over_priors(swept):
 
 def test_a_set_of_images_is_what_pseudo_inputs_come_from():
     images = ImageSet("two", np.zeros((2, 4, 4, 1), np.float32), np.zeros((2, 4, 4, 1), np.float32), 256)
-    with pytest.raises(UserError, match=r"prior.pseudo_inputs 3 exceeds the 2 training images of two"):
+    with pytest.raises(UserError, match=r"prior.pseudo_inputs 3 exceeds the 2 training images"):
         check_against_data(Config(batch_size=2, latent_size=2, prior=VampPrior(3)), images)
 
 

@@ -92,7 +92,7 @@ def test_samples_follow_the_key():
 
 def test_build_makes_the_module_of_the_config():
     prior = StandardNormal().build(5)
-    assert type(prior) is StandardNormal
+    assert type(prior) is StandardNormalModule
     assert prior.latent_size == 5
 
 
