@@ -27,7 +27,7 @@ every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWOR
 
 def built(network, shape=SHAPE, *, dtype=jnp.float32, axis_name=None):
     """Encoder and decoder, `(module, random variables, input)` each."""
-    modules = network.build(LATENT, shape, axis_name, dtype)
+    modules = network.build(LATENT, shape, 1, axis_name, dtype)
     plain = network.build(LATENT, shape)  # an average over a device axis cannot be traced outside of it
     inputs = normal(1, BATCH, *shape), normal(2, BATCH, LATENT)
     return [(m, random_variables(p, value), value) for m, p, value in zip(modules, plain, inputs, strict=True)]
