@@ -348,6 +348,7 @@ def test_to_dict_written_by_hand():
         "rematerialize": False,
         "steps_per_dispatch": None,
         "devices": None,
+        "device_map": "shard_map",
         "resident_memory": 0.5,
         "seed": 0,
     }

@@ -285,7 +285,7 @@ def test_choices_of_variances_are_refused(names, variance, over, message):
 
 def written(folder, body):
     path = folder / "experiment.py"
-    header = "from bsvae_jax.config import *\nfrom bsvae_jax.grid import Sweep\nfrom bsvae_jax.objective import *\n"
+    header = "from bsvae_jax.config import *\nfrom bsvae_jax.sweeps.grid import Sweep\nfrom bsvae_jax.objective import *\n"
     path.write_text(f"{header}def get_config():\n    return Config()\n{body}\n")
     return path
 
