@@ -39,7 +39,8 @@ PRIOR = "prior_model"
 class TrainState(struct.PyTreeNode):
     """Everything that decides the future of a run. `model` and `optimizer` are static; the rest are arrays.
 
-    >>> config = Config(network=configs.MLP((8,)), latent_size=2)
+    >>> from bsvae_jax.training.state import build_model, create_state
+    >>> config = configs.Config(network=configs.MLP((8,)), latent_size=2)
     >>> state = create_state(config, build_model(config, (8, 8, 1)), steps=100)
     >>> int(state.step), sorted(state.params)
     (0, ['decoder', 'encoder'])
@@ -175,7 +176,8 @@ def train_step(
       The state after the step, and the metrics of the batch before it: nats per example, `mse` and `variance` in squared
       intensity, each [].
 
-    >>> config = Config(network=configs.MLP((8,)), latent_size=2)
+    >>> from bsvae_jax.training.state import build_model, create_state
+    >>> config = configs.Config(network=configs.MLP((8,)), latent_size=2)
     >>> state = create_state(config, build_model(config, (8, 8, 1)), steps=100)
     >>> state, metrics = jax.jit(train_step)(state, jnp.ones((4, 8, 8, 1)), jax.random.key(0), beta=0.5)
     >>> int(state.step)
