@@ -217,7 +217,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
       UserError: another line is no JSON, or a row lacks its step, epoch or split, or has a value that is no number.
     """
-    path = Path(folder) / "metrics.jsonl"
+    path = as_path(folder, "folder") / "metrics.jsonl"
     lines = path.read_bytes().splitlines() if path.is_file() else []
     rows = []
     for number, line in enumerate(lines):

@@ -27,7 +27,7 @@ def _norm(x: Tokens) -> Tokens:
 
 def time_features(time: Float[Array, " batch"], count: int) -> Float[Array, "batch count"]:
     """Cosines and sines of the time at `count / 2` frequencies, geometric from 1 to 1,000 radians, [B, count]."""
-    frequencies = jnp.exp(jnp.linspace(0.0, jnp.log(HIGHEST_FREQUENCY), count // 2))
+    frequencies = jnp.exp(jnp.linspace(0.0, jnp.log(HIGHEST_FREQUENCY), count // 2, dtype=time.dtype))
     angles = time[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
