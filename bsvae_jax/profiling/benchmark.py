@@ -298,6 +298,8 @@ def measure_torch(
     if not any(peer.images_per_second for peer in peers):
         failures = [peer.failure for peer in peers] or done.stderr.strip().splitlines()[-1:]
         raise UserError(f"The PyTorch version failed: {failures}")
+    if done.returncode:
+        peers.append(TorchSpeed("the settings after that", peers[-1].version, failure=f"exit status {done.returncode}"))
     return peers
 
 

@@ -3,9 +3,9 @@
     python -m bsvae_jax.profiling.torch_vae '{"image_shape": [28, 28, 1], "widths": [32, 64, 128], "latent_size": 32, ...}'
 
 Written from the description in the paper. Its best settings are tried in turn, each reported on a line of JSON: contiguous and
-channels-last memory, and on CUDA fused AdamW and `torch.compile`, without and with CUDA graphs; in float32, with TF32 or without,
-or under autocast to bfloat16. The data lie on the device. PyTorch is imported when a process runs this, and otherwise passed to
-the functions: the package does not need it.
+channels-last memory, and on CUDA fused AdamW and `torch.compile`, without and with CUDA graphs; in float32, with TF32 or
+without, or under autocast to bfloat16. The data lie on the device. PyTorch is imported when a process runs this, and otherwise
+passed to the functions: the package does not need it.
 """
 
 import json
