@@ -1,12 +1,18 @@
 """How fast a config trains on the devices at hand, and how that compares with what they could do and with PyTorch."""
 
+import contextlib
+import dataclasses
 import itertools
 import json
+import math
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +22,7 @@ import numpy as np
 from bsvae_jax.config import Config, Residual
 from bsvae_jax.data import DataShape, ImageSet
 from bsvae_jax.distributed.hardware import CHIPS, check_precision
-from bsvae_jax.distributed.mesh import data_mesh, describe_devices
+from bsvae_jax.distributed.mesh import Execution, data_mesh, describe_devices, sweep_mesh
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.layers import exact
 from bsvae_jax.objective import Optimal
@@ -32,6 +38,7 @@ class Speed(NamedTuple):
     machine: str
     precision: str
     batch_size: int
+    """Images of a step, of all members."""
     images_per_second: tuple[float, ...]
     """Of each repeat."""
     compile_seconds: float
@@ -66,15 +73,20 @@ class Speed(NamedTuple):
 class TorchSpeed(NamedTuple):
     """What PyTorch reached in one of its settings."""
 
-    layout: str
-    compiled: bool
-    images_per_second: tuple[float, ...]
+    setting: str
+    """Memory layout, and the mode of `torch.compile`."""
     version: str
+    images_per_second: Sequence[float] = ()
+    """Of each repeat; empty where it failed."""
+    peak_memory: int | None = None
+    """Bytes of a GPU's memory that PyTorch's arrays took; None on a CPU."""
+    failure: str = ""
+    """What PyTorch said where it failed."""
 
     @property
     def median(self) -> float:
-        """Images per second."""
-        return statistics.median(self.images_per_second)
+        """Images per second; 0 where it failed."""
+        return statistics.median(self.images_per_second or (0.0,))
 
 
 def random_images(shape: DataShape) -> ImageSet:
@@ -102,7 +114,44 @@ def matrix_product_ceiling(precision: str, platform: str) -> float:
     return best
 
 
-def measure(config: Config, images: ImageSet, repeats: int = 5, seconds: float = 3.0) -> Speed:
+def _program(config: Config, images: ImageSet, members: int, execution: Execution) -> Program:
+    """The training program on the devices at hand, not compiled yet."""
+    along: tuple[Any, ...] = (config.batch_size, config.gradient_accumulation)
+    mesh = data_mesh(config.devices, *along) if execution == "loop" else sweep_mesh(config.devices, members, *along)
+    check_against_data(config, images)
+    check_precision(config.precision, mesh.local_devices[0].device_kind)
+    return Program(config, images, mesh, execution, members)
+
+
+@contextlib.contextmanager
+def _windows(program: Program, config: Config, members: int = 1) -> Iterator[Callable[[], tuple[Any, float]]]:
+    """What takes a window of steps at each call: its metrics, which are not waited for, and seconds of waiting for images."""
+    configs = [dataclasses.replace(config, seed=config.seed + member) for member in range(members)]
+    states = [create_state(own, program.model, program.total) for own in configs]
+    orders = [data_order(state, program.images, config.batch_size) for state in states]
+    state, hyperparameters = program.pack(states), program.pack([build_hyperparameters(own) for own in configs])
+    starts = itertools.count(0, program.window)
+    with program.batches(orders, itertools.count(0, program.window)) as batches:
+
+        def window() -> tuple[Any, float]:
+            nonlocal state
+            asked = time.perf_counter()
+            images_of_window = batches(next(starts))
+            waited = time.perf_counter() - asked
+            state, metrics = program.take_steps(state, images_of_window, program.window, hyperparameters)
+            return metrics, waited
+
+        yield window
+
+
+def measure(
+    config: Config,
+    images: ImageSet,
+    repeats: int = 5,
+    seconds: float = 3.0,
+    members: int = 1,
+    execution: Execution = "loop",
+) -> Speed:
     """Train the config for a while, from the beginning; nothing is saved.
 
     Args:
@@ -110,70 +159,108 @@ def measure(config: Config, images: ImageSet, repeats: int = 5, seconds: float =
       images: its data, or `random_images` of its sizes.
       repeats: measurements, of which the median counts.
       seconds: that each of them takes, about.
+      members: models trained at once, equal but for their seeds; images of all of them count.
+      execution: 'loop' for one model; how a stack of them is driven otherwise.
 
     Raises:
       UserError: devices or data do not fit the config, or less than one repeat.
     """
     if repeats < 1 or not seconds > 0.0:
         raise UserError(f"At least one repeat of more than 0 seconds is needed, got {repeats} of {seconds:g}.")
-    mesh = data_mesh(config.devices, config.batch_size, config.gradient_accumulation)
-    check_against_data(config, images)
-    device = mesh.local_devices[0]
-    check_precision(config.precision, device.device_kind)
-    ceiling = matrix_product_ceiling(config.precision, device.platform)
-    program = Program(config, images, mesh)
+    program = _program(config, images, members, execution)
+    device = program.mesh.local_devices[0]
     begun = time.perf_counter()
-    compiled = program.compile()
+    compiled = program.compile(members)
     compile_seconds = time.perf_counter() - begun
-    first = create_state(program.config, program.model, program.total)
-    order = data_order(first, images, config.batch_size)
-    state, hyperparameters = program.pack([first]), program.pack([build_hyperparameters(config)])
     speeds, waited, elapsed = [], 0.0, 0.0
-    with program.batches([order], itertools.count(0, program.window)) as batches:
-        step = 0
-
-        def window() -> Any:
-            nonlocal state, step, waited
-            asked = time.perf_counter()
-            images_of_window = batches(step)
-            waited += time.perf_counter() - asked
-            state, metrics = program.take_steps(state, images_of_window, program.window, hyperparameters)
-            step += program.window
-            return metrics
-
+    with _windows(program, config, members) as window:
         for _ in range(2):
-            jax.block_until_ready(window())
-        waited = 0.0
+            jax.block_until_ready(window()[0])
         for _ in range(repeats):
-            begun, before, previous = time.perf_counter(), step, None
-            while step == before or time.perf_counter() - begun < seconds:
-                current = window()
+            begun, windows, previous = time.perf_counter(), 0, None
+            while windows == 0 or time.perf_counter() - begun < seconds:
+                current, waiting = window()
+                waited += waiting
+                windows += 1
                 if previous is not None:  # one window in flight, as in training
                     jax.block_until_ready(previous)
                 previous = current
             jax.block_until_ready(previous)
             took = time.perf_counter() - begun
             elapsed += took
-            speeds.append((step - before) * config.batch_size / took)
+            speeds.append(windows * program.window * members * config.batch_size / took)
     chip = CHIPS.get(device.device_kind)
     stats = device.memory_stats() if device.platform != "cpu" else None
     peak = stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    cost = program_cost(compiled)
+    if execution == "scan":  # the compiler counts one pass through a loop
+        cost = cost._replace(flops=members * cost.flops, bytes_accessed=members * cost.bytes_accessed)
     return Speed(
-        describe_devices(mesh),
+        describe_devices(program.mesh),
         config.precision,
-        config.batch_size,
+        members * config.batch_size,
         tuple(speeds),
         compile_seconds,
         waited / elapsed,
-        program_cost(compiled),
-        mesh.devices.size,
-        ceiling,
+        cost,
+        program.mesh.devices.size,
+        matrix_product_ceiling(config.precision, device.platform),  # after the peak of memory, which its own arrays would be
         None if chip is None else chip.peak(config.precision),
         int(peak),
     )
 
 
-def measure_torch(config: Config, images: ImageSet, repeats: int = 5, seconds: float = 3.0) -> list[TorchSpeed]:
+class Kernels(NamedTuple):
+    """What a profile shows of the work of one device."""
+
+    per_step: float
+    """Kernels, copies between places of its memory included."""
+    busy: float
+    """Share of the time from the first to the last of them in which the device worked."""
+
+
+def profile_kernels(config: Config, images: ImageSet) -> Kernels | None:
+    """Kernels of a training step, from a profile of a window of steps; None where it shows none, as on a CPU.
+
+    Args:
+      config: the experiment.
+      images: its data, or `random_images` of its sizes.
+    """
+    program = _program(config, images, 1, "loop")
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with _windows(program, config) as window, tempfile.TemporaryDirectory() as folder:
+        jax.block_until_ready(window()[0])
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready(window()[0])
+        (profile,) = Path(folder).rglob("*.xplane.pb")
+        planes = [plane for plane in jax.profiler.ProfileData.from_file(str(profile)).planes if "/device:" in plane.name]
+        for plane in planes:
+            # "Stream #..." on GPUs, where every one is a queue of kernels; "XLA Ops" on TPUs.
+            lines = [line for line in plane.lines if line.name.startswith(("Stream", "XLA Ops"))]
+            spans = sorted((event.start_ns, event.end_ns) for line in lines for event in line.events)
+            if spans:
+                return Kernels(len(spans) / program.window, _covered(spans) / (max(end for _, end in spans) - spans[0][0]))
+    return None
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals, sorted by their beginnings."""
+    total, reached = 0.0, -math.inf
+    for begin, end in spans:
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def measure_torch(
+    config: Config,
+    images: ImageSet,
+    repeats: int = 5,
+    seconds: float = 3.0,
+    tf32: bool = False,
+    limit: float = math.inf,
+) -> list[TorchSpeed]:
     """The same network and recipe in PyTorch on the same device, in a process of its own, in each of its settings.
 
     Args:
@@ -181,9 +268,11 @@ def measure_torch(config: Config, images: ImageSet, repeats: int = 5, seconds: f
       images: whose sizes it takes; its own are noise on the device.
       repeats: as for `measure`.
       seconds: the same.
+      tf32: let GPUs round the factors of float32 products to TF32, which `measure` never does.
+      limit: seconds after which no other setting is begun.
 
     Raises:
-      UserError: another network, no PyTorch, or PyTorch failed.
+      UserError: another network, no PyTorch, or PyTorch failed in every setting.
     """
     if not isinstance(config.network, Residual) or not isinstance(config.decoder_variance, Optimal):
         raise UserError("The PyTorch version is of the residual network with an optimal variance; choose --network residual.")
@@ -193,20 +282,25 @@ def measure_torch(config: Config, images: ImageSet, repeats: int = 5, seconds: f
         "latent_size": config.latent_size,
         "batch_size": config.batch_size,
         "precision": config.precision,
+        "tf32": tf32,
         "beta": config.beta,
         "ema": config.optimizer.ema_decay is not None,
         "images": len(images.train),
         "repeats": repeats,
         "seconds": seconds,
+        "limit": limit,
     }
     command = [sys.executable, "-m", "bsvae_jax.profiling.torch_vae", json.dumps(setup)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "No module named 'torch'" in done.stderr:
         raise UserError("PyTorch is not installed: pip install 'bsvae_jax[torch]'.")
+    peers = [TorchSpeed(**json.loads(line)) for line in done.stdout.splitlines()]
+    if not any(peer.images_per_second for peer in peers):
+        failures = [peer.failure for peer in peers] or done.stderr.strip().splitlines()[-1:]
+        raise UserError(f"The PyTorch version failed: {failures}")
     if done.returncode:
-        raise UserError(f"The PyTorch version failed: {done.stderr.strip().splitlines()[-1:]}")
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    return [TorchSpeed(row["layout"], row["compiled"], tuple(row["images_per_second"]), row["torch"]) for row in rows]
+        peers.append(TorchSpeed("the settings after that", peers[-1].version, failure=f"exit status {done.returncode}"))
+    return peers
 
 
 def describe(speed: Speed) -> str:
@@ -231,9 +325,9 @@ def describe_against(speed: Speed, peers: list[TorchSpeed]) -> str:
     """PyTorch's settings, and the ratio to the best of them."""
     lines = []
     for peer in peers:
-        low, high = min(peer.images_per_second), max(peer.images_per_second)
-        how = f"{peer.layout}{', compiled' if peer.compiled else ''}"
-        lines.append(f"  PyTorch {peer.version}, {how}: {peer.median:,.0f} images/s ({low:,.0f} to {high:,.0f})")
+        spread = [f"{of(peer.images_per_second):,.0f}" for of in (min, max) if peer.images_per_second]
+        found = f"{peer.median:,.0f} images/s ({' to '.join(spread)})" if spread else f"failed: {peer.failure}"
+        lines.append(f"  PyTorch {peer.version}, {peer.setting}: {found}")
     best = max(peer.median for peer in peers)
     return "\n".join([*lines, f"  ratio to the best of PyTorch's: {speed.median / best:.2f}"])
 

@@ -3,8 +3,9 @@
     python -m bsvae_jax.profiling.torch_vae '{"image_shape": [28, 28, 1], "widths": [32, 64, 128], "latent_size": 32, ...}'
 
 Written from the description in the paper. Its best settings are tried in turn, each reported on a line of JSON: contiguous and
-channels-last memory, and on CUDA autocast to bfloat16, fused AdamW and `torch.compile`; the data lie on the device. PyTorch is
-imported when a process runs this, and otherwise passed to the functions: the package does not need it.
+channels-last memory, and on CUDA fused AdamW and `torch.compile`, without and with CUDA graphs; in float32, with TF32 or
+without, or under autocast to bfloat16. The data lie on the device. PyTorch is imported when a process runs this, and otherwise
+passed to the functions: the package does not need it.
 """
 
 import json
@@ -13,6 +14,16 @@ import sys
 import time
 from itertools import pairwise
 from typing import Any
+
+SETTINGS_ON_CPU = (("contiguous", None), ("channels_last", None))
+"""Memory layout and mode of `torch.compile`; None: not compiled."""
+SETTINGS_ON_CUDA = (
+    ("channels_last", "reduce-overhead"),
+    ("channels_last", "default"),
+    ("channels_last", None),
+    ("contiguous", "default"),
+)
+"""The same, likely winners first; reduce-overhead: CUDA graphs."""
 
 
 def torch_network(torch, image_shape, widths, latent):
@@ -73,30 +84,28 @@ def objective(torch, network, x, latent_size, beta):
     return (distortion + beta * rate).mean()
 
 
-def images_per_second(torch, setup, layout, compiled):
-    """Speed of each repeat, after a warm-up."""
+def images_per_second(torch, setup, layout, mode):
+    """Speed of each repeat, after a warm-up; `mode` is that of `torch.compile`, None for no compilation."""
     height, width, channels = setup["image_shape"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, bfloat16 = setup["batch_size"], setup["precision"] == "bfloat16"
+    memory_format = getattr(torch, f"{layout}_format" if layout == "contiguous" else layout)
     network = torch_network(torch, (height, width, channels), setup["widths"], setup["latent_size"]).train().to(device)
-    if layout == "channels_last":
-        network = network.to(memory_format=torch.channels_last)
+    network = network.to(memory_format=memory_format)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-5, fused=device == "cuda")
     averaged = [parameter.detach().clone() for parameter in network.parameters()]
     images = torch.randint(0, 256, (setup["images"], channels, height, width), dtype=torch.uint8, device=device)
 
-    def loss(x):
+    def loss(stored):
+        x = (stored.float() / 255).to(memory_format=memory_format)
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             return objective(torch, network, x, setup["latent_size"], setup["beta"])
 
-    loss = torch.compile(loss) if compiled else loss
+    loss = loss if mode is None else torch.compile(loss, mode=mode)
 
     def step():
-        x = images[torch.randint(0, len(images), (batch,), device=device)].float() / 255
-        if layout == "channels_last":
-            x = x.to(memory_format=torch.channels_last)
         optimizer.zero_grad(set_to_none=True)
-        loss(x).backward()
+        loss(images[torch.randint(0, len(images), (batch,), device=device)]).backward()
         optimizer.step()
         if setup["ema"]:
             torch._foreach_lerp_(averaged, [parameter.detach() for parameter in network.parameters()], 0.001)
@@ -105,7 +114,7 @@ def images_per_second(torch, setup, layout, compiled):
         if device == "cuda":
             torch.cuda.synchronize()
 
-    for _ in range(3):
+    for _ in range(3 if device == "cpu" else 10):
         step()
     wait()
     speeds = []
@@ -121,15 +130,26 @@ def images_per_second(torch, setup, layout, compiled):
 
 
 def main(setup):
-    """Measure every setting, and print a line of JSON of each as soon as it is done."""
+    """Measure every setting that is begun in time, and print a line of JSON of each as soon as it is done."""
     import torch
 
-    compilers = [False, True] if torch.cuda.is_available() else [False]
-    for compiled in compilers:
-        for layout in ("contiguous", "channels_last"):
-            speeds = images_per_second(torch, setup, layout, compiled)
-            row = {"layout": layout, "compiled": compiled, "images_per_second": speeds, "torch": torch.__version__}
-            print(json.dumps(row), flush=True)
+    cuda = torch.cuda.is_available()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = setup["tf32"]
+    torch.backends.cudnn.benchmark = True
+    begun = time.perf_counter()
+    for layout, mode in SETTINGS_ON_CUDA if cuda else SETTINGS_ON_CPU:
+        if time.perf_counter() - begun > setup["limit"]:
+            break
+        row = {"setting": layout if mode is None else f"{layout}, compiled ({mode})", "version": torch.__version__}
+        torch.compiler.reset()
+        try:
+            row["images_per_second"] = images_per_second(torch, setup, layout, mode)
+        except Exception as error:  # of a compiler that is not installed, of memory: the other settings count all the same
+            row["failure"] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        if cuda:
+            row["peak_memory"] = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -199,11 +199,11 @@ class Program:
         data, window = self.data, self.window
         return abstract_arguments(self.config, data, self.mesh, self.execution, members, window, self.resident)
 
-    def compile(self) -> Any:
-        """The compiled training program of one model, which `take_steps` runs from now on."""
+    def compile(self, members: int = 1) -> Any:
+        """The compiled training program of a stack of `members`, or of one model, which `take_steps` runs from now on."""
         if self.config.device_map == "pmap":
             raise UserError("A program of pmap is compiled at its first call; choose device_map shard_map to look at it.")
-        self._run_steps = self._run_steps.lower(*self._arguments(1)).compile()
+        self._run_steps = self._run_steps.lower(*self._arguments(members)).compile()
         return self._run_steps
 
     def needed_bytes(self, members: int) -> int:
