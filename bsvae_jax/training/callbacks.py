@@ -19,6 +19,7 @@ from bsvae_jax._io.terminal import ProgressBar, log
 from bsvae_jax.config import Config
 from bsvae_jax.errors import BsvaeError, UserError, check_count
 from bsvae_jax.evaluation.metrics import Report
+from bsvae_jax.training.step import LOG_EVERY
 
 Row = dict[str, Any]
 """A row of `metrics.jsonl`: `step`, `epoch`, `split` and the terms in nats per example, plain Python numbers."""
@@ -137,6 +138,27 @@ class Callbacks:
         if self.error is not None:
             hook, cause = self.error
             raise CallbackError(f"{hook} raised {type(cause).__name__}: {cause}. {saved}") from cause
+
+
+class StartWatch(Callback):
+    """Warns of a run whose rate explodes in its first steps, which costs it a thousand more.
+
+    A rate of 10 nats per latent tells 2^14 values of it apart. A network whose first log-variances are that far from those of
+    the prior has gradients that Adam's second moments remember long after, so that its steps stay small.
+    """
+
+    NATS_PER_LATENT = 10.0
+
+    def on_metrics(self, run: Run, row: Row) -> None:
+        """Look at the first row."""
+        first = row["epoch"] == 1 and row["step"] <= LOG_EVERY
+        per_latent = (row["rate"] or 0.0) / run.config.latent_size
+        if first and per_latent > self.NATS_PER_LATENT:
+            log.warning(
+                f"{run.name}: the rate of the first {row['step']} steps is {row['rate']:.0f} nats, {per_latent:.0f} of each "
+                "latent: training begins badly. What usually helps: smaller initial weights of the layer that gives the "
+                "posterior, optimizer.warmup_steps, a smaller learning rate."
+            )
 
 
 class Progress(Callback):

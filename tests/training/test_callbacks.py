@@ -5,6 +5,7 @@ import json
 import logging
 import struct
 import sys
+from pathlib import Path
 
 import chex
 import numpy as np
@@ -14,6 +15,7 @@ import bsvae_jax as bv
 from bsvae_jax._io.files import read_metrics
 from bsvae_jax.config import MLP, Config, Optimal
 from bsvae_jax.errors import UserError
+from bsvae_jax.training.callbacks import Run, StartWatch
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.stopped import read_stopped
 from bsvae_jax.training.workdir import read_evaluation
@@ -292,6 +294,24 @@ def test_progress_shows_what_is_logged_once(tmp_path, capsys):
     assert out == ""
     assert errors.splitlines()[0].startswith("digits: 1500 training and 297 test images")
     assert errors.count("digits: 1500") == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "rate", "warns"), [(50, 21.0, True), (50, 19.0, False), (100, 21.0, False), (50, None, False)]
+)
+def test_a_rate_of_ten_nats_a_latent_in_the_first_steps_is_told(step, rate, warns, caplog):
+    StartWatch().on_metrics(Run("run", Path("run"), CONFIG, 0, 200), {"epoch": 1, "step": step, "rate": rate})
+    assert [record.getMessage()[:62] for record in caplog.records] == warns * [
+        "run: the rate of the first 50 steps is 21 nats, 10 of each lat"
+    ]
+
+
+def test_every_run_is_watched_at_its_start(tmp_path, caplog, monkeypatch):
+    bv.fit(CONFIG, tmp_path / "usual", progress=False)
+    assert "training begins badly" not in caplog.text
+    monkeypatch.setattr(StartWatch, "NATS_PER_LATENT", 0.0)
+    bv.fit(CONFIG, tmp_path / "run", progress=False)
+    assert caplog.text.count("run: the rate of the first 3 steps is") == 1
 
 
 # --- Weights & Biases -------------------------------------------------------------------------------------------------
