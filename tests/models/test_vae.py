@@ -24,6 +24,7 @@ VARIANCES = {
     "example": Optimal("example"),
     "batch": Optimal("batch", floor=0.02),
     "pixel": Optimal("pixel", floor=0.0),
+    "channel": Optimal("channel", floor=0.0),
     "learned": Learned(initial_variance=0.2, floor=0.01),
     "learned, 8 bits": Learned(initial_variance=0.7),
     "predicted": Predicted(floor=0.03),
@@ -85,7 +86,7 @@ def numpy_distortion(x, mean, log_variance, model):
         case Predicted():
             variance = np.exp(f64(log_variance))
         case Optimal(over):
-            axes = {"example": (1, 2, 3), "batch": None, "pixel": 0}[over]
+            axes = {"example": (1, 2, 3), "batch": None, "pixel": 0, "channel": (0, 1, 2)}[over]
             variance = np.mean((x - mean) ** 2, axis=axes, keepdims=over == "example") + floor
     per_pixel = 0.5 * (np.log(2 * np.pi * variance) + ((x - mean) ** 2 + floor) / variance)
     return per_pixel.reshape(BATCH, D).sum(1), variance
