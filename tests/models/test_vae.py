@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from helpers import float64
 
 from bsvae_jax.config import MLP, Linear, Residual
 from bsvae_jax.errors import UserError
@@ -300,7 +301,7 @@ def test_training_updates_the_batch_statistics_and_evaluation_does_not(key):
 @every_variance
 def test_derivatives_with_respect_to_parameters_images_and_beta(variance, key):
     """Along a random direction against central differences, in float64; by beta, the mean rate."""
-    with jax.enable_x64(True):
+    with float64():
         model, variables = vae(variance=variance, dtype=jnp.float64)
         point = jax.tree.map(lambda a: a.astype(jnp.float64), (variables["params"], images(), jnp.float32(0.7)))
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import float64
 from scipy import integrate, optimize, stats
 
 from bsvae_jax.errors import UserError
@@ -49,7 +50,7 @@ jitted_or_not = pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
+    with float64():
         yield
 
 
@@ -164,7 +165,7 @@ def test_no_other_variance_is_better(over, seed, scale, floor, log_ratio):
     variance = best_variance(x, mean, over, floor)
     # A common factor and one per variance, so that single entries are moved as well.
     other = variance * np.exp(log_ratio * np.random.default_rng(seed).uniform(size=variance.shape))
-    with jax.enable_x64(True):
+    with float64():
         nll = np.asarray(optimal_gaussian_nll(jnp.asarray(x), jnp.asarray(mean), over, floor))
     assert np.mean(nll) <= np.mean(expected_nll(x, mean, other, floor)) + 1e-9
 
@@ -282,7 +283,7 @@ def test_kl_keeps_its_digits_near_a_collapsed_posterior(log_variance):
     # Series of 1/2 (exp(t) - 1 - t) about 0; the next term is t^3/60 ~ 1e-11 of the sum.
     t = log_variance
     expected = t**2 / 4 * (1 + t / 3 + t**2 / 12)
-    with jax.enable_x64(True):
+    with float64():
         np.testing.assert_allclose(kl_to_standard_normal(jnp.zeros((1, 1)), jnp.array([[t]])), [expected], rtol=1e-10)
     # float32: expm1(t) is right to two ulps, 2^-22 t, next to t^2 / 2: rtol 4.8e-7 / t, half a per cent at 1e-4.
     # exp(t) - 1 - t is right to an ulp of 1, which is 24 times the whole value there.
