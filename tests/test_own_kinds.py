@@ -227,25 +227,30 @@ def test_an_optimizer_of_ones_own_makes_its_steps(momentum):
     chex.assert_trees_all_close(state.params, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_optimizer_of_ones_own_in_every_command(momentum, tmp_path, capsys):
-    main("train", momentum, *OPTIONS, "--workdir", tmp_path / "run")
-    saved = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["optimizer"]
-    assert (saved["kind"], saved["momentum"], saved["learning_rate"]) == ("momentum:Momentum", 0.8, 2e-3)
-    config = bv.restore(tmp_path / "run", config=momentum).config
-    assert type(config.optimizer).__name__ == "Momentum"
+@pytest.fixture(scope="module")
+def momentum_run(momentum):
+    main("train", momentum, *OPTIONS, "--workdir", momentum.parent / "run")
+    return momentum.parent / "run"
 
+
+def test_an_optimizer_of_ones_own_is_written_opened_and_resumed(momentum, momentum_run, tmp_path):
+    saved = json.loads((momentum_run / "config.json").read_text())["config"]["optimizer"]
+    assert (saved["kind"], saved["momentum"], saved["learning_rate"]) == ("momentum:Momentum", 0.8, 2e-3)
+    config = bv.restore(momentum_run, config=momentum).config
     with pytest.raises(bv.Interrupted):
         bv.fit(config, tmp_path / "parts", progress=False, callbacks=[StopAfterOneEpoch()])
     bv.fit(config, tmp_path / "parts", progress=False)
-    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (momentum_run / "metrics.jsonl").read_text()
 
-    grid = ("--beta", "1", "--learning-rate", "1e-3", "2e-3", "--decoder-variance", "optimal", "--seeds", "1")
-    main("sweep", momentum, *SMALL, "--optimizer.momentum", "0.8", *grid, "--workdir", tmp_path / "sweep")
-    of_run, of_member = (
-        bv.read_metrics(folder)[-1]["objective"]
-        for folder in (tmp_path / "run", tmp_path / "sweep/members/optimal_rate0.002_beta1_seed0")
-    )
-    assert of_member == pytest.approx(of_run, rel=1e-5)
+
+def test_a_sweep_with_an_optimizer_of_ones_own(momentum, momentum_run, tmp_path):
+    """Two learning rates in one program; one of them is that of the run."""
+    config = bv.restore(momentum_run, config=momentum).config
+    grid = bv.Sweep(beta=(1.0,), decoder_variance=(bv.Optimal(),), seeds=1, learning_rate=(1e-3, 2e-3))
+    result = bv.fit_sweep(config, grid, tmp_path, progress=False)
+    (name,) = [name for name in result.finished if "rate0.001" not in name]
+    member, alone = (bv.read_metrics(folder)[-1] for folder in (tmp_path / "members" / name, momentum_run))
+    assert member["objective"] == pytest.approx(alone["objective"], rel=1e-5)
 
 
 def test_an_optimizer_that_is_none_ends_in_a_sentence(momentum, tmp_path, capsys):
