@@ -217,9 +217,14 @@ def ends_together() -> Iterator[None]:
         yield
     except Interrupted:  # all stop together
         raise
-    except BaseException:
+    except BaseException as error:
         if not is_only():
             atexit.register(_leave_soon)  # before JAX's own, which was registered earlier
+            if isinstance(error, jax.errors.JaxRuntimeError) and "Connection closed by peer" in str(error):
+                raise UserError(
+                    "The connection to another process is closed: another process has ended. Its message says why; start all "
+                    "of them again, they continue from the last checkpoint."
+                ) from error
         raise
 
 

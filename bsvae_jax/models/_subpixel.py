@@ -1,16 +1,19 @@
-"""Convolutions as pure functions of arrays, in the forms in which they are fastest: the one place that decides.
+"""Convolutions as pure functions of arrays, in the forms in which they are fastest: the one place that decides, by platform.
 
-A transposed convolution of stride 2 makes the even and odd rows and columns of its output, its four *phases*, by small
+On a CPU a transposed convolution of stride 2 makes the even and odd rows and columns of its output, its four *phases*, by small
 convolutions of the input (sub-pixel convolution): no zeros are inserted and multiplied, as `lhs_dilation` does. Whatever treats
 all pixels alike (BatchNorm, activations) can work on the phases, and so can a convolution of stride 1: between the last such
 layer and the image, the largest maps of the network are never interleaved, which would move more bytes than computing them.
-
 Phases are laid side by side along the batch axis, `[4 * B, h, w, C]`: even rows and columns; even rows, odd columns; odd rows,
-even columns; both odd. Convolutions that XLA has are left to it on every backend: on CPU as on TPU, slices and matrix products
-written by hand moved more bytes and were slower.
+even columns; both odd.
+
+On a GPU cuDNN has transposed convolutions of its own, which XLA finds in `lhs_dilation`; phases would cost their copies there.
+Convolutions of stride 1 and 2 are left to XLA on every platform: on CPU as on TPU, slices and matrix products written by hand
+moved more bytes and were slower.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +22,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from bsvae_jax.models.layers import KERNELS, ZEROS, add_bias, as_float32, exact
+from bsvae_jax.models.layers import LECUN, Initialization, add_bias, as_float32, exact
 
 Maps = Float[Array, "batch height width channels"]
 Phases = Float[Array, "four_batch height width channels"]
@@ -52,8 +55,7 @@ class Convolution(nn.Module):
     kernel_size: int
     stride: int = 1
     dtype: Any = jnp.float32
-    start: nn.initializers.Initializer = KERNELS
-    """Where the kernel starts."""
+    start: Initialization = LECUN
     normalized: bool = False
     """A BatchNorm follows, and uses batch statistics: not the running ones, under which the bias has a gradient."""
 
@@ -61,10 +63,64 @@ class Convolution(nn.Module):
     def __call__(self, x: Maps) -> Result:
         """Maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
         side = (self.kernel_size // 2, self.kernel_size // 2)
-        kernel = self.param("kernel", self.start, (self.kernel_size, self.kernel_size, x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", ZEROS, (self.features,), jnp.float32)
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.start.kernel, shape, jnp.float32)
+        bias = self.param("bias", self.start.bias(math.prod(shape[:3])), (self.features,), jnp.float32)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
         return add_bias(convolve(x, kernel, (side, side), self.stride), idle(bias) if self.normalized else bias)
+
+
+def convolve_transposed(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
+    """Transposed convolution of stride 2: maps [B, h, w, C] to [B, *size, F], each side of which is 2h - 1 or 2h.
+
+    `out[2 m + k - 1] += x[m] @ kernel[k]` along both axes; the kernel is [3, 3, C, F].
+    """
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cuda=lambda x, kernel: convolve_dilated(x, kernel, size),
+        default=lambda x, kernel: join_phases(transposed_phases(x, kernel), size),
+    )
+
+
+def convolve_transposed_unordered(x: Maps, kernel: Kernel) -> Result:
+    """`convolve_transposed` to [B, 2h, 2w, F], the pixels of the batch in the order that costs the platform least.
+
+    What follows has to treat all pixels alike, until `convolve_unordered`.
+    """
+    batch, height, width, _ = x.shape
+    shape = (batch, 2 * height, 2 * width, kernel.shape[-1])
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cuda=lambda x, kernel: convolve_dilated(x, kernel, shape[1:3]),
+        default=lambda x, kernel: transposed_phases(x, kernel).reshape(shape),
+    )
+
+
+def convolve_unordered(x: Maps, kernel: Kernel) -> Result:
+    """3 x 3 convolution of stride 1 with padding 1 of what `convolve_transposed_unordered` made, to pixels in order."""
+    batch, height, width, channels = x.shape
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cuda=lambda x, kernel: convolve(x, kernel, (_AROUND, _AROUND)),
+        default=lambda x, kernel: convolve_phases(x.reshape(4 * batch, height // 2, width // 2, channels), kernel),
+    )
+
+
+def convolve_dilated(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
+    """`convolve_transposed` as one convolution of the maps with zeros between their rows and columns."""
+    below, right = (side - 2 * (given - 1) for side, given in zip(size, x.shape[1:3], strict=True))
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel[::-1, ::-1],
+        (1, 1),
+        ((1, below), (1, right)),
+        lhs_dilation=(2, 2),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=exact(x.dtype),
+    )
 
 
 def transposed_phases(x: Maps, kernel: Kernel) -> Float[Array, "four_batch height width features"]:

@@ -1,9 +1,11 @@
-"""What the layers of every network have in common: the precision of products, padding, the sizes of halved maps, first values.
+"""What the layers of every network have in common: precision of products, sizes of halved maps, initialization.
 
 Matrix products and activations run in a network's `dtype`; parameters are float32, and biases are added in float32.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,30 @@ PosteriorParameters = tuple[Latents, Latents]
 HIGHEST = jax.lax.Precision.HIGHEST
 """Full float32 products; by default TPUs and recent GPUs round their factors."""
 
-ZEROS = nn.initializers.zeros
-KERNELS = nn.initializers.lecun_normal()
-"""Flax's default."""
+
+class Initialization(NamedTuple):
+    """Of the kernel and the bias of one layer."""
+
+    kernel: nn.initializers.Initializer
+    bias: Callable[[int], nn.initializers.Initializer] = lambda fan_in: nn.initializers.zeros
+    """By the number of inputs of one output (fan-in)."""
+
+
+def _uniform(fan_in: int) -> nn.initializers.Initializer:
+    """Uniform in [-1 / sqrt(fan_in), 1 / sqrt(fan_in)]."""
+    bound = 1.0 / math.sqrt(fan_in)
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+LECUN = Initialization(nn.initializers.lecun_normal())
+"""Flax's default: kernels of variance 1 / fan_in, biases of zero."""
+ZEROS = Initialization(nn.initializers.zeros)
+PYTORCH = Initialization(nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform"), _uniform)
+"""PyTorch's default: kernels and biases uniform in +- 1 / sqrt(fan_in), of variance 1 / (3 fan_in)."""
+PYTORCH_TRANSPOSED = Initialization(
+    nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform", in_axis=-1, out_axis=-2), _uniform
+)
+"""The same of transposed convolutions, whose fan-in PyTorch counts from their outputs."""
 
 
 def exact(dtype: Any) -> jax.lax.Precision | None:
@@ -48,15 +71,16 @@ class Dense(nn.Module):
     use_bias: bool = True
     dtype: Any = None
     """None: that of the inputs, or of the parameters where it is wider."""
-    start: nn.initializers.Initializer = KERNELS
+    start: Initialization = LECUN
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
         """[..., inputs] to [..., features], in `dtype`."""
-        kernel = self.param("kernel", self.start, (x.shape[-1], self.features), jnp.float32)
+        inputs = x.shape[-1]
+        kernel = self.param("kernel", self.start.kernel, (inputs, self.features), jnp.float32)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
         y = jnp.dot(x, kernel, precision=exact(x.dtype))
-        return add_bias(y, self.param("bias", ZEROS, (self.features,), jnp.float32)) if self.use_bias else y
+        return add_bias(y, self.param("bias", self.start.bias(inputs), (self.features,), jnp.float32)) if self.use_bias else y
 
 
 def stage_size(side: int, stage: int) -> int:
@@ -73,9 +97,9 @@ def dense(
     dtype: Any = None,
     use_bias: bool = True,
     name: str | None = None,
-    start: nn.initializers.Initializer = KERNELS,
+    start: Initialization = LECUN,
 ) -> Dense:
-    """Affine map to `features`, linear without the bias; its kernel starts from `start`."""
+    """Affine map to `features`, linear without the bias."""
     return Dense(features, use_bias, dtype, start, name=name)
 
 

@@ -4,9 +4,11 @@ Its encoder maps images `[B, H, W, C]` to the posterior's mean and log-variance,
 an image of any channel count, with no output nonlinearity. Images are NHWC. Matrix products and activations run in
 `dtype`; parameters and BatchNorm statistics are float32, and outputs are returned in at least float32.
 
-The network (Kim & Lee 2024) has the geometry, padding and constants of the PyTorch layers it was published with,
-so weights can be carried over. One difference: PyTorch updates the running variance of a BatchNorm with the *unbiased* batch
-variance (n / (n - 1)), Flax with the biased one; at evaluation both use what is stored.
+The network (Kim & Lee 2024) has the geometry, padding, constants and initialization of the PyTorch layers it was published
+with, so weights can be carried over. Flax's default initialization has three times the variance, which drives the rate to
+thousands of nats in the first steps, and Adam's second moments remember that for a thousand more. One difference is left:
+PyTorch updates the running variance of a BatchNorm with the *unbiased* batch variance (n / (n - 1)), Flax with the biased one;
+at evaluation both use what is stored.
 """
 
 import math
@@ -18,10 +20,17 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from bsvae_jax.errors import check_widths
-from bsvae_jax.models._subpixel import Convolution, convolve, convolve_phases, idle, join_phases, transposed_phases
+from bsvae_jax.models._subpixel import (
+    Convolution,
+    convolve,
+    convolve_transposed,
+    convolve_transposed_unordered,
+    convolve_unordered,
+    idle,
+)
 from bsvae_jax.models.layers import (
-    KERNELS,
-    ZEROS,
+    PYTORCH,
+    PYTORCH_TRANSPOSED,
     Latents,
     PosteriorParameters,
     add_bias,
@@ -79,23 +88,23 @@ class TransposedConvolution(nn.Module):
 
     features: int
     stride: int
-    phases: bool = False
-    """Stride 2: leave the result as its phases; stride 1: the maps are given as phases. See `convolutions`."""
+    unordered: bool = False
+    """Stride 2: leave the pixels in the platform's order; stride 1: they are given so. See `_subpixel`."""
     normalized: bool = False
     """As for `Convolution`."""
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Images, size: tuple[int, int]) -> Float[Array, "maps map_height map_width features"]:
-        """Maps [B, h, w, C] to [B, *size, features]; in phases, [4B, h, w, C] or [4B, h, w, features]."""
-        kernel = self.param("kernel", KERNELS, (3, 3, x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", ZEROS, (self.features,), jnp.float32)
+    def __call__(self, x: Images, size: tuple[int, int]) -> FeatureMaps:
+        """Maps [B, h, w, C] to [B, *size, features]."""
+        start, shape = PYTORCH_TRANSPOSED, (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", start.kernel, shape, jnp.float32)
+        bias = self.param("bias", start.bias(9 * self.features), (self.features,), jnp.float32)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
         if self.stride == 2:
-            out = transposed_phases(x, kernel)
-            out = out if self.phases else join_phases(out, size)
-        elif self.phases:
-            out = convolve_phases(x, kernel[::-1, ::-1])
+            out = convolve_transposed_unordered(x, kernel) if self.unordered else convolve_transposed(x, kernel, size)
+        elif self.unordered:
+            out = convolve_unordered(x, kernel[::-1, ::-1])
         else:
             out = convolve(x, kernel[::-1, ::-1], ((1, 1), (1, 1)))
         return add_bias(out, idle(bias) if self.normalized else bias)
@@ -115,12 +124,12 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> FeatureMaps:
         """Feature maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
-        y = Convolution(self.features, 3, self.stride, self.dtype, normalized=train, name="conv1")(x)
+        y = Convolution(self.features, 3, self.stride, self.dtype, PYTORCH, train, name="conv1")(x)
         y = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="norm1")(y))
-        y = Convolution(self.features, 3, 1, self.dtype, normalized=train, name="conv2")(y)
+        y = Convolution(self.features, 3, 1, self.dtype, PYTORCH, train, name="conv2")(y)
         y = batch_norm(train, self.axis_name, self.dtype, name="norm2")(y)
         if self.stride != 1 or x.shape[-1] != self.features:
-            x = Convolution(self.features, 1, self.stride, self.dtype, normalized=train, name="shortcut_conv")(x)
+            x = Convolution(self.features, 1, self.stride, self.dtype, PYTORCH, train, name="shortcut_conv")(x)
             x = batch_norm(train, self.axis_name, self.dtype, name="shortcut_norm")(x)
         return nn.leaky_relu(y + x)
 
@@ -146,9 +155,9 @@ class ResidualEncoder(nn.Module):
             for block, stride in enumerate((2, 1)):
                 name = f"stage{stage}_block{block}"
                 x = _block(self.rematerialize)(width, stride, self.axis_name, self.dtype, name=name)(x, train)
-        hidden = dense(2 * self.latent_size, self.dtype, name="hidden")(x.reshape(x.shape[0], -1))
+        hidden = dense(2 * self.latent_size, self.dtype, name="hidden", start=PYTORCH)(x.reshape(x.shape[0], -1))
         hidden = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(hidden))
-        return split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior")(hidden))
+        return split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior", start=PYTORCH)(hidden))
 
 
 def _upsample(conv: TransposedConvolution, norm: nn.BatchNorm, x: Array, size: tuple[int, int]) -> Array:
@@ -174,18 +183,17 @@ class ResidualDecoder(nn.Module):
         height, width, channels = self.output_shape
         features, stages = self.widths[::-1], len(self.widths)
         sizes = [(stage_size(height, stage), stage_size(width, stage)) for stage in reversed(range(stages + 1))]
-        x = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden")(z)
+        x = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden", start=PYTORCH)(z)
         x = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(x))
         x = x.reshape(z.shape[0], *sizes[0], features[0])
         x = _block(self.rematerialize)(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)
-        # The largest maps stay in phases; one of an odd size has cut ones, and is joined.
-        phases = (height % 2, width % 2) == (0, 0)
+        unordered = (height % 2, width % 2) == (0, 0)
         for stage, feature in enumerate((*features[1:], features[-1])):
             last = stage == stages - 1
             name = f"stage{stage}_conv"
-            conv = TransposedConvolution(feature, 2, phases and last, train, dtype=self.dtype, name=name)
+            conv = TransposedConvolution(feature, 2, unordered and last, train, dtype=self.dtype, name=name)
             norm = batch_norm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")
             run = nn.remat(_upsample, static_argnums=(3,)) if self.rematerialize else _upsample
             x = run(conv, norm, x, sizes[stage + 1])
-        x = TransposedConvolution(channels, 1, phases, dtype=self.dtype, name="image")(x, (height, width))
+        x = TransposedConvolution(channels, 1, unordered, dtype=self.dtype, name="image")(x, (height, width))
         return as_float32(x)

@@ -54,8 +54,8 @@ def torch_network(torch, image_shape, widths, latent):
     return nn.ModuleDict({"encoder": nn.Sequential(*stages, nn.Sequential(*head)), "decoder": nn.Sequential(*ends)}).eval()
 
 
-def objective(torch, network, x, latent_size, beta):
-    """BS-VAE: D/2 (log(2 pi v*(x)) + 1) + beta KL, averaged over the batch."""
+def rate_and_distortion(torch, network, x, latent_size):
+    """Rate (KL to N(0, I)) and BS-VAE's distortion, D/2 (log(2 pi v*(x)) + 1), in nats of each image [B, C, H, W]."""
     mean, log_variance = network["encoder"](x).chunk(2, dim=1)
     mean, log_variance = mean.float(), log_variance.float()
     z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
@@ -64,6 +64,12 @@ def objective(torch, network, x, latent_size, beta):
     variance = (x - decoded).square().flatten(1).mean(dim=1) + 1.0 / (12 * 255**2)
     distortion = 0.5 * pixels * (torch.log(2 * math.pi * variance) + 1)
     rate = 0.5 * (log_variance.exp() + mean.square() - 1 - log_variance).sum(dim=1)
+    return rate, distortion
+
+
+def objective(torch, network, x, latent_size, beta):
+    """BS-VAE: distortion + beta * rate, averaged over the batch."""
+    rate, distortion = rate_and_distortion(torch, network, x, latent_size)
     return (distortion + beta * rate).mean()
 
 

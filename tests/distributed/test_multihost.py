@@ -169,7 +169,10 @@ def wait_for_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.faults), 1])
 def test_a_process_that_dies_ends_the_other_within_a_minute(tmp_path, killed):
-    """JAX's heartbeat does, with its C++ stack; the sentence comes from the shell that outlives the process."""
+    """JAX's heartbeat does, with its C++ stack, and the sentence comes from the shell that outlives the process.
+
+    A process that is exchanging something in that moment finds the connection closed instead.
+    """
     processes = start(tmp_path, [[], []], epochs=2000)
     wait_for_a_checkpoint(tmp_path)
     processes[killed].kill()
@@ -178,6 +181,9 @@ def test_a_process_that_dies_ends_the_other_within_a_minute(tmp_path, killed):
     seconds = time.monotonic() - begun
     print(f"the other process ended after {seconds:.1f} s with status {status}")
     assert seconds < 60
+    if status == 2:
+        assert text.strip().splitlines()[-1].startswith("error: The connection to another process is closed")
+        return
     assert status == -signal.SIGABRT, text
     end = time.monotonic() + 10  # the shell may be a moment later
     while f"error: Process {1 - killed} has ended suddenly" not in text and time.monotonic() < end:
@@ -350,3 +356,14 @@ def test_one_process_alone_asks_nobody():
     assert multihost.on_primary(lambda: [1], [2]) == [1]
     with pytest.raises(ValueError, match="as it was"), multihost.ends_together():
         raise ValueError("as it was")
+
+
+def test_a_connection_that_a_partner_closed_is_told_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(multihost, "is_only", lambda: False)
+    monkeypatch.setattr(multihost.atexit, "register", lambda function: None)
+    closed = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:14533")
+    with pytest.raises(UserError, match="The connection to another process is closed") as error, multihost.ends_together():
+        raise closed
+    assert error.value.__cause__ is closed
+    with pytest.raises(jax.errors.JaxRuntimeError, match="of another kind"), multihost.ends_together():
+        raise jax.errors.JaxRuntimeError("of another kind")

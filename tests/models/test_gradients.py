@@ -74,7 +74,7 @@ LAYERS = {
     "dense over positions": (dense(3, jnp.bfloat16), (16, 1024, 2), ()),
     "convolution": (Convolution(3, 3, dtype=jnp.bfloat16), MAPS, ()),
     "transposed": (TransposedConvolution(3, 1, dtype=jnp.bfloat16), MAPS, ((32, 32),)),
-    "phases": (TransposedConvolution(3, 1, phases=True, dtype=jnp.bfloat16), MAPS, ((64, 64),)),
+    "unordered": (TransposedConvolution(3, 1, unordered=True, dtype=jnp.bfloat16), MAPS, ((64, 64),)),
     "transposed, doubling": (TransposedConvolution(3, 2, dtype=jnp.bfloat16), MAPS, ((64, 64),)),
     "batch norm": (batch_norm(False, None, jnp.bfloat16), MAPS, ()),
     "batch norm in training": (batch_norm(True, None, jnp.bfloat16), MAPS, ()),

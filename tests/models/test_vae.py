@@ -380,4 +380,4 @@ def test_images_of_another_shape_are_refused_with_a_sentence(method, shape, key)
     arguments = () if method == "encode" else (key,)
     with pytest.raises(UserError) as error:
         model.apply(variables, jnp.zeros(shape), *arguments, method=method)
-    assert str(error.value) == f"This model takes images of shape (4, 3, 2), got a batch of shape {shape}."
+    assert str(error.value) == f"This model takes data of shape (4, 3, 2), got a batch of shape {shape}."

@@ -819,7 +819,7 @@ def test_other_data_under_the_same_config_are_refused(tmp_path):
     path = tmp_path / "images.npy"
     np.save(path, np.random.default_rng(0).integers(0, 256, (20, 4, 4), np.uint8))
     config = dataclasses.replace(BASE, data=Arrays(str(path)), batch_size=9, latent_size=2)
-    with sweeps._SweepDirectory(tmp_path / "sweep", config, load(config.data), THREE.members(config), False):
+    with sweeps._SweepDirectory(tmp_path / "sweep", config, load(config.data), THREE.members(config)):
         pass
     np.save(path, np.random.default_rng(1).integers(0, 256, (20, 4, 4), np.uint8))
     refused("was trained on other images of images", tmp_path / "sweep", config)

@@ -199,7 +199,7 @@ def test_grids_are_refused(settings, message):
         (
             {"decoder_variance": (Optimal(), "constant")},
             BASE,
-            "decoder_variance must be one of Constant, Optimal, Learned, Predicted, got 'constant'.",
+            "decoder_variance must be an instance of a class derived from bsvae_jax.DecoderVariance, got 'constant'.",
         ),
     ],
     ids=["negative beta", "beta nan", "beta infinite", "rate zero", "seed", "variance"],

@@ -1,0 +1,96 @@
+"""Training of the paper's network here and in PyTorch, each from its own initialization: MNIST, BS-VAE, beta 1.
+
+    python tests/benchmarks/training_parity.py data/mnist --seeds 3 --epochs 3
+
+Both sides: batches of 128, AdamW at 1e-3 with one cosine over the run, no augmentation, no averaging. Objective and rate in
+nats: while training of the mean of the 50 steps before, at the end of an epoch of the test set, one posterior sample an image.
+Prints mean and standard error over the seeds at each step. PyTorch runs in this process, on a GPU where there is one.
+"""
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import bsvae_jax as bv
+from bsvae_jax.config import MNIST, Optimizer, Residual
+from bsvae_jax.profiling.torch_vae import rate_and_distortion, torch_network
+
+LATENT, BATCH, WIDTHS, LOG_EVERY = 32, 128, (32, 64, 128), 50
+
+
+def here(folder: str, seed: int, epochs: int) -> dict[tuple[str, int], tuple[float, float]]:
+    """`{(split, step): (objective, rate)}` of a run."""
+    config = bv.Config(
+        data=MNIST(folder),
+        network=Residual(WIDTHS),
+        latent_size=LATENT,
+        decoder_variance=bv.Optimal(),
+        optimizer=Optimizer(1e-3, weight_decay=1e-5, schedule="cosine"),
+        epochs=epochs,
+        batch_size=BATCH,
+        seed=seed,
+    )
+    with tempfile.TemporaryDirectory() as workdir:
+        bv.fit(config, workdir, progress=False)
+        rows = bv.read_metrics(workdir)
+    return {(row["split"], row["step"]): (row["objective"], row["rate"]) for row in rows}
+
+
+def in_torch(folder: str, seed: int, epochs: int) -> dict[tuple[str, int], tuple[float, float]]:
+    """The same of PyTorch."""
+    import torch
+
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = MNIST(folder).load(progress=False)
+    train, test = (torch.tensor(np.asarray(x), device=device).permute(0, 3, 1, 2).contiguous() for x in (data.train, data.test))
+    network = torch_network(torch, (28, 28, 1), WIDTHS, LATENT).train().to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-5)
+    per_epoch = math.ceil(len(train) / BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, per_epoch * epochs)
+
+    def terms(x):
+        rate, distortion = rate_and_distortion(torch, network, x.float() / 255, LATENT)
+        return torch.stack([(distortion + rate).mean(), rate.mean()])
+
+    found, recent, step = {}, [], 0
+    for _ in range(epochs):
+        for indices in torch.randperm(len(train), device=device).split(BATCH):
+            values = terms(train[indices])
+            optimizer.zero_grad()
+            values[0].backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            recent.append(values.detach())
+            if len(recent) == LOG_EVERY or step % per_epoch == 0:
+                found["train", step] = tuple(torch.stack(recent).mean(0).tolist())
+                recent = []
+        network.eval()
+        with torch.no_grad():
+            found["test", step] = tuple(torch.stack([terms(x) for x in test.split(1000)]).mean(0).tolist())
+        network.train()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the four MNIST files")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3)
+    arguments = parser.parse_args()
+    print("| side | split | step | objective | rate |", "| --- | --- | ---: | ---: | ---: |", sep="\n", flush=True)
+    for side, train in (("here", here), ("PyTorch", in_torch)):
+        runs = [train(str(arguments.folder), seed, arguments.epochs) for seed in range(arguments.seeds)]
+        for split, step in runs[0]:
+            values = np.array([run[split, step] for run in runs])
+            errors = values.std(0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.full(2, math.nan)
+            cells = [f"{mean:.1f} +- {error:.1f}" for mean, error in zip(values.mean(0), errors, strict=True)]
+            print(f"| {side} | {split} | {step} | {cells[0]} | {cells[1]} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
