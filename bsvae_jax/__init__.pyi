@@ -1,6 +1,6 @@
 from . import config, data, distributed, evaluation, models, objective, sweeps, theory, training
 from ._io.files import read_metrics
-from .config import Config, load_config
+from .config import Config, Optimizer, load_config
 from .data import Dataset
 from .distributed.preemption import Interrupted
 from .errors import BsvaeError, DivergenceError, UserError
@@ -67,6 +67,7 @@ __all__ = [
     "Learned",
     "Network",
     "Optimal",
+    "Optimizer",
     "Predicted",
     "Prior",
     "Restored",

@@ -1,22 +1,26 @@
 """An experiment as one frozen, typed value, checked when it is made.
 
 Every field can be overridden on the command line by its dotted name (`--optimizer.learning-rate 3e-4`). The fields `data`,
-`network`, `decoder_variance` and `prior` are kinds: those of the library can be chosen by name (`--decoder-variance constant`),
-and a config file may define its own by deriving `Dataset`, `Network`, `DecoderVariance` or `Prior`.
+`network`, `decoder_variance`, `prior` and `optimizer` are kinds: those of the library can be chosen by name
+(`--decoder-variance constant`), and a config file may define its own by deriving `Dataset`, `Network`, `DecoderVariance`,
+`Prior` or `Optimizer`.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import re
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
+
+import optax
 
 from bsvae_jax._io.files import as_path
 from bsvae_jax.data.augmentation import Augmentation
@@ -32,8 +36,21 @@ from bsvae_jax.objective import Constant, DecoderVariance, Kind, Learned, Optima
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    """AdamW and its schedule, in steps of the whole run."""
+class Optimizer(Kind):
+    """AdamW and its schedule, in steps of the whole run. A class of your own replaces AdamW in `build` and keeps the rest.
+
+    >>> @dataclass(frozen=True)
+    ... class Lion(Optimizer):
+    ...     b1: float = 0.9
+    ...
+    ...     def build(self, schedule, mask):
+    ...         return optax.lion(schedule, self.b1, weight_decay=self.weight_decay, mask=mask)
+    >>> Config(optimizer=Lion(learning_rate=1e-4)).optimizer.b1
+    0.9
+
+    Raises:
+      UserError: a field out of range, or `warmup_steps` with a schedule that has none.
+    """
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -51,6 +68,16 @@ class Optimizer:
     """Decay per step of an exponential moving average of the parameters, used for evaluation; None: none."""
     skip_nonfinite: int = 0
     """Steps in a row that may be left out because loss or gradient is not finite; one more stops the run. 0: the first does."""
+
+    def build(self, schedule: optax.Schedule, mask: Callable[[Any], Any] | None) -> optax.GradientTransformation:
+        """What makes updates of gradients, which are clipped before where asked for.
+
+        Args:
+          schedule: learning rate by step, with a peak of 1: the updates are multiplied by `learning_rate` afterwards, so that
+            members of a sweep that differ in it share one program.
+          mask: gives True for each parameter that may decay, as `optax.adamw` takes it; those of a prior may not. None: all.
+        """
+        return optax.adamw(schedule, weight_decay=self.weight_decay, mask=mask)
 
     def __post_init__(self) -> None:
         check_number("optimizer.learning_rate", self.learning_rate, low=0.0, open_low=True)
@@ -121,7 +148,6 @@ class Config:
         for name, base in KINDS.items():
             check_kind_of(name, getattr(self, name), base)
         check_kind("augmentation", self.augmentation, Augmentation)
-        check_kind("optimizer", self.optimizer, Optimizer)
         check_count("latent_size", self.latent_size)
         if isinstance(self.prior, FlowMatching):
             raise UserError(
@@ -157,7 +183,13 @@ class Config:
             raise UserError(f"seed must be < 2**32 (larger ones repeat smaller ones), got {self.seed}.")
 
 
-KINDS: dict[str, type[Kind]] = {"data": Dataset, "network": Network, "decoder_variance": DecoderVariance, "prior": Prior}
+KINDS: dict[str, type[Kind]] = {
+    "data": Dataset,
+    "network": Network,
+    "decoder_variance": DecoderVariance,
+    "prior": Prior,
+    "optimizer": Optimizer,
+}
 """The fields that are kinds, and the base that a class of your own derives."""
 
 CHOICES: dict[str, dict[str, type]] = {
@@ -171,6 +203,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "flow": Flow,
         "flow_matching": FlowMatching,
     },
+    "optimizer": {"adamw": Optimizer},
 }
 """The names by which the command line and `config.json` call the kinds of the library; others are written `module:Class`."""
 
@@ -259,7 +292,6 @@ def naming_fields(path: Path, *also: type) -> Iterator[None]:
 def _unknown_field(class_name: str, name: str, *also: type) -> str:
     known_classes: list[Any] = [
         Config,
-        Optimizer,
         Augmentation,
         *also,
         *(c for choice in CHOICES.values() for c in choice.values()),
@@ -341,7 +373,8 @@ def from_dict(values: dict[str, Any], kind: Any = Config, given: tuple[type, ...
     """
     values = dict(values)
     name = values.pop("kind", None)
-    if isinstance(kind, type) and issubclass(kind, Kind):
+    # Of a base that can be made itself, Optimizer, earlier versions did not write the kind.
+    if isinstance(kind, type) and issubclass(kind, Kind) and (name is not None or inspect.isabstract(kind)):
         if not isinstance(name, str):
             raise UserError(f"One kind of {kind.__name__} is wanted, but 'kind' does not say which.")
         kind = _find_kind(name, kind, given)

@@ -1,5 +1,8 @@
 """What the tests of several modules need: random networks compared by relative error, commands and their refusals."""
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,17 @@ import pytest
 
 from bsvae_jax.cli import main as cli
 from bsvae_jax.evaluation.fid import inception
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """JAX computes in float64 inside. Its own context manager has another name in the oldest supported version."""
+    before = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def relative_error(value, reference) -> float:

@@ -289,13 +289,14 @@ def test_frozen_and_hashable():
                 "flow_matching": FlowMatching,
             },
         ),
+        ("optimizer", Optimizer, {"adamw": Optimizer}),
     ],
 )
 def test_choices_name_every_kind(field, base, expected):
     assert CHOICES[field] == expected
     assert KINDS[field] is base
     assert all(issubclass(kind, base) for kind in expected.values())
-    assert set(CHOICES) == {"data", "network", "decoder_variance", "prior"}
+    assert set(CHOICES) == {"data", "network", "decoder_variance", "prior", "optimizer"}
     names = [name for choice in CHOICES.values() for name in choice]
     assert len(names) == len(set(names))  # `from_dict` and `to_dict` look a name up without its field
 
@@ -334,6 +335,7 @@ def test_to_dict_written_by_hand():
         "decoder_variance": {"kind": "constant", "variance": 0.25},
         "beta": 2.0,
         "optimizer": {
+            "kind": "adamw",
             "learning_rate": 1e-3,
             "weight_decay": 1e-5,
             "schedule": "cosine",

@@ -5,6 +5,8 @@ import re
 import signal
 from pathlib import Path
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import bsvae_jax as bv
 from bsvae_jax.config import load_config, to_dict
 from bsvae_jax.errors import UserError
 from bsvae_jax.random import make_key
+from bsvae_jax.training.state import build_model, create_state
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SMALL = ("--epochs", "2", "--devices", "1")
@@ -74,11 +77,12 @@ def test_the_commands_of_the_readme(mine, run, monkeypatch, capsys):
     assert "rate" in capsys.readouterr().out
 
 
-def test_interrupted_and_resumed_is_the_same(mine, run, tmp_path):
-    class StopAfterOneEpoch(bv.Callback):
-        def on_checkpoint(self, *_, **__):
-            signal.raise_signal(signal.SIGTERM)
+class StopAfterOneEpoch(bv.Callback):
+    def on_checkpoint(self, *_, **__):
+        signal.raise_signal(signal.SIGTERM)
 
+
+def test_interrupted_and_resumed_is_the_same(mine, run, tmp_path):
     config = bv.restore(run, config=mine).config
     with pytest.raises(bv.Interrupted):
         bv.fit(config, tmp_path / "run", progress=False, callbacks=[StopAfterOneEpoch()])
@@ -171,6 +175,89 @@ def test_wrong_classes_end_in_a_sentence_before_training(mine, tmp_path, case, c
     file.write_text(text.replace("\n\ndef get_config", CLASSES + "\n\ndef get_config"))
     said = refused(capsys, "train", file, *SMALL, "--workdir", tmp_path / "run")
     assert re.search(sentence, said), said
+    assert not (tmp_path / "run").exists()
+
+
+# --- An optimizer ------------------------------------------------------------------------------------------------------
+
+MOMENTUM = """
+from dataclasses import dataclass
+
+import bsvae_jax as bv
+import optax
+
+
+@dataclass(frozen=True)
+class Momentum(bv.Optimizer):
+    momentum: float = 0.9
+
+    def build(self, schedule, mask):
+        return optax.sgd(schedule, self.momentum)
+
+
+def get_config():
+    optimizer = Momentum(learning_rate=1e-3, schedule="constant")
+    return bv.Config(network=bv.config.Linear(), latent_size=2, optimizer=optimizer, batch_size=500)
+"""
+OPTIONS = (*SMALL, "--optimizer.momentum", "0.8", "--optimizer.learning-rate", "2e-3")
+
+
+@pytest.fixture(scope="module")
+def momentum(tmp_path_factory):
+    file = tmp_path_factory.mktemp("optimizer") / "momentum.py"
+    file.write_text(MOMENTUM)
+    return file
+
+
+def test_an_optimizer_of_ones_own_makes_its_steps(momentum):
+    """Two steps by hand, v = 0.9 v + g and p = p - 1e-3 v, with gradients of the objective itself."""
+    config = load_config(momentum)
+    model = build_model(config, (3, 2, 1))
+    state = create_state(config, model, steps=2)
+    x, key = jnp.asarray(np.random.default_rng(0).random((4, 3, 2, 1)), jnp.float32), make_key(1)
+
+    def gradient(params):
+        return jax.grad(lambda p: bv.mean_objective(model.apply({"params": p}, x, key, method="elbo_terms"), 1.0))(params)
+
+    expected, velocity = state.params, jax.tree.map(jnp.zeros_like, state.params)
+    for _ in range(2):
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradient(expected))
+        expected = jax.tree.map(lambda p, v: p - 1e-3 * v, expected, velocity)
+        state, _ = bv.train_step(state, x, key, beta=1.0)
+    chex.assert_trees_all_close(state.params, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def momentum_run(momentum):
+    main("train", momentum, *OPTIONS, "--workdir", momentum.parent / "run")
+    return momentum.parent / "run"
+
+
+def test_an_optimizer_of_ones_own_is_written_opened_and_resumed(momentum, momentum_run, tmp_path):
+    saved = json.loads((momentum_run / "config.json").read_text())["config"]["optimizer"]
+    assert (saved["kind"], saved["momentum"], saved["learning_rate"]) == ("momentum:Momentum", 0.8, 2e-3)
+    config = bv.restore(momentum_run, config=momentum).config
+    with pytest.raises(bv.Interrupted):
+        bv.fit(config, tmp_path / "parts", progress=False, callbacks=[StopAfterOneEpoch()])
+    bv.fit(config, tmp_path / "parts", progress=False)
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (momentum_run / "metrics.jsonl").read_text()
+
+
+def test_a_sweep_with_an_optimizer_of_ones_own(momentum, momentum_run, tmp_path):
+    """Two learning rates in one program; one of them is that of the run."""
+    config = bv.restore(momentum_run, config=momentum).config
+    grid = bv.Sweep(beta=(1.0,), decoder_variance=(bv.Optimal(),), seeds=1, learning_rate=(1e-3, 2e-3))
+    result = bv.fit_sweep(config, grid, tmp_path, progress=False)
+    (name,) = [name for name in result.finished if "rate0.001" not in name]
+    member, alone = (bv.read_metrics(folder)[-1] for folder in (tmp_path / "members" / name, momentum_run))
+    assert member["objective"] == pytest.approx(alone["objective"], rel=1e-5)
+
+
+def test_an_optimizer_that_is_none_ends_in_a_sentence(momentum, tmp_path, capsys):
+    file = tmp_path / "wrong.py"
+    file.write_text(MOMENTUM.replace("optax.sgd(schedule, self.momentum)", "schedule"))
+    said = refused(capsys, "train", file, *SMALL, "--workdir", tmp_path / "run")
+    assert "build of Momentum must return an optax.GradientTransformation, got" in said
     assert not (tmp_path / "run").exists()
 
 

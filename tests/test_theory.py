@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import float64
 from scipy import optimize, stats
 from sklearn.decomposition import PCA
 
@@ -84,7 +85,7 @@ def test_linear_optimum_needs_no_eigenbasis(beta):
     spectrum, latents, floor = np.array([5.0, 2.0, 0.7, 0.2]), 2, 0.01
     rng = np.random.default_rng(3)
     basis = np.linalg.qr(rng.normal(size=(4, 4)))[0]
-    with jax.enable_x64(True):
+    with float64():
         covariance = jnp.asarray(basis * spectrum @ basis.T)
 
         @jax.jit

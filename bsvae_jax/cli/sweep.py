@@ -21,9 +21,9 @@ from bsvae_jax.cli.options import Merged, call
 from bsvae_jax.cli.report import print_report
 from bsvae_jax.config import Config
 from bsvae_jax.errors import DivergenceError
+from bsvae_jax.objective.gaussian import Shared
 from bsvae_jax.sweeps.grid import Sweep, choose_priors, choose_variances, load_sweep
 
-SHARED = Literal["example", "batch", "pixel"]
 EXECUTION = Literal["loop", "scan", "vmap"]
 
 _Fixed = Suppress[Fixed[Any]]
@@ -53,7 +53,7 @@ class _Lists:
     """Kinds of decoder variance; those of the config file if not given."""
     constant: Annotated[tuple[float, ...] | None, arg(name="decoder-variance.variance")] = None
     """Variances of the constant kind, a member for each."""
-    optimal: Annotated[tuple[SHARED, ...] | None, arg(name="decoder-variance.over")] = None
+    optimal: Annotated[tuple[Shared, ...] | None, arg(name="decoder-variance.over")] = None
     """What shares one optimal variance, a member for each."""
     prior: tuple[PRIOR, ...] | None = None
     """Kinds of prior; those of the config file if not given."""

@@ -73,7 +73,7 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration, images
             ("distortion", scores.model_distortion, "-log p(x|z) under the model's decoder variance"),
         )
     }
-    if np.ptp(scores.model_distortion) == 0:  # one variance per pixel: only the mean over the split is known
+    if np.ptp(scores.model_distortion) == 0:  # one variance per pixel or channel: only the mean over the split is known
         own = {name: quantity._replace(standard_error=None) for name, quantity in own.items()}
     bits = bits_per_dimension(calibrated + rate, shape, step)
     psnr = -10 * np.log10(np.maximum(mse, 1e-12))

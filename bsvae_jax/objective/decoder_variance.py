@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from bsvae_jax import theory
 from bsvae_jax.errors import UserError
@@ -102,7 +102,11 @@ class DecoderVariance(Kind, abc.ABC):
 
     @abc.abstractmethod
     def distortion(
-        self, residual_squared: Float[Array, "batch *pixels"], log_variance: Array | None, axis_name: str | None
+        self,
+        residual_squared: Float[Array, "batch *pixels"],
+        log_variance: Array | None,
+        axis_name: str | None,
+        mask: Bool[Array, "batch *pixels"] | None = None,
     ) -> tuple[Array, Float[Array, " batch"]]:
         """The variance used, and `-log p(x|z)` in nats for each example.
 
@@ -110,6 +114,8 @@ class DecoderVariance(Kind, abc.ABC):
           residual_squared: `(x - mean)^2`, [B, ...], at least float32.
           log_variance: the trained log-variance: [] of a scalar, [B, ...] of a predicted one, else None.
           axis_name: the device axis over which a variance shared by the batch is averaged as well (`mean_over_devices`).
+          mask: which entries are observed, [B, ...]: only these count. A class of your own may leave this parameter out, and
+            `elbo_terms` then refuses a mask.
 
         Returns:
           The variance, in any shape that broadcasts against one example or the batch, and the distortion, [B].
@@ -183,11 +189,15 @@ class Constant(DecoderVariance):
         return 0.0
 
     def distortion(
-        self, residual_squared: Float[Array, "batch *pixels"], log_variance: Array | None, axis_name: str | None
+        self,
+        residual_squared: Float[Array, "batch *pixels"],
+        log_variance: Array | None,
+        axis_name: str | None,
+        mask: Bool[Array, "batch *pixels"] | None = None,
     ) -> tuple[Array, Float[Array, " batch"]]:
         """`D/2 log(2 pi v) + SSE / (2 v)`, nats, [B]."""
         variance = jnp.asarray(self.variance, residual_squared.dtype)
-        return variance, nll_from_log_variance(residual_squared, jnp.log(variance))
+        return variance, nll_from_log_variance(residual_squared, jnp.log(variance), mask=mask)
 
     def split_distortion(
         self, squared_error: np.ndarray, pixel_squared_error: np.ndarray, batches: SplitDistortion
@@ -219,7 +229,7 @@ class Optimal(DecoderVariance):
     """
 
     over: Shared = "example"
-    """What shares one variance: 'example' (BS-VAE, sigma^2*(x)), 'batch' (Rybkin et al. 2021) or 'pixel'."""
+    """What shares one variance: 'example' (BS-VAE, sigma^2*(x)), 'batch' (Rybkin et al. 2021), 'pixel' or 'channel'."""
     floor: float | None = None
     """v0 in squared intensity; None: the quantization variance of the data (8 bits where no data set says otherwise)."""
 
@@ -241,44 +251,55 @@ class Optimal(DecoderVariance):
             "example": "BS-VAE, optimal σ² per image",
             "batch": "optimal σ², one for all",
             "pixel": "optimal σ² per pixel",
+            "channel": "optimal σ² per channel",
         }[self.over]
 
     def distortion(
-        self, residual_squared: Float[Array, "batch *pixels"], log_variance: Array | None, axis_name: str | None
+        self,
+        residual_squared: Float[Array, "batch *pixels"],
+        log_variance: Array | None,
+        axis_name: str | None,
+        mask: Bool[Array, "batch *pixels"] | None = None,
     ) -> tuple[Array, Float[Array, " batch"]]:
         """As `optimal_gaussian_nll`."""
-        variance = optimal_variance_of(residual_squared, self.over, self.v0, axis_name)
-        return variance, distortion_at_optimum(residual_squared, variance, self.over, self.v0)
+        variance = optimal_variance_of(residual_squared, self.over, self.v0, axis_name, mask)
+        return variance, distortion_at_optimum(residual_squared, variance, self.over, self.v0, mask)
 
     def split_distortion(
         self, squared_error: np.ndarray, pixel_squared_error: np.ndarray, batches: SplitDistortion
     ) -> SplitDistortion:
         """The closed form in float64; what is shared is shared over the split."""
         pixels = pixel_squared_error.size
-        if self.over == "pixel":
+        if self.over in ("pixel", "channel"):
             # Squared errors per pixel and example are not kept: every example gets the mean, which is exact.
-            variances = pixel_squared_error + self.v0
-            value = 0.5 * np.sum(np.log(2 * np.pi * variances) + 1.0)
+            positions = tuple(range(pixel_squared_error.ndim - 1))
+            shared = pixel_squared_error if self.over == "pixel" else pixel_squared_error.mean(positions)
+            variances = shared + self.v0
+            value = 0.5 * pixels * np.mean(np.log(2 * np.pi * variances) + 1.0)
             return np.full(squared_error.shape, value), float(variances.mean())
         variance = squared_error / pixels + self.v0
         variance = variance if self.over == "example" else variance.mean()
         return _distortion_at(squared_error, variance, self.v0, pixels), float(np.mean(variance))
 
     def critical_beta(self, eigenvalues: np.ndarray, floor: float) -> float | None:
-        """`theory.critical_beta`; None per pixel, which theory does not treat."""
-        return None if self.over == "pixel" else theory.critical_beta(eigenvalues, floor)
+        """`theory.critical_beta`; None per pixel or channel, which theory does not treat."""
+        return None if self.over in ("pixel", "channel") else theory.critical_beta(eigenvalues, floor)
 
 
 class _Trained(DecoderVariance):
     """What `Learned` and `Predicted` share: the variance is exp(log_variance), with the floor in the numerator."""
 
     def distortion(
-        self, residual_squared: Float[Array, "batch *pixels"], log_variance: Array | None, axis_name: str | None
+        self,
+        residual_squared: Float[Array, "batch *pixels"],
+        log_variance: Array | None,
+        axis_name: str | None,
+        mask: Bool[Array, "batch *pixels"] | None = None,
     ) -> tuple[Array, Float[Array, " batch"]]:
         """`sum_pixels 1/2 [log(2 pi v) + ((x - mean)^2 + v0) / v]`, nats, [B]."""
         assert log_variance is not None, "elbo_terms has checked it"
         log_variance = log_variance.astype(residual_squared.dtype)
-        return jnp.exp(log_variance), nll_from_log_variance(residual_squared, log_variance, self.v0)
+        return jnp.exp(log_variance), nll_from_log_variance(residual_squared, log_variance, self.v0, mask)
 
     def nll(self, residual_squared: Float[Array, "batch *pixels"], log_variance: Array | None) -> Float[Array, " batch"]:
         """The same without v0."""

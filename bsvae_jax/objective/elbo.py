@@ -3,17 +3,25 @@
 `beta`, variances and floors may be traced.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.objective.decoder_variance import DecoderVariance
-from bsvae_jax.objective.gaussian import as_float, check_positive, mean_over_devices, residual_squares, sum_pixels
+from bsvae_jax.objective.gaussian import (
+    as_float,
+    check_positive,
+    mean_over_devices,
+    observed_mean,
+    residual_squares,
+    sum_pixels,
+)
 
 
 def kl_to_standard_normal(
@@ -103,7 +111,7 @@ class ElboTerms(NamedTuple):
     mse: Float[Array, " batch"]
     """Squared error averaged over the pixels, squared intensity. [B]"""
     variance: Float[Array, "..."]
-    """The decoder variance used, squared intensity: [] | [B, 1, 1, 1] | [H, W, C] | [B, H, W, C]."""
+    """The decoder variance used, squared intensity: [] | [B, 1, 1, 1] | [H, W, C] | [C] | [B, H, W, C]."""
 
 
 def elbo_terms(
@@ -114,8 +122,14 @@ def elbo_terms(
     *,
     log_variance: Float[Array, "..."] | None = None,
     axis_name: str | None = None,
+    mask: Bool[Array, "..."] | Bool[np.ndarray, "..."] | None = None,
 ) -> ElboTerms:
     """Distortion and rate per example under any decoder-variance model, nats, and the squared error that they come from.
+
+    With a `mask` m, of the observed entries alone: `distortion = sum_pixels m 1/2 [log(2 pi v) + ((x - mean)^2 + v0) / v]`,
+    `mse = SSE / D` with `SSE = sum_pixels m (x - mean)^2` and `D = sum_pixels m`, and an optimal variance is v0 and the mean
+    over the observed entries that share it. Entries that are not observed may hold anything, NaN too, and have no gradient;
+    an example without an observed entry has distortion 0.
 
     Args:
       x: images in [0, 1], [B, ...].
@@ -125,6 +139,7 @@ def elbo_terms(
       log_variance: the trained log-variance; a scalar for `Learned`, the shape of `x` for `Predicted`, else None.
         Values and gradients are finite in float32 for |log_variance| <= 50.
       axis_name: device axis over which a shared optimal variance is averaged.
+      mask: True where an entry of `x` is observed; the shape of `x`, or one that broadcasts to it. None: everywhere.
 
     >>> import jax.numpy as jnp
     >>> from bsvae_jax.objective import Constant
@@ -132,24 +147,47 @@ def elbo_terms(
     >>> terms = elbo_terms(x, mean, rate, Constant(0.5))
     >>> print(terms.distortion, terms.rate, terms.mse, terms.variance)  # log(pi) + 1, as given, 1/2, as given
     [2.1447299] [3.] [0.5] 0.5
+    >>> print(elbo_terms(x, mean, rate, Constant(0.5), mask=jnp.array([True, False])).distortion)  # log(pi) / 2
+    [0.5723649]
 
     Raises:
-      UserError: shapes differ, or `log_variance` is missing or given where the variance model has none.
+      UserError: shapes differ, `log_variance` is missing or given where the variance model has none, or `mask` is not boolean,
+        does not broadcast, or is given to a variance model whose `distortion` takes none.
     """
     check_kind("decoder_variance", decoder_variance, DecoderVariance, "as in bsvae_jax.Optimal()")
+    options = {}
+    if mask is not None:
+        x, mean = as_float("x", x), as_float("mean", mean)
+        options["mask"] = mask = _checked_mask(mask, x.shape, decoder_variance)
+        # Before the difference, so that the gradient is 0 and not NaN where x or mean is NaN.
+        x, mean = jnp.where(mask, x, 0.0), jnp.where(mask, mean, 0.0)
     residual_squared = residual_squares(x, mean)
     rate, batch = as_float("rate", rate), residual_squared.shape[:1]
     if rate.shape != batch:
         raise UserError(f"rate must have a value for each image, shape {batch}, got {rate.shape}.")
     log_variance = decoder_variance.check_log_variance(log_variance, residual_squared.shape)
-    variance, distortion = decoder_variance.distortion(residual_squared, log_variance, axis_name)
+    variance, distortion = decoder_variance.distortion(residual_squared, log_variance, axis_name, **options)
     if jnp.shape(distortion) != batch:
         raise UserError(
             f"distortion of {type(decoder_variance).__name__} must return the variance and a value in nats for each image, "
             f"shape {batch}, got {jnp.shape(distortion)}; sum over the pixels, not over the images."
         )
-    mse = jnp.mean(residual_squared, axis=tuple(range(1, residual_squared.ndim)))
+    mse = observed_mean(residual_squared, mask, tuple(range(1, residual_squared.ndim)))
     return ElboTerms(distortion, rate, mse, variance)
+
+
+def _checked_mask(mask: Any, shape: tuple[int, ...], decoder_variance: DecoderVariance) -> Array:
+    """The mask in the shape of the data."""
+    if not isinstance(mask, jax.Array | np.ndarray) or mask.dtype != bool:
+        raise UserError(f"mask must be a boolean array, True where an entry is observed, got {getattr(mask, 'dtype', mask)!s}.")
+    if "mask" not in inspect.signature(decoder_variance.distortion).parameters:
+        raise UserError(
+            f"distortion of {type(decoder_variance).__name__} takes no mask; give it a fourth parameter, mask=None."
+        )
+    try:
+        return jnp.broadcast_to(mask, shape)
+    except ValueError as error:
+        raise UserError(f"mask of shape {mask.shape} does not broadcast to the shape {shape} of x.") from error
 
 
 def mean_objective(terms: ElboTerms, beta: float | Float[Array, ""], axis_name: str | None = None) -> Float[Array, ""]:

@@ -15,20 +15,22 @@ With `axis_name`, `x` is one device's share of a global batch (equal shares), an
 is taken over all devices *before* the logarithm.
 """
 
+import typing
 from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from bsvae_jax.errors import UserError, check_kind, nearest
 
 LOG_2PI = float(np.log(2.0 * np.pi))
 
 
-Shared = Literal["example", "batch", "pixel"]
-"""Which entries share one optimal variance: the pixels of one example, the global batch, or one pixel over the batch."""
+Shared = Literal["example", "batch", "pixel", "channel"]
+"""Which entries share one optimal variance: the pixels of one example, the global batch, one pixel over the batch, or one
+channel, the last axis, over the batch and all positions."""
 
 
 Tree = TypeVar("Tree")
@@ -100,15 +102,15 @@ def check_floor(what: str, value: Any) -> None:
 
 def check_shared(over: str) -> None:
     """Raise a UserError unless one variance can be shared over `over`."""
-    if over in ("example", "batch", "pixel"):
+    known = typing.get_args(Shared)
+    if over in known:
         return
     over = str(over)
     if "pixel" in over and "example" in over:
         raise UserError(
             "A variance per pixel and per example is unbounded below (each residual gets its own variance, which may go "
-            "to zero); share it over 'example', 'batch' or 'pixel'."
+            "to zero); share it over 'example', 'batch', 'pixel' or 'channel'."
         )
-    known = ("example", "batch", "pixel")
     raise UserError(f"over must be one of {', '.join(map(repr, known))}, got {over!r}{nearest(over, known)}.")
 
 
@@ -140,15 +142,36 @@ def sum_pixels(values: Float[Array, "batch *pixels"]) -> Float[Array, " batch"]:
     return jnp.sum(values, axis=tuple(range(1, values.ndim)))
 
 
+def observed_mean(
+    values: Array, mask: Array | None, axis: int | tuple[int, ...] | None, axis_name: str | None = None, keepdims: bool = False
+) -> Array:
+    """Mean over `axis`, and over the devices, of the entries where the mask is True (None: of all); 0 where there are none."""
+    if mask is None:
+        return mean_over_devices(jnp.mean(values, axis, keepdims=keepdims), axis_name)
+    sums = jnp.sum(jnp.where(mask, values, 0.0), axis, keepdims=keepdims), jnp.sum(mask, axis, values.dtype, keepdims=keepdims)
+    total, count = mean_over_devices(sums, axis_name)
+    return total / jnp.where(count > 0, count, 1.0)
+
+
 def nll_from_log_variance(
-    residual_squared: Float[Array, "batch *pixels"], log_variance: Array, floor: float | Array = 0.0
+    residual_squared: Float[Array, "batch *pixels"],
+    log_variance: Array,
+    floor: float | Array = 0.0,
+    mask: Bool[Array, "batch *pixels"] | None = None,
 ) -> Float[Array, " batch"]:
-    """`sum_pixels 1/2 [log(2 pi v) + (r^2 + v0) / v]` in terms of log v, whose gradients overflow later than those of v."""
+    """`sum_pixels 1/2 [log(2 pi v) + (r^2 + v0) / v]` in terms of log v, whose gradients overflow later than those of v.
+
+    With a `mask`, the sum over the pixels where it is True.
+    """
     shape = residual_squared.shape
     padded = (1,) * (len(shape) - log_variance.ndim) + log_variance.shape
     if len(padded) != len(shape) or any(size not in (1, full) for size, full in zip(padded, shape, strict=True)):
         raise UserError(f"A variance of shape {log_variance.shape} does not broadcast against images of shape {shape}.")
     log_variance = log_variance.reshape(padded)
+    if mask is not None:
+        log_variance = jnp.broadcast_to(log_variance, shape)
+        terms = log_variance + LOG_2PI + (residual_squared + floor) * jnp.exp(-log_variance)
+        return 0.5 * sum_pixels(jnp.where(mask, terms, 0.0))
     pixels, distinct = float(np.prod(shape[1:])), float(np.prod(log_variance.shape[1:]))
     # A shared variance is counted, not summed: D times one number has no rounding error.
     log_term = sum_pixels(log_variance + LOG_2PI) * (pixels / distinct)
@@ -177,14 +200,17 @@ def gaussian_nll(
     return nll_from_log_variance(residual_squared, jnp.log(jnp.asarray(variance, residual_squared.dtype)))
 
 
-def optimal_variance_of(residual_squared: Array, over: Shared, floor: float | Array, axis_name: str | None) -> Array:
-    """`optimal_variance` of squared residuals."""
+def optimal_variance_of(
+    residual_squared: Array, over: Shared, floor: float | Array, axis_name: str | None, mask: Array | None = None
+) -> Array:
+    """`optimal_variance` of squared residuals, or of those where the mask is True."""
     check_shared(over)
     check_positive("floor", floor, allow_zero=True)
+    axes = tuple(range(residual_squared.ndim))
     if over == "example":
-        return jnp.mean(residual_squared, axis=tuple(range(1, residual_squared.ndim)), keepdims=True) + floor
-    shared = jnp.mean(residual_squared, axis=None if over == "batch" else 0)
-    return mean_over_devices(shared, axis_name) + floor
+        return observed_mean(residual_squared, mask, axes[1:], keepdims=True) + floor
+    axis = {"batch": axes, "pixel": axes[:1], "channel": axes[:-1]}[over]
+    return observed_mean(residual_squared, mask, axis, axis_name) + floor
 
 
 def optimal_variance(
@@ -199,8 +225,9 @@ def optimal_variance(
     Args:
       over: 'example': mean over the pixels of each example, shape `[B, 1, 1, 1]` (one 1 per trailing axis of `x`).
         'batch': mean over pixels and the global batch, shape `[]`. 'pixel': mean over the global batch, shape `[H, W, C]`.
+        'channel': mean over the global batch and all positions, shape `[C]`, the last axis of `x`.
       floor: v0 >= 0, squared intensity. With 0, perfectly reconstructed data has variance 0 and infinite likelihood.
-      axis_name: the device axis over which 'batch' and 'pixel' are averaged as well.
+      axis_name: the device axis over which all but 'example' are averaged as well.
 
     >>> import jax.numpy as jnp
     >>> x, mean = jnp.array([[0.0, 1.0], [0.0, 3.0]]), jnp.zeros((2, 2))
@@ -225,8 +252,8 @@ def optimal_gaussian_nll(
 ) -> Float[Array, " batch"]:
     """Distortion at the optimal variance `v*` of `optimal_variance`, nats per example, shape [B].
 
-    Per example `D/2 log(2 pi v*) + (SSE + D v0) / (2 v*)` (for 'pixel' the same per pixel, summed). Its mean over the set
-    that shares `v*` is the closed form `D/2 (log(2 pi v*) + 1)`; for 'example' every entry is. Gradients flow through `v*`;
+    Per example `D/2 log(2 pi v*) + (SSE + D v0) / (2 v*)` (for 'pixel' and 'channel' the sum of each one's). Its mean over the
+    set that shares `v*` is the closed form `D/2 (log(2 pi v*) + 1)`; for 'example' every entry is. Gradients flow through `v*`;
     by the envelope theorem they equal those with `v*` held constant, once averaged over the set that shares it.
 
     With 'example' the variance depends on x, so `exp(-value)` is a *profile* likelihood and not a density. ('example':
@@ -245,9 +272,11 @@ def optimal_gaussian_nll(
     return distortion_at_optimum(residual_squared, variance, over, floor)
 
 
-def distortion_at_optimum(residual_squared: Array, variance: Array, over: Shared, floor: float | Array) -> Array:
+def distortion_at_optimum(
+    residual_squared: Array, variance: Array, over: Shared, floor: float | Array, mask: Array | None = None
+) -> Array:
     """Distortion, nats, [B], at the `variance` of `optimal_variance_of`."""
     if over == "example":  # SSE + D v0 = D v*, exactly
-        pixels = float(np.prod(residual_squared.shape[1:]))
+        pixels = float(np.prod(residual_squared.shape[1:])) if mask is None else sum_pixels(mask.astype(variance.dtype))
         return 0.5 * pixels * (sum_pixels(jnp.log(variance)) + LOG_2PI + 1.0)
-    return nll_from_log_variance(residual_squared, jnp.log(variance), floor)
+    return nll_from_log_variance(residual_squared, jnp.log(variance), floor, mask)

@@ -36,11 +36,15 @@ def learning_rate_schedule(optimizer: configs.Optimizer, steps: int) -> optax.Sc
 
 
 def build_optimizer(optimizer: configs.Optimizer, steps: int, learned_prior: bool = False) -> optax.GradientTransformation:
-    """AdamW with its schedule, after clipping where asked for, at a peak learning rate of 1 (`TrainState.learning_rate`).
+    """The config's, AdamW unless it is the user's own, after clipping where asked for, at a peak learning rate of 1
+    (`TrainState.learning_rate`).
 
     The parameters of a prior do not decay: towards 0, a mixture's means would meet and a pseudo-input would turn black.
 
     The same object for the same arguments, so that states made from them share one compiled program.
+
+    Raises:
+      UserError: the `build` of a class of the user's own returns something else.
     """
     return _unit_optimizer(dataclasses.replace(optimizer, learning_rate=1.0), steps, learned_prior)
 
@@ -54,10 +58,12 @@ def _decays(params: Mapping[str, Any]) -> dict[str, Any]:
 def _unit_optimizer(optimizer: configs.Optimizer, steps: int, learned_prior: bool) -> optax.GradientTransformation:
     # Without a prior to spare there is no mask: it would be one more level in the state of every checkpoint.
     mask = _decays if learned_prior else None
-    adamw = optax.adamw(learning_rate_schedule(optimizer, steps), weight_decay=optimizer.weight_decay, mask=mask)
+    built = optimizer.build(learning_rate_schedule(optimizer, steps), mask)
+    if not isinstance(built, optax.GradientTransformation):
+        raise UserError(f"build of {type(optimizer).__name__} must return an optax.GradientTransformation, got {built!r}.")
     if optimizer.gradient_clip is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(optimizer.gradient_clip), adamw)
+        return built
+    return optax.chain(optax.clip_by_global_norm(optimizer.gradient_clip), built)
 
 
 def build_model(
@@ -164,6 +170,7 @@ def check_against_shape(config: Config, data: DataShape) -> None:
         )
     config.network.check(config.latent_size, data.image_shape)
     if not all(is_builtin(getattr(config, field)) for field in configs.KINDS):  # what a class of the user's own returns
+        build_optimizer(config.optimizer, steps=1)
         model = build_model(config, data.image_shape, data.bin_width)
         example, key = jnp.zeros((2, *data.image_shape)), make_key(0)
         jax.eval_shape(lambda: model.init(key, example, key, method="elbo_terms"))

@@ -143,7 +143,7 @@ def test_the_module_runs_as_a_program(tmp_path):
             "Constant.variance must be a finite number > 0, got nan",
         ),
         (["--decoder-variance.floor", "-1"], "Optimal.floor must be a finite number >= 0, got -1"),
-        (["--decoder-variance.over", "pixels"], "invalid choice 'pixels'.*'example', 'batch', 'pixel'"),
+        (["--decoder-variance.over", "pixels"], "invalid choice 'pixels'.*'example', 'batch', 'pixel', 'channel'"),
         (["--decoder-variance", "fixed"], "invalid choice 'fixed'.*constant"),
         (["--latent-size", "0"], "latent_size must be a whole number >= 1, got 0"),
         (["--latent-size", "65"], "latent_size 65 exceeds the 64 pixels"),

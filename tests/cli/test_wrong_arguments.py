@@ -111,7 +111,7 @@ ROWS = [
     ("gaussian_nll", lambda: bv.gaussian_nll(X, MEAN, np.array([1.0, -1.0])), "variance must be finite and > 0 everywhere"),
     ("gaussian_nll", lambda: bv.gaussian_nll(X, MEAN, jnp.ones((3, 1))), r"shape \(3, 1\) does not broadcast"),
     ("optimal_variance", lambda: bv.optimal_variance(X, MEAN[:2]), "one shape"),
-    ("optimal_variance", lambda: bv.optimal_variance(X, MEAN, "image"), "over must be one of 'example', 'batch', 'pixel', got"),
+    ("optimal_variance", lambda: bv.optimal_variance(X, MEAN, "image"), "'example', 'batch', 'pixel', 'channel', got 'image'"),
     ("optimal_variance", lambda: bv.optimal_variance(X, MEAN, "pixels"), r"got 'pixels' \(did you mean 'pixel'\?\)"),
     ("optimal_variance", lambda: bv.optimal_variance(X, MEAN, 3), "over must be one of"),
     ("optimal_variance", lambda: bv.optimal_variance(X, MEAN, "pixel and example"), "unbounded below"),

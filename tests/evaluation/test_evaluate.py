@@ -9,6 +9,7 @@ from scipy import stats
 from bsvae_jax.evaluation import plots
 from bsvae_jax.evaluation.metrics import as_json, as_table, from_json, summarize
 from bsvae_jax.evaluation.scores import SplitScores, calibrate, distortion_at, optimal_variance_of_split
+from bsvae_jax.objective import Optimal
 
 N, SHAPE, LATENTS, FLOOR = 40, (3, 2, 1), 3, 1 / (12 * 16**2)
 
@@ -79,6 +80,22 @@ def test_a_split_shares_its_variance_in_three_ways(scores, residuals):
     np.testing.assert_allclose(
         distortion_at(scores, 0.5, 0.0), 3 * np.log(np.pi) + squared.sum(axis=(1, 2, 3)), rtol=1e-12
     )  # sigma^2 = 1/2: D/2 log(pi) + SSE, the paper's first reading
+
+
+@pytest.mark.parametrize("over", ["batch", "pixel", "channel"])
+def test_an_optimal_variance_of_a_whole_split_is_shared_over_the_split(residuals, over):
+    """Against SciPy's densities and the dequantization noise, averaged over the split; shapes [3, 2, 2]: two channels."""
+    residuals = np.stack([residuals[..., 0], 2 * residuals[..., 0]], axis=-1)
+    squared = np.square(residuals)
+    variance = squared.mean(axis={"batch": None, "pixel": 0, "channel": (0, 1, 2)}[over]) + FLOOR
+    noise = np.sum(np.broadcast_to(FLOOR / (2 * variance), squared.shape[1:]))
+    expected = noise - stats.norm.logpdf(residuals, scale=np.sqrt(variance)).sum(axis=(1, 2, 3))
+    distortion, mean_variance = Optimal(over, FLOOR).split_distortion(
+        squared.sum(axis=(1, 2, 3)), squared.mean(axis=0), (np.zeros(N), 0.0)
+    )
+    assert distortion.shape == (N,)
+    np.testing.assert_allclose(distortion.mean(), expected.mean(), rtol=1e-12)
+    assert mean_variance == pytest.approx(np.mean(variance))
 
 
 def test_table_and_json_say_the_same(scores):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import float64
 from scipy import stats
 
 from bsvae_jax.errors import UserError
@@ -38,7 +39,7 @@ def noise():
 def test_the_exact_velocity_carries_one_gaussian_to_the_other(backwards, noise):
     """The error of 40, 80, ... steps falls by 2 to the power of 2, Heun's order: in float64, to within a tenth of the order."""
     start, end = (exact_flow(noise), noise) if backwards else (noise, exact_flow(noise))
-    with jax.enable_x64(True):
+    with float64():
         errors = []
         for steps in (40, 80, 160, 320):
             found = integrate(exact_velocity, jnp.asarray(start), steps, backwards)
@@ -86,7 +87,7 @@ def test_the_loss_at_one_example_by_hand():
 def test_the_density_is_that_of_the_data(noise):
     """40 steps of Heun, float64: the steps leave an error of 1e-3 nats, a quarter of it with twice as many."""
     expected = stats.multivariate_normal(MEAN, COVARIANCE).logpdf(exact_flow(noise))
-    with jax.enable_x64(True):
+    with float64():
         z = jnp.asarray(exact_flow(noise))
         errors = [np.abs(np.asarray(log_density(exact_velocity, z, steps)) - expected).max() for steps in (80, 160)]
     assert errors[1] < 5e-3

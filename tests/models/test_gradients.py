@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers import float64
 
 from bsvae_jax.config import MLP, Flow, Linear, Mixture, Residual, Spatial, StandardNormal, VampPrior
 from bsvae_jax.models._subpixel import Convolution
@@ -36,7 +37,7 @@ MODES = [(name, train) for name, case in CASES.items() for train in ((False, Tru
 @pytest.mark.parametrize(("name", "train"), MODES)
 def test_every_gradient_is_a_finite_difference(name, train):
     network, prior, variance = CASES[name]
-    with jax.enable_x64(True):
+    with float64():
         rng = np.random.default_rng(0)
         model = build_vae(network, LATENT, SHAPE, variance, prior, dtype=jnp.float64)
         x, key = jnp.asarray(rng.uniform(size=(BATCH, *SHAPE))), jax.random.key(1)

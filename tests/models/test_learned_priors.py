@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from helpers import float64
 from scipy import stats
 
 from bsvae_jax import config as configs
@@ -246,7 +247,7 @@ def test_gradients_reach_every_parameter_of_a_prior(prior, network, images, key)
 
 def test_the_gradient_is_that_of_finite_differences(images, key):
     """Of the whole objective in the pseudo-inputs and in the encoder, through both of its roles, in float64."""
-    with jax.enable_x64(True):
+    with float64():
         state = state_of(VampPrior(2), MLP((4,)))
         config = Config(network=MLP((4,)), latent_size=3, prior=VampPrior(2))
         model = build_model(config, (6, 5, 1), 1 / 16, dtype=jnp.float64)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from helpers import normal, random_variables, relative_error
+from helpers import float64, normal, random_variables, relative_error
 
 from bsvae_jax.config import MLP, Linear, Residual, Spatial
 from bsvae_jax.models.layers import stage_size
@@ -286,7 +286,7 @@ def test_residual_vae_has_pytorchs_gradients_in_training():
     sum(
         (o * reference.torch.tensor(np.asarray(w, np.float64))).sum() for o, w in zip(expected, weights, strict=True)
     ).backward()
-    with jax.enable_x64(True):
+    with float64():
         modules = Residual(widths).build(latent, shape, dtype=jnp.float64)
         exact = flatten_dict(reference.to_flax(lambda parameter: parameter.grad, np.float64))
         variables = reference.to_flax(dtype=np.float64)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from helpers import float64
 
 from bsvae_jax.config import MLP, Linear, Residual
 from bsvae_jax.errors import UserError
@@ -24,6 +25,7 @@ VARIANCES = {
     "example": Optimal("example"),
     "batch": Optimal("batch", floor=0.02),
     "pixel": Optimal("pixel", floor=0.0),
+    "channel": Optimal("channel", floor=0.0),
     "learned": Learned(initial_variance=0.2, floor=0.01),
     "learned, 8 bits": Learned(initial_variance=0.7),
     "predicted": Predicted(floor=0.03),
@@ -85,7 +87,7 @@ def numpy_distortion(x, mean, log_variance, model):
         case Predicted():
             variance = np.exp(f64(log_variance))
         case Optimal(over):
-            axes = {"example": (1, 2, 3), "batch": None, "pixel": 0}[over]
+            axes = {"example": (1, 2, 3), "batch": None, "pixel": 0, "channel": (0, 1, 2)}[over]
             variance = np.mean((x - mean) ** 2, axis=axes, keepdims=over == "example") + floor
     per_pixel = 0.5 * (np.log(2 * np.pi * variance) + ((x - mean) ** 2 + floor) / variance)
     return per_pixel.reshape(BATCH, D).sum(1), variance
@@ -299,7 +301,7 @@ def test_training_updates_the_batch_statistics_and_evaluation_does_not(key):
 @every_variance
 def test_derivatives_with_respect_to_parameters_images_and_beta(variance, key):
     """Along a random direction against central differences, in float64; by beta, the mean rate."""
-    with jax.enable_x64(True):
+    with float64():
         model, variables = vae(variance=variance, dtype=jnp.float64)
         point = jax.tree.map(lambda a: a.astype(jnp.float64), (variables["params"], images(), jnp.float32(0.7)))
 

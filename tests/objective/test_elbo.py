@@ -4,6 +4,7 @@ Values are compared in float64 at 1e-12 (a few dozen roundings); float32 has its
 meets them, with the shape and type checks of the test run switched off.
 """
 
+import dataclasses
 import itertools
 
 import chex
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import float64
 from scipy import integrate, optimize, stats
 
 from bsvae_jax.errors import UserError
@@ -39,8 +41,8 @@ from bsvae_jax.objective import (
 B, SHAPE, D = 3, (4, 5, 2), 40
 FLOOR = 0.01
 LOG_2PI = np.log(2 * np.pi)
-AXES = {"example": (1, 2, 3), "batch": (0, 1, 2, 3), "pixel": (0,)}
-VARIANCE_SHAPE = {"example": (B, 1, 1, 1), "batch": (), "pixel": SHAPE}
+AXES = {"example": (1, 2, 3), "batch": (0, 1, 2, 3), "pixel": (0,), "channel": (0, 1, 2)}
+VARIANCE_SHAPE = {"example": (B, 1, 1, 1), "batch": (), "pixel": SHAPE, "channel": SHAPE[-1:]}
 
 every_over = pytest.mark.parametrize("over", AXES)
 jitted_or_not = pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -48,7 +50,7 @@ jitted_or_not = pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
+    with float64():
         yield
 
 
@@ -72,7 +74,9 @@ def expected_nll(x: np.ndarray, mean: np.ndarray, variance: np.ndarray | float, 
 def sharing_sets(entries: np.ndarray, over: str) -> np.ndarray:
     """[variances, entries that share one]"""
     per_example = entries.reshape(len(entries), -1)
-    return {"example": per_example, "batch": per_example.reshape(1, -1), "pixel": per_example.T}[over]
+    per_channel = entries.reshape(-1, entries.shape[-1]).T
+    sets = {"example": per_example, "batch": per_example.reshape(1, -1), "pixel": per_example.T, "channel": per_channel}
+    return sets[over]
 
 
 # --- Gaussian negative log-likelihood ---------------------------------------------------------------------------------
@@ -112,6 +116,8 @@ def test_optimal_variance_by_hand():
     np.testing.assert_array_equal(optimal_variance(x, mean, "example", 0.25), [[0.75], [6.75]])
     np.testing.assert_array_equal(optimal_variance(x, mean, "pixel", 0.25), [2.25, 5.25])
     np.testing.assert_array_equal(optimal_variance(x, mean, "batch", 0.25), 3.75)
+    # As two positions of two channels, [1, 2, 2]: channels are the columns.
+    np.testing.assert_array_equal(optimal_variance(x[None], mean[None], "channel", 0.25), [2.25, 5.25])
 
 
 @every_over
@@ -121,12 +127,12 @@ def test_optimal_nll_per_example_and_its_closed_form(x64, transform, over):
     nll = transform(lambda *a: optimal_gaussian_nll(*a, over, FLOOR))(jnp.asarray(x), jnp.asarray(mean))
     variance = best_variance(x, mean, over, FLOOR)
     np.testing.assert_allclose(nll, expected_nll(x, mean, variance, FLOOR), rtol=1e-12)
-    # Averaged over the set that shares v*: D/2 (log(2 pi v*) + 1); per pixel the D variances each contribute 1/2 of it.
+    # Averaged over the set that shares v*: D/2 (log(2 pi v*) + 1); of several variances each for its share of the D entries.
     closed_form = 0.5 * (np.log(2 * np.pi * variance) + 1)
     if over == "example":
         np.testing.assert_allclose(nll, D * closed_form.ravel(), rtol=1e-12)
     else:
-        np.testing.assert_allclose(np.mean(nll), np.sum(closed_form) if over == "pixel" else D * closed_form, rtol=1e-12)
+        np.testing.assert_allclose(np.mean(nll), D * np.mean(closed_form), rtol=1e-12)
 
 
 @every_over
@@ -159,7 +165,7 @@ def test_no_other_variance_is_better(over, seed, scale, floor, log_ratio):
     variance = best_variance(x, mean, over, floor)
     # A common factor and one per variance, so that single entries are moved as well.
     other = variance * np.exp(log_ratio * np.random.default_rng(seed).uniform(size=variance.shape))
-    with jax.enable_x64(True):
+    with float64():
         nll = np.asarray(optimal_gaussian_nll(jnp.asarray(x), jnp.asarray(mean), over, floor))
     assert np.mean(nll) <= np.mean(expected_nll(x, mean, other, floor)) + 1e-9
 
@@ -277,7 +283,7 @@ def test_kl_keeps_its_digits_near_a_collapsed_posterior(log_variance):
     # Series of 1/2 (exp(t) - 1 - t) about 0; the next term is t^3/60 ~ 1e-11 of the sum.
     t = log_variance
     expected = t**2 / 4 * (1 + t / 3 + t**2 / 12)
-    with jax.enable_x64(True):
+    with float64():
         np.testing.assert_allclose(kl_to_standard_normal(jnp.zeros((1, 1)), jnp.array([[t]])), [expected], rtol=1e-10)
     # float32: expm1(t) is right to two ulps, 2^-22 t, next to t^2 / 2: rtol 4.8e-7 / t, half a per cent at 1e-4.
     # exp(t) - 1 - t is right to an ulp of 1, which is 24 times the whole value there.
@@ -292,6 +298,7 @@ MODELS = {
     "example": (Optimal("example", FLOOR), None, (B, 1, 1, 1)),
     "batch": (Optimal("batch", FLOOR), None, ()),
     "pixel": (Optimal("pixel", FLOOR), None, SHAPE),
+    "channel": (Optimal("channel", FLOOR), None, SHAPE[-1:]),
     "learned": (Learned(floor=FLOOR), (), ()),
     "predicted": (Predicted(floor=FLOOR), (B, *SHAPE), (B, *SHAPE)),
 }
@@ -327,6 +334,76 @@ def test_elbo_terms_of_every_variance_model(x64, transform, name):
     chex.assert_shape(list(terms), [(B,), (B,), (B,), variance_shape])
     chex.assert_trees_all_close(jax.tree.map(np.asarray, terms), expected, rtol=1e-12)
     np.testing.assert_allclose(objective, np.mean(expected.distortion) + 2.5 * 3.5, rtol=1e-12)  # mean rate = 10.5 / 3
+
+
+# Example 0 observed whole, 1 in part, 2 in nothing but one entry; no entry of pixel (0, 0, 1) is observed.
+MASK = np.random.default_rng(3).uniform(size=(B, *SHAPE)) < np.array([1.1, 0.5, 0.0])[:, None, None, None]
+MASK[2, 3, 4, 0], MASK[:, 0, 0, 1] = True, False
+
+
+@jitted_or_not
+@pytest.mark.parametrize("name", MODELS)
+def test_terms_of_observed_entries(x64, transform, name):
+    """Against sums over the entries picked in NumPy; what is not observed is NaN, and nothing of it is seen."""
+    model, log_variance_shape, _ = MODELS[name]
+    x, mean = images()
+    squared = np.square(x - mean)
+    log_variance, floor = None, 0.0 if name == "constant" else FLOOR
+    if name == "constant":
+        variance = np.full(MASK.shape, 0.3)
+    elif log_variance_shape is None:
+        variance = np.full(MASK.shape, floor)
+        for entries in sharing_sets(np.arange(MASK.size).reshape(MASK.shape), name):
+            observed = entries[MASK.ravel()[entries]]
+            variance.ravel()[entries] += squared.ravel()[observed].mean() if len(observed) else 0.0
+    else:
+        log_variance = np.random.default_rng(2).normal(-2, 1, size=log_variance_shape)
+        variance = np.broadcast_to(np.exp(log_variance), MASK.shape)
+    nll = 0.5 * (np.log(2 * np.pi * variance) + (squared + floor) / variance)
+
+    def terms_of(x, mean, mask, log_variance):
+        return elbo_terms(x, mean, jnp.zeros(B), model, log_variance=log_variance, mask=mask)
+
+    hidden = np.where(MASK, x, np.nan)
+    terms = transform(terms_of)(*jax.tree.map(jnp.asarray, (hidden, mean, MASK, log_variance)))
+    np.testing.assert_allclose(terms.distortion, [nll[i][MASK[i]].sum() for i in range(B)], rtol=1e-12)
+    np.testing.assert_allclose(terms.mse, [squared[i][MASK[i]].mean() for i in range(B)], rtol=1e-12)
+    x, mean, log_variance = jax.tree.map(jnp.asarray, (hidden, mean, log_variance))
+    gradient = jax.grad(lambda m: terms_of(x, m, MASK, log_variance).distortion.sum())(mean)
+    assert np.all(np.isfinite(gradient))
+    assert np.all(gradient[MASK] != 0)
+    assert np.all(gradient[~MASK] == 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mask_of_everything_is_no_mask_and_one_of_nothing_is_zero(x64, name):
+    model, log_variance_shape, _ = MODELS[name]
+    x, mean = map(jnp.asarray, images())
+    log_variance = None if log_variance_shape is None else jnp.full(log_variance_shape, -2.0)
+
+    def terms_of(mask):
+        return elbo_terms(x, mean, jnp.zeros(B), model, log_variance=log_variance, mask=mask)
+
+    everything, nothing = (jax.tree.map(lambda t, i=i: t[i], jax.vmap(terms_of)(jnp.array([True, False]))) for i in range(2))
+    chex.assert_trees_all_close(everything, terms_of(None), rtol=1e-12)
+    np.testing.assert_array_equal(nothing.distortion, np.zeros(B))
+    np.testing.assert_array_equal(nothing.mse, np.zeros(B))
+
+
+@pytest.mark.parametrize("over", ["batch", "pixel", "channel"])
+def test_observed_entries_are_counted_over_all_devices(over):
+    """Devices that observe different numbers of entries: the mean of their means would be another variance."""
+    x, mean = images(batch=4)
+    mask = np.random.default_rng(4).uniform(size=x.shape) < np.array([0.9, 0.6, 0.3, 0.1])[:, None, None, None]
+    arrays = [jnp.asarray(a)[:, None] for a in (x.astype(np.float32), mean.astype(np.float32), mask)]
+
+    def variance(x, mean, mask):
+        return elbo_terms(x, mean, jnp.zeros(1), Optimal(over, FLOOR), mask=mask, axis_name="data").variance
+
+    total = np.sum(np.square(x - mean), axis=AXES[over], where=mask)
+    expected = total / np.maximum(np.sum(mask, axis=AXES[over]), 1) + FLOOR
+    for own in jax.pmap(variance, "data", devices=jax.devices()[:4])(*arrays):
+        np.testing.assert_allclose(own, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("beta", "expected"), [(0.0, 4.0), (0.5, 5.0), (1.0, 6.0), (10.0, 24.0)])
@@ -621,7 +698,7 @@ def on_devices(devices: int, over: str, axis_name: str | None):
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
-@pytest.mark.parametrize("over", ["batch", "pixel"])
+@pytest.mark.parametrize("over", ["batch", "pixel", "channel"])
 def test_a_shared_variance_is_that_of_the_global_batch_on_any_number_of_devices(devices, over):
     x, mean, (variances, nlls, objective, gradient) = on_devices(devices, over, "data")
     expected = best_variance(x, mean, over, FLOOR)
@@ -636,7 +713,7 @@ def test_a_shared_variance_is_that_of_the_global_batch_on_any_number_of_devices(
         np.testing.assert_allclose(nll.reshape(16), expected_nll(x, mean, expected, FLOOR), rtol=1e-6)
 
 
-@pytest.mark.parametrize("over", ["batch", "pixel"])
+@pytest.mark.parametrize("over", ["batch", "pixel", "channel"])
 def test_a_variance_per_device_gives_another_gradient(over):
     """The classic silent bug; were this gradient the same, the test above could not fail."""
     x, mean, (*_, gradient) = on_devices(4, over, None)
@@ -719,13 +796,36 @@ def test_the_floor_of_a_function_is_not_negative(unchecked, function, value):
 @pytest.mark.parametrize(
     "ask", [lambda o: Optimal(o), lambda o: optimal_variance(X, X, o), lambda o: optimal_gaussian_nll(X, X, o)]
 )
-def test_what_shares_a_variance_is_one_of_three(unchecked, ask):
-    with raises(r"'example', 'batch', 'pixel', got 'exmple' \(did you mean 'example'\?\)"):
+def test_what_shares_a_variance_is_one_of_four(unchecked, ask):
+    with raises(r"'example', 'batch', 'pixel', 'channel', got 'exmple' \(did you mean 'example'\?\)"):
         ask("exmple")
     with raises(r"got 'zzz'\.$"):  # nothing is near
         ask("zzz")
     with raises("A variance per pixel and per example is unbounded below"):
         ask("pixel and example")
+
+
+@pytest.mark.parametrize("mask", [np.ones((B, *SHAPE)), [True], True], ids=["numbers", "list", "bool"])
+def test_a_mask_is_a_boolean_array(unchecked, mask):
+    with raises("mask must be a boolean array, True where an entry is observed, got"):
+        elbo_terms(X, X, RATE, Optimal(), mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(B,), (B, 4), (2, B, *SHAPE)], ids=str)
+def test_a_mask_broadcasts_to_the_images(unchecked, shape):
+    with raises(r"mask of shape .* does not broadcast to the shape \(3, 4, 5, 2\) of x"):
+        elbo_terms(X, X, RATE, Optimal(), mask=np.ones(shape, bool))
+
+
+def test_a_variance_of_ones_own_without_masks_refuses_one(unchecked):
+    @dataclasses.dataclass(frozen=True)
+    class Unmasked(Constant):
+        def distortion(self, residual_squared, log_variance, axis_name):
+            return super().distortion(residual_squared, log_variance, axis_name)
+
+    assert elbo_terms(X, X, RATE, Unmasked()).distortion.shape == (B,)
+    with raises("distortion of Unmasked takes no mask; give it a fourth parameter, mask=None"):
+        elbo_terms(X, X, RATE, Unmasked(), mask=np.ones(SHAPE, bool))
 
 
 @pytest.mark.parametrize("model", [Learned(), Predicted()], ids=str)

@@ -89,6 +89,7 @@ def test_the_members_do_not_depend_on_what_the_base_says_of_them():
         (Optimal("example", floor=0.1), "optimal"),
         (Optimal("batch"), "optimal-batch"),
         (Optimal("pixel"), "optimal-pixel"),
+        (Optimal("channel"), "optimal-channel"),
         (Constant(), "constant-0.5"),
         (Constant(1), "constant-1"),
         (Constant(1e-5), "constant-1e-05"),
@@ -272,7 +273,7 @@ def test_the_config_files_several_models_of_a_kind_stay():
             None,
             None,
             ["bach"],
-            "over must be one of 'example', 'batch', 'pixel', got 'bach' (did you mean 'batch'?).",
+            "over must be one of 'example', 'batch', 'pixel', 'channel', got 'bach' (did you mean 'batch'?).",
         ),
     ],
 )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import float64
 
 import bsvae_jax as bv
 from bsvae_jax import config as configs
@@ -147,7 +148,7 @@ def flow_matching_parts():
 @pytest.mark.parametrize("name", DRAWS)
 def test_draws_are_the_same_in_double_precision(name):
     expected = DRAWS[name]()
-    with jax.enable_x64(True):
+    with float64():
         found = DRAWS[name]()
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, found, expected)
@@ -157,7 +158,7 @@ def test_draws_are_the_same_in_double_precision(name):
 
 def test_a_run_is_the_same_in_double_precision(tmp_path, caplog):
     bv.fit(SMALL, tmp_path / "single", progress=False)
-    with jax.enable_x64(True):
+    with float64():
         bv.fit(SMALL, tmp_path / "double", progress=False)
         samples = sample_prior(bv.restore(tmp_path / "double"), 20)
     for found, expected in zip(read_metrics(tmp_path / "double"), read_metrics(tmp_path / "single"), strict=True):
