@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bsvae_jax.cli.environment import check_platform
+from bsvae_jax.cli.environment import check_platform, numbers_without_figures
 from bsvae_jax.cli.options import Merged, Prior, Run, call
 from bsvae_jax.cli.report import print_report
 from bsvae_jax.errors import UserError
@@ -114,7 +114,9 @@ def _evaluate_run(
     print(metrics.as_table(report))
     if (sentence := metrics.left_out(images)) is not None:
         print(sentence)
-    if figures:
+    if not figures:
+        return
+    with numbers_without_figures():
         diagnostic_figures.draw(restored, images, evaluated, folder)
         if with_fitted is not None:
             diagnostic_figures.draw_fitted(restored, with_fitted, images, evaluated, folder)

@@ -403,3 +403,17 @@ def test_a_diverging_member_is_reported_at_the_end(swept, tmp_path, capsys):
     text = refused(command, capsys)
     assert "1 diverged: optimal_rate1e+30_beta1_seed0" in text
     assert "1 of 2 members finished, 1 diverged" in text
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "report"])
+def test_a_figure_that_fails_ends_no_command(command, trained, swept, capsys, monkeypatch):
+    def fail(*values, **options):
+        raise ValueError("no such glyph")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    run = ["--workdir", trained]
+    arguments = {"train": [trained.parent / "small.py", *run], "evaluate": [trained, "--split", "test"], "report": [swept]}
+    main.main([command, *map(str, arguments[command])])
+    said = capsys.readouterr()
+    assert "Figures could not be drawn (ValueError: no such glyph)" in said.err
+    assert "objective" in said.out or "finished" in said.out  # the numbers
