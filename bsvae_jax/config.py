@@ -361,10 +361,17 @@ def _as_tuple(value: Any) -> Any:
 
 
 def with_execution_of(config: Config, other: Config) -> Config:
-    """`config` with those fields of `other` that say on what and in what pieces it is computed, and do not change what."""
-    return dataclasses.replace(
-        config, **{name: getattr(other, name) for name in ("devices", "device_map", "steps_per_dispatch", "resident_memory")}
-    )
+    """`config` with those fields of `other` that say on what, in what pieces and from which files it is computed, not what."""
+    fields = {name: getattr(other, name) for name in ("devices", "device_map", "steps_per_dispatch", "resident_memory")}
+    if type(config.data) is type(other.data):  # what is in the files is compared by the fingerprint of the images
+        places = {name: getattr(other.data, name) for name in config.data.locations}
+        fields["data"] = dataclasses.replace(config.data, **places)
+    return dataclasses.replace(config, **fields)
+
+
+def changes(saved: Config, wanted: Config) -> list[str]:
+    """The `differences` between two configs by which `wanted` is another experiment than `saved`."""
+    return differences(saved, with_execution_of(wanted, saved))
 
 
 def differences(one: Config, other: Config) -> list[str]:

@@ -43,7 +43,7 @@ def any_letters() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float, title: str = "", fontsize: float | None = None) -> Figure:
+def new_figure(width: float, height: float, title: str = "", fontsize: float | str = "large") -> Figure:
     """A figure of this size in inches with nothing but a title, apart from any figures of the caller's session."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

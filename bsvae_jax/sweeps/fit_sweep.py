@@ -313,7 +313,7 @@ class _SweepDirectory:
             if not (folder / "sweep.json").is_file():
                 raise UserError(f"{folder} is not empty and not a sweep of bsvae; choose another --workdir.")
             info = read_sweep(folder)
-            changed = configs.differences(info.config, base_config(config))
+            changed = configs.changes(info.config, base_config(config))
             if changed:
                 raise UserError(
                     f"{folder} holds a sweep of another config ({'; '.join(changed)}). Choose another --workdir or that config."
@@ -376,7 +376,7 @@ class _SweepDirectory:
         }:
             return False
         info = read_info(folder)
-        changed = configs.differences(info.config, member.config)
+        changed = configs.changes(info.config, member.config)
         if changed:
             raise UserError(f"{folder} holds a run of another config ({'; '.join(changed)}); choose another --workdir.")
         check_same_data(folder, info, self._images)

@@ -17,6 +17,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +41,7 @@ from bsvae_jax._io.files import (
 from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
+from bsvae_jax.data.datasets import with_absolute_paths
 from bsvae_jax.data.image_set import is_image
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report, as_json, from_json
@@ -127,7 +129,7 @@ def describe_run(config: Config, images: ImageSet, **also: Any) -> bytes:
     """What `config.json` holds of a run; `also` are further entries, plain JSON values, for people to read."""
     values = {
         "format": FORMAT,
-        "config": configs.to_dict(config),
+        "config": configs.to_dict(replace(config, data=with_absolute_paths(config.data))),
         "data": {
             "name": images.name,
             "image_shape": images.image_shape,
@@ -153,8 +155,8 @@ def check_same_data(folder: Path, info: RunInfo, images: ImageSet) -> None:
         )
     if info.fingerprint != images.fingerprint():
         raise UserError(
-            f"{folder} was trained on other images of {images.name}: their content has changed since. "
-            "Restore the data, or choose another --workdir."
+            f"{folder} was trained on other images of {images.name}: their content has changed since. Restore the data, say "
+            "where they lie now (--data.path), or choose another --workdir."
         )
 
 
@@ -272,7 +274,7 @@ class RunDirectory:
             if not (folder / "config.json").is_file():
                 raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
             info = read_info(folder)
-            changed = configs.differences(info.config, configs.with_execution_of(config, info.config))
+            changed = configs.changes(info.config, config)
             if changed:
                 raise UserError(
                     f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir or that config."

@@ -251,6 +251,31 @@ def test_truncated_files(size, config_file, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_where_the_data_lie_is_no_part_of_a_run(config_file, tmp_path, capsys, monkeypatch):
+    def commands(*path):
+        for command in (["evaluate", "run", "--split", "test", "--no-figures"], ["fit-prior", "run", "--kind", "gaussian"]):
+            yield [command[0], str(tmp_path / command[1]), *command[2:], *map(str, path)]
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4), np.uint8)
+    (tmp_path / "here").mkdir()
+    np.savez(tmp_path / "here" / "images.npz", train=images)
+    np.savez(tmp_path / "other.npz", train=images[::-1])
+    monkeypatch.chdir(tmp_path / "here")
+    train = ["train", str(config_file), "--workdir", str(tmp_path / "run"), "--batch-size", "8", "--data", "arrays"]
+    main.main([*train, "--data.path", "images.npz"])
+    monkeypatch.chdir(tmp_path)
+    for command in commands():
+        main.main(command)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = tmp_path / "there" / "images.npz"
+    for command in (*commands("--data.path", moved), [*train, "--data.path", str(moved)]):
+        main.main(command)
+    for command in commands():
+        assert "here/images.npz" in refused(command, capsys)
+    for command in (*commands("--data.path", "other.npz"), [*train, "--data.path", "other.npz"]):
+        assert "was trained on other images" in refused(command, capsys)
+
+
 def test_a_workdir_of_another_config_is_left_alone(trained, config_file, capsys):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     text = refused(["train", config_file, "--beta", "2", "--workdir", trained], capsys)
