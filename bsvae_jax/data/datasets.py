@@ -17,7 +17,7 @@ import numpy as np
 from bsvae_jax._io.terminal import messages_shown
 from bsvae_jax.data.image_set import DataShape, ImageSet
 from bsvae_jax.data.recipe import Recipe
-from bsvae_jax.errors import UserError, check_count, check_kind, check_number, check_path
+from bsvae_jax.errors import UserError, as_number, check_count, check_kind, check_number, check_path, shown
 from bsvae_jax.objective import Kind, check_kind_of
 
 PUBLISHED = {
@@ -143,8 +143,8 @@ def _check_preprocessing(source: "TFDS | Folder") -> None:
     for name in ("crop", "size"):
         if getattr(source, name) is not None:
             check_count(f"data.{name}", getattr(source, name))
-    if source.channels not in (None, 1, 3):
-        raise UserError(f"data.channels must be 1 (gray), 3 (color) or None, got {source.channels!r}.")
+    if source.channels is not None and (not isinstance(as_number(source.channels), int) or source.channels not in (1, 3)):
+        raise UserError(f"data.channels must be 1 (gray), 3 (color) or None, got {shown(source.channels)}.")
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,7 @@ def fit_prior(
     """
     fitted_prior.check_kind(kind, components)
     check_count("steps", steps)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise UserError(f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}.")
+    check_count("seed", seed, low=0, high=2**32 - 1)
     folder = as_path(workdir, "workdir")
     run = restore(folder, checkpoint)
     images = load(run.config.data if data_path is None else moved(run.config.data, as_path(data_path, "data_path")))
