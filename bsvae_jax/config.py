@@ -25,7 +25,7 @@ import optax
 from bsvae_jax._io.files import as_path
 from bsvae_jax.data.augmentation import Augmentation
 from bsvae_jax.data.datasets import MNIST, TFDS, Arrays, Dataset, Digits, Folder
-from bsvae_jax.errors import UserError, check_choice, check_count, check_kind, check_number, nearest
+from bsvae_jax.errors import UserError, as_number, check_choice, check_count, check_flag, check_kind, check_number, nearest
 from bsvae_jax.models.latent_map import Spatial
 from bsvae_jax.models.linear import Linear
 from bsvae_jax.models.mlp import MLP
@@ -145,6 +145,8 @@ class Config:
     """Decides the initial parameters, the order of the data, augmentation and posterior samples."""
 
     def __post_init__(self) -> None:
+        for own in dataclasses.fields(self):
+            object.__setattr__(self, own.name, _plain(getattr(self, own.name)))
         for name, base in KINDS.items():
             check_kind_of(name, getattr(self, name), base)
         check_kind("augmentation", self.augmentation, Augmentation)
@@ -169,8 +171,7 @@ class Config:
             raise UserError(
                 f"batch_size {self.batch_size} does not divide into {self.gradient_accumulation} parts (gradient_accumulation)."
             )
-        if not isinstance(self.rematerialize, bool):
-            raise UserError(f"rematerialize must be True or False, got {self.rematerialize!r}.")
+        check_flag("rematerialize", self.rematerialize)
         check_count("evaluate_every", self.evaluate_every)
         check_choice("precision", self.precision, ("float32", "bfloat16"))
         check_choice("device_map", self.device_map, ("shard_map", "pmap"))
@@ -178,9 +179,19 @@ class Config:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_number("resident_memory", self.resident_memory, low=0.0, high=1.0)
-        check_count("seed", self.seed, low=0)
-        if self.seed >= 2**32:
-            raise UserError(f"seed must be < 2**32 (larger ones repeat smaller ones), got {self.seed}.")
+        check_count("seed", self.seed, low=0, high=2**32 - 1)  # larger ones repeat smaller ones
+
+
+def _plain(value: Any) -> Any:
+    """The value with Python's own numbers, which `config.json` can hold, in place of scalars of NumPy and JAX."""
+    if isinstance(value, tuple):
+        values = tuple(map(_plain, value))
+        return value if all(new is old for new, old in zip(values, value, strict=True)) else values
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return as_number(value)
+    old = {own.name: getattr(value, own.name) for own in dataclasses.fields(value) if own.init}
+    new = {name: plain for name, part in old.items() if (plain := _plain(part)) is not part}
+    return dataclasses.replace(value, **new) if new else value
 
 
 KINDS: dict[str, type[Kind]] = {
@@ -394,10 +405,17 @@ def _as_tuple(value: Any) -> Any:
 
 
 def with_execution_of(config: Config, other: Config) -> Config:
-    """`config` with those fields of `other` that say on what and in what pieces it is computed, and do not change what."""
-    return dataclasses.replace(
-        config, **{name: getattr(other, name) for name in ("devices", "device_map", "steps_per_dispatch", "resident_memory")}
-    )
+    """`config` with those fields of `other` that say on what, in what pieces and from which files it is computed, not what."""
+    fields = {name: getattr(other, name) for name in ("devices", "device_map", "steps_per_dispatch", "resident_memory")}
+    if type(config.data) is type(other.data):  # what is in the files is compared by the fingerprint of the images
+        places = {name: getattr(other.data, name) for name in config.data.locations}
+        fields["data"] = dataclasses.replace(config.data, **places)
+    return dataclasses.replace(config, **fields)
+
+
+def changes(saved: Config, wanted: Config) -> list[str]:
+    """The `differences` between two configs by which `wanted` is another experiment than `saved`."""
+    return differences(saved, with_execution_of(wanted, saved))
 
 
 def differences(one: Config, other: Config) -> list[str]:

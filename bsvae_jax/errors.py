@@ -3,6 +3,7 @@
 import difflib
 import math
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,22 +49,39 @@ def check_kind(what: str, value: Any, kinds: type | tuple[type, ...], remedy: st
     if isinstance(value, kinds):
         return
     names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-    shown = repr(value)
-    if len(shown) > 80 or "\n" in shown:  # an array, say
-        shown = f"a value of type {type(value).__name__}"
-    raise UserError(f"{what} must be of type {names}, got {shown}{'; ' if remedy else ''}{remedy}.")
+    raise UserError(f"{what} must be of type {names}, got {shown(value)}{'; ' if remedy else ''}{remedy}.")
 
 
-def check_count(name: str, value: Any, low: int = 1) -> None:
-    """Raise a UserError unless `value` is a whole number of at least `low`.
+def shown(value: Any) -> str:
+    """A value for a sentence: as Python writes it, or what it is, where that is long."""
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to write some thousands of digits
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return f"a value of type {type(value).__name__}" if len(text) > 80 or "\n" in text else text  # an array, say
+
+
+def as_number(value: Any) -> Any:
+    """Python's own number for a scalar of NumPy or JAX; whatever else there is, as it is."""
+    scalar = getattr(value, "ndim", None) == 0 and hasattr(getattr(value, "dtype", None), "kind")
+    return value.item() if scalar else value
+
+
+LARGEST_COUNT = 2**31 - 1
+"""What 32 bits count to: steps are counted so on the devices."""
+
+
+def check_count(name: str, value: Any, low: int = 1, high: int = LARGEST_COUNT) -> None:
+    """Raise a UserError unless `value` is a whole number, of Python, NumPy or JAX, from `low` to `high`.
 
     >>> check_count("epochs", 2.5)
     Traceback (most recent call last):
         ...
     bsvae_jax.errors.UserError: epochs must be a whole number >= 1, got 2.5.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UserError(f"{name} must be a whole number >= {low}, got {value!r}.")
+    number = as_number(value)
+    if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
+        upper = f" and <= {high}" if isinstance(number, int) and number > high else ""
+        raise UserError(f"{name} must be a whole number >= {low}{upper}, got {shown(value)}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -73,24 +91,34 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_number(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
-    """Raise a UserError unless `value` is a finite number in the interval; `open_low` leaves out its lower end."""
-    wrong_type = isinstance(value, bool) or not isinstance(value, int | float)
-    if wrong_type or not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    """Raise a UserError unless `value` is a finite number, of Python, NumPy or JAX, in the interval.
+
+    `open_low` leaves out its lower end. Integers beyond the largest float are not finite here.
+    """
+    number = as_number(value)
+    wrong_type = isinstance(number, bool) or not isinstance(number, int | float)
+    if wrong_type or not abs(number) <= sys.float_info.max or not low <= number <= high or (open_low and number == low):
         lower = f"{'>' if open_low else '>='} {low:g}"
         upper = "" if high == math.inf else f" and <= {high:g}"
-        raise UserError(f"{name} must be a finite number {lower}{upper}, got {value!r}.")
+        raise UserError(f"{name} must be a finite number {lower}{upper}, got {shown(value)}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise a UserError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be True or False, got {shown(value)}.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise a UserError unless `value` is one of the choices; the nearest one is offered."""
-    if value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}.")
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}{nearest(shown(value), choices)}.")
 
 
 def check_widths(name: str, widths: tuple[int, ...]) -> None:
     """Raise a UserError unless `widths` is a tuple of at least one whole number >= 1."""
     if not isinstance(widths, tuple) or not widths:
-        raise UserError(f"{name} must be a tuple of at least one width, got {widths!r}.")
+        raise UserError(f"{name} must be a tuple of at least one width, got {shown(widths)}.")
     for width in widths:
         check_count(name, width)
 
@@ -101,4 +129,4 @@ def check_path(owner: Any, name: str, optional: bool = False) -> None:
     if isinstance(value, os.PathLike):
         object.__setattr__(owner, name, os.fspath(value))
     elif not isinstance(value, str) and not (optional and value is None):
-        raise UserError(f"data.{name} must be a path, got {value!r}.")
+        raise UserError(f"data.{name} must be a path, got {shown(value)}.")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import UserError, check_number, shown
 
 Eigenvalues = Float[np.ndarray, " dimensions"]
 
@@ -34,24 +34,15 @@ class LinearOptimum(NamedTuple):
     """`distortion + beta * rate`, nats."""
 
 
-def _check_number(name: str, value: Any, allow_zero: bool = False) -> None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = np.nan
-    if not np.isfinite(number) or number < 0 or (number == 0 and not allow_zero):
-        raise UserError(f"{name} must be a finite number {'>=' if allow_zero else '>'} 0, got {value!r}.")
-
-
 def _check_latent_size(value: Any, largest: int, why: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= largest:
-        raise UserError(f"latent_size must lie in 1 ... {largest}{why}, got {value!r}.")
+        raise UserError(f"latent_size must lie in 1 ... {largest}{why}, got {shown(value)}.")
 
 
 def _sorted_eigenvalues(eigenvalues: Eigenvalues) -> np.ndarray:
     try:
         values = np.asarray(eigenvalues, np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"eigenvalues must be a vector of numbers: {error}.") from error
     if values.ndim != 1 or values.size == 0:
         raise UserError(f"eigenvalues must be a non-empty vector, got shape {values.shape}.")
@@ -92,8 +83,8 @@ def linear_optimum(eigenvalues: Eigenvalues, latent_size: int, beta: float, floo
     l = _sorted_eigenvalues(eigenvalues)
     dimensions = l.size
     _check_latent_size(latent_size, dimensions, " (the data's dimensions)")
-    _check_number("beta", beta)
-    _check_number("floor", floor, allow_zero=True)
+    check_number("beta", beta, low=0.0, open_low=True)
+    check_number("floor", floor, low=0.0)
     for k in range(latent_size + 1):
         if dimensions - k * beta <= 0:  # at most D / beta latents can be active
             break
@@ -126,7 +117,7 @@ def critical_beta(eigenvalues: Eigenvalues, floor: float = 0.0) -> float:
       UserError: eigenvalues negative or not finite, a floor that is not a number >= 0, or all of them zero.
     """
     l = _sorted_eigenvalues(eigenvalues)
-    _check_number("floor", floor, allow_zero=True)
+    check_number("floor", floor, low=0.0)
     variance = float(l.mean()) + floor
     if not variance > 0:
         raise UserError("The data have no variance: every beta leaves all latents inactive.")
@@ -147,7 +138,7 @@ def gaussian_rate_distortion(eigenvalues: Eigenvalues, distortion: float) -> flo
       UserError: eigenvalues negative or not finite, or a distortion that is not a positive number.
     """
     l = _sorted_eigenvalues(eigenvalues)
-    _check_number("distortion", distortion, allow_zero=bool(l[0] == 0))  # R(D) is infinite at 0
+    check_number("distortion", distortion, low=0.0, open_low=bool(l[0] != 0))  # R(D) is infinite at 0
     if distortion >= l.sum():
         return 0.0
     # sum_i min(s, l_i) is piecewise linear in the level s: k eigenvalues above s give k s + sum_{i>k} l_i.
@@ -203,7 +194,10 @@ def covariance_eigenvalues(data: Shaped[np.ndarray, "examples *pixels"]) -> Eige
     Raises:
       UserError: fewer than two examples, examples of no dimension, or values that are no numbers or not finite.
     """
-    data = np.asarray(data)
+    try:
+        data = np.asarray(data)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"data must be numbers of shape [examples, ...]: {str(error).splitlines()[0]}") from error
     if data.ndim < 2 or data.size == 0 or data.dtype.kind not in "fiub":
         raise UserError(f"data must be numbers of shape [examples, ...], got {data.dtype} of shape {data.shape}.")
     flat = data.reshape(len(data), -1)

@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jaxtyping
@@ -37,11 +38,13 @@ from bsvae_jax.config import (
     Spatial,
     StandardNormal,
     VampPrior,
+    changes,
     differences,
     from_dict,
     load_config,
     to_dict,
 )
+from bsvae_jax.data.datasets import moved, with_absolute_paths
 from bsvae_jax.errors import UserError, nearest
 from bsvae_jax.objective import Constant, DecoderVariance, Learned, Optimal, Predicted
 
@@ -428,6 +431,62 @@ def test_from_dict_refuses(values, telling):
 )
 def test_differences_name_the_dotted_fields(one, other, expected):
     assert differences(one, other) == expected
+
+
+@dataclass(frozen=True)
+class Elsewhere(Dataset):
+    """A data set of one's own whose place has a name of its own."""
+
+    bucket: str = "here"
+    folder: int = 0
+
+    @property
+    def locations(self):
+        return ("bucket",)
+
+    def load(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        (MNIST("here"), MNIST("there"), []),
+        (Arrays("here.npz"), Arrays("there.npz"), []),
+        (Arrays("here.npz"), Arrays("there.npz", holdout_seed=1), ["data.holdout_seed: 0 -> 1"]),
+        (Folder("here", size=32), Folder("there", size=64), ["data.size: 32 -> 64"]),
+        (TFDS("mnist", "here", "by hand"), TFDS("mnist"), []),
+        (TFDS("mnist"), TFDS("cifar10"), ["data.name: mnist -> cifar10"]),
+        (Elsewhere("here"), Elsewhere("there", 1), ["data.folder: 0 -> 1"]),
+        (Digits(), MNIST(), ["data.folder: absent -> data/mnist", "data.kind: digits -> mnist"]),
+    ],
+)
+def test_where_and_on_what_a_config_is_computed_is_no_part_of_it(one, other, expected):
+    wanted = Config(data=other, devices=2, device_map="pmap", steps_per_dispatch=3, resident_memory=0.1)
+    assert changes(Config(data=one), wanted) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (MNIST("a"), MNIST("/work/a")),
+        (Arrays("/b.npz"), Arrays("/b.npz")),
+        (Folder(""), Folder("")),
+        (TFDS("mnist"), TFDS("mnist")),
+        (TFDS("mnist", "gs://bucket", "a"), TFDS("mnist", "gs://bucket", "/work/a")),
+        (Digits(), Digits()),
+    ],
+)
+def test_saved_paths_do_not_depend_on_the_working_directory(source, found, monkeypatch):
+    monkeypatch.setattr("os.getcwd", lambda: "/work")
+    assert with_absolute_paths(source) == found
+
+
+def test_data_that_have_moved_are_found_by_their_first_place():
+    assert moved(TFDS("mnist"), Path("there")) == TFDS("mnist", "there")
+    assert moved(Elsewhere(), "there") == Elsewhere("there")
+    with pytest.raises(UserError, match="Digits are read from no file"):
+        moved(Digits(), "there")
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

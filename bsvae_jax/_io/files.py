@@ -93,9 +93,15 @@ def write_arrays(path: Path, /, **arrays: Any) -> None:
     write_atomically(path, content.getvalue())
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write plain JSON values for people to read, as `write_atomically` does."""
-    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+def digest_of(values: Any) -> str:
+    """SHA-256 of JSON values, but for the entry `digest` in which it is kept beside them."""
+    kept = {name: value for name, value in values.items() if name != "digest"} if isinstance(values, dict) else values
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, values: dict[str, Any], indent: int | None = 2) -> None:
+    """Write plain JSON values and their digest for people to read, as `write_atomically` does."""
+    write_atomically(path, (json.dumps(values | {"digest": digest_of(values)}, indent=indent) + "\n").encode())
 
 
 @contextlib.contextmanager
@@ -103,11 +109,14 @@ def read_json(path: Path, remedy: str = "") -> Iterator[Any]:
     """The values of a JSON file, for the block that makes sense of them.
 
     Raises:
-      UserError: it is no JSON, or the block raised what values of other types, missing ones or too large ones do; the sentence
-        ends with `remedy`. A UserError of the block is passed on.
+      UserError: it is no JSON, it was edited since `write_json` wrote it, or the block raised what values of other types,
+        missing ones or too large ones do; the sentence ends with `remedy`. A UserError of the block is passed on.
     """
     try:
-        yield json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.get("digest", digest_of(values)) != digest_of(values):
+            raise ValueError("it was changed after it was written")
+        yield values
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import BsvaeError, UserError
 
 _PLAIN = {"±": "+-", "β": "beta", "σ²": "sigma^2", "σ": "sigma", "²": "^2", "×": "x", "·": "*", "–": "-", "—": "-", "…": "..."}
 _PLATFORMS = {
@@ -105,6 +105,23 @@ def commandline_environment() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def numbers_without_figures() -> Iterator[None]:
+    """Within the block an error of drawing is a warning: the numbers are there, whatever a font or a name does to a figure.
+
+    A disk that is full and what was written for the user pass.
+    """
+    try:
+        yield
+    except (BsvaeError, OSError):
+        raise
+    except Exception as error:
+        from bsvae_jax._io.terminal import log
+
+        reason = str(error).strip().split("\n")[0][:200]
+        log.warning(f"Figures could not be drawn ({type(error).__name__}: {reason}). The numbers are complete without them.")
 
 
 def check_platform() -> None:

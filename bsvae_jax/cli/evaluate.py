@@ -4,19 +4,22 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from bsvae_jax.cli.environment import check_platform
-from bsvae_jax.cli.options import Merged, Prior, Run, call
+from bsvae_jax.cli.environment import check_platform, numbers_without_figures
+from bsvae_jax.cli.options import Data, Merged, Prior, Run, call
 from bsvae_jax.cli.report import print_report
 from bsvae_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from bsvae_jax.data import ImageSet
+    from bsvae_jax.data.datasets import Dataset
     from bsvae_jax.evaluation.evaluate import Fid
 
 
 def evaluate(
     run: Merged[Run],
+    data: Data,
     split: tuple[Literal["train", "test"], ...] = ("train", "test"),
     samples: int | None = None,
     bound_images: int | None = None,
@@ -35,6 +38,7 @@ def evaluate(
 
     Args:
       run: A trained run or a sweep.
+      data: The data that the run was trained on.
       split: Splits to evaluate.
       samples: Importance samples per image for a tighter bound of log p(x), 1 to 5,000; no such bound if not given.
       bound_images: Take that bound of the first so many images only.
@@ -47,6 +51,7 @@ def evaluate(
       figures: Draw figures.
     """
     from bsvae_jax.data import load
+    from bsvae_jax.data.datasets import moved
     from bsvae_jax.evaluation.evaluate import PAPER_SAMPLES, Fid
     from bsvae_jax.evaluation.fid.inception import load_weights
     from bsvae_jax.evaluation.importance_weighted import check_samples
@@ -70,7 +75,11 @@ def evaluate(
             options = dataclasses.replace(options, weights=load_weights(inception_weights))
     check_platform()
     run.load_classes()
-    load_once = functools.cache(load)  # members of a sweep share their data
+
+    @functools.cache  # members of a sweep share their data
+    def load_once(source: "Dataset") -> "ImageSet":
+        return load(source if data.path is None else moved(source, data.path))
+
     evaluate_in = functools.partial(_evaluate_run, run, load_once, split, samples, bound_images, options, prior)
     if not (run.workdir / "sweep.json").is_file():
         evaluate_in(run.workdir, figures)
@@ -85,7 +94,7 @@ def evaluate(
 
 def _evaluate_run(
     run: Run,
-    load: Callable[..., Any],
+    load: "Callable[[Dataset], ImageSet]",
     split: tuple[str, ...],
     samples: int | None,
     bound_images: int | None,
@@ -114,7 +123,9 @@ def _evaluate_run(
     print(metrics.as_table(report))
     if (sentence := metrics.left_out(images)) is not None:
         print(sentence)
-    if figures:
+    if not figures:
+        return
+    with numbers_without_figures():
         diagnostic_figures.draw(restored, images, evaluated, folder)
         if with_fitted is not None:
             diagnostic_figures.draw_fitted(restored, with_fitted, images, evaluated, folder)

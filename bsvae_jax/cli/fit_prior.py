@@ -3,11 +3,12 @@
 from typing import Literal
 
 from bsvae_jax.cli.environment import check_platform
-from bsvae_jax.cli.options import Merged, Run, call
+from bsvae_jax.cli.options import Data, Merged, Run, call
 
 
 def fit_prior(
     run: Merged[Run],
+    data: Data,
     kind: Literal["gaussian", "mixture", "flow", "flow_matching"] = "mixture",
     components: int = 10,
     seed: int = 0,
@@ -26,6 +27,7 @@ def fit_prior(
 
     Args:
       run: A trained run, or a member of a sweep; the prior is of the one checkpoint.
+      data: The data that the run was trained on.
       kind: A Gaussian or a mixture of Gaussians with full covariances, a flow of affine coupling layers, or flow matching: a
         transformer over the latent map, trained by gradient descent. An interrupted training continues when it is given again.
       components: Number of Gaussians of a mixture.
@@ -41,7 +43,7 @@ def fit_prior(
     check_platform()
     run.load_classes()
     workdir, settings = run.workdir, (kind, components, seed, run.checkpoint, overwrite, steps, width, depth)
-    fitted = fitting.fit_prior(workdir, *settings, progress=True)
+    fitted = fitting.fit_prior(workdir, *settings, progress=True, data_path=data.path)
     before = "" if fitted.held_out_before is None else f", {fitted.held_out_before:.2f} under the model's own prior"
     print(
         f"{fitted.describe()}, fitted to the latents of step {fitted.step}: {workdir / FILE}\n"

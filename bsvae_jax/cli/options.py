@@ -82,6 +82,14 @@ class Run(Workdir):
 
 
 @dataclass(frozen=True)
+class Data:
+    """The data of a trained run."""
+
+    path: Path | None = None
+    """Where they lie now, if not where they were when the run began."""
+
+
+@dataclass(frozen=True)
 class Processes:
     """Several processes, one a machine, that train one model."""
 

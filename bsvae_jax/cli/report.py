@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bsvae_jax.cli.environment import numbers_without_figures
 from bsvae_jax.cli.options import Merged, Workdir, call
 
 
@@ -22,11 +23,14 @@ def print_report(folder: Path) -> None:
     from bsvae_jax.sweeps.report import best_beta, findings, status, write_report
     from bsvae_jax.sweeps.results import as_text, read_results
 
-    *_, page = write_report(folder)
+    page = None
+    with numbers_without_figures():
+        *_, page = write_report(folder)
     results = read_results(folder)
     print(f"{status(results)} Test set, mean ± standard deviation over seeds:\n\n{as_text(results)}\n")
     print("\n".join([*best_beta(results), *findings(results)]))
-    print(f"\nreport: {page}")
+    if page is not None:
+        print(f"\nreport: {page}")
 
 
 def main(arguments: list[str]) -> None:

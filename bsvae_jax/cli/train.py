@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bsvae_jax.cli.environment import check_platform
+from bsvae_jax.cli.environment import check_platform, numbers_without_figures
 from bsvae_jax.cli.experiment import ConfigFile, Experiment, keep_compiled_programs, read_experiment
 from bsvae_jax.cli.options import Merged, Processes, call
 
@@ -42,8 +42,9 @@ def train(
     print(metrics.as_table(result.report))
     if (sentence := metrics.left_out(result.images)) is not None:
         print(sentence)
-    figures.draw(restore(folder), result.images, folder)
-    print(f"figures: {folder / 'figures'}")
+    with numbers_without_figures():
+        figures.draw(restore(folder), result.images, folder)
+        print(f"figures: {folder / 'figures'}")
 
 
 def main(arguments: list[str]) -> None:

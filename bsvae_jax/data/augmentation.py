@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from bsvae_jax.errors import UserError, check_kind, check_number
+from bsvae_jax.errors import UserError, check_flag, check_kind, check_number
 from bsvae_jax.random import check_key
 
 Image = Float[Array, "height width channels"]
@@ -46,8 +46,7 @@ class Augmentation:
             low, high = bounds
             check_number(f"augmentation.{name}", low, low=0.0, open_low=True)
             check_number(f"augmentation.{name}", high, low=low, high=1.0 if name == "crop_scale" else math.inf)
-        if not isinstance(self.flip, bool):
-            raise UserError(f"augmentation.flip must be True or False, got {self.flip!r}.")
+        check_flag("augmentation.flip", self.flip)
 
 
 def augment(

@@ -26,13 +26,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from bsvae_jax._io.disk import MARGIN, free_bytes, mebibytes
-from bsvae_jax._io.files import locked, sha256_of, write_json
+from bsvae_jax._io.files import digest_of, locked, sha256_of, write_json
 from bsvae_jax._io.terminal import log
 from bsvae_jax.data._workers import Decoders
 from bsvae_jax.data.decoding import CorruptImageError, Header, read_header
 from bsvae_jax.data.image_files import Encoded
 from bsvae_jax.data.image_set import ImageSet
-from bsvae_jax.data.recipe import FORMAT, SPLITS, Recipe, digest_of
+from bsvae_jax.data.recipe import FORMAT, SPLITS, Recipe
 from bsvae_jax.errors import UserError
 
 CHUNK = 256
@@ -422,7 +422,6 @@ class _Preparation:
             "skipped": list(corrupt.values()),
             "notes": notes,
         }
-        manifest["digest"] = digest_of(manifest)
         write_json(source / "manifest.json", manifest)
         (source / "progress.jsonl").unlink(missing_ok=True)
         source.rename(self.folder)

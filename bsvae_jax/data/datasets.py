@@ -5,7 +5,9 @@ number of gray levels that says how they map to [0, 1].
 """
 
 import abc
+import dataclasses
 import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 from bsvae_jax._io.terminal import messages_shown
 from bsvae_jax.data.image_set import DataShape, ImageSet
 from bsvae_jax.data.recipe import Recipe
-from bsvae_jax.errors import UserError, check_count, check_kind, check_number, check_path
+from bsvae_jax.errors import UserError, as_number, check_count, check_kind, check_number, check_path, shown
 from bsvae_jax.objective import Kind, check_kind_of
 
 PUBLISHED = {
@@ -56,6 +58,12 @@ class Dataset(Kind, abc.ABC):
     def shape(self) -> DataShape:
         """Sizes of the examples; override it where they are known without reading them."""
         return self.load().shape
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """The fields that say where the files lie, which is no part of an experiment; override it for other names."""
+        known = ("path", "folder", "data_dir", "manual_dir")
+        return tuple(field.name for field in dataclasses.fields(self) if field.init and field.name in known)
 
 
 @dataclass(frozen=True)
@@ -135,8 +143,8 @@ def _check_preprocessing(source: "TFDS | Folder") -> None:
     for name in ("crop", "size"):
         if getattr(source, name) is not None:
             check_count(f"data.{name}", getattr(source, name))
-    if source.channels not in (None, 1, 3):
-        raise UserError(f"data.channels must be 1 (gray), 3 (color) or None, got {source.channels!r}.")
+    if source.channels is not None and (not isinstance(as_number(source.channels), int) or source.channels not in (1, 3)):
+        raise UserError(f"data.channels must be 1 (gray), 3 (color) or None, got {shown(source.channels)}.")
 
 
 @dataclass(frozen=True)
@@ -238,6 +246,29 @@ class Folder(Dataset):
         from bsvae_jax.data import cache
 
         return cache.prepared(self.recipe(), progress=progress)
+
+
+def moved(source: Dataset, path: str | Path) -> Dataset:
+    """The same data, whose files lie at `path` now.
+
+    >>> moved(MNIST(), "elsewhere")
+    MNIST(folder='elsewhere')
+
+    Raises:
+      UserError: data without files.
+    """
+    if not source.locations:
+        raise UserError(f"The data of the kind {type(source).__name__} are read from no file; leave out --data.path.")
+    return dataclasses.replace(source, **{source.locations[0]: os.fspath(path)})
+
+
+def with_absolute_paths(source: Dataset) -> Dataset:
+    """The same data, found from any working directory."""
+    paths = {name: getattr(source, name) for name in source.locations}
+    local = {
+        name: os.path.abspath(path) for name, path in paths.items() if isinstance(path, str) and path and "://" not in path
+    }
+    return dataclasses.replace(source, **local) if local else source
 
 
 def load(source: Dataset, progress: bool = True) -> ImageSet:

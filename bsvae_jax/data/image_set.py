@@ -228,7 +228,7 @@ def check_images(images: Any, what: str) -> np.ndarray:
     """
     try:
         images = np.asarray(images)
-    except ValueError as error:  # of lists of several lengths
+    except (ValueError, TypeError) as error:  # of lists of several lengths, or of keys
         raise UserError(f"{what} must be one array, [N, H, W] or [N, H, W, C]: {error}.") from error
     if images.ndim == 3:
         images = images[..., None]

@@ -56,8 +56,3 @@ class Recipe(NamedTuple):
     def folder(self) -> Path:
         """Where it is, once it is prepared."""
         return cache_folder() / "prepared" / f"{self.name.replace('/', '-')}-{self.key()[:16]}"
-
-
-def digest_of(values: Any) -> str:
-    """Of JSON values, so that a change of any is seen."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from bsvae_jax.evaluation.plots import cell_size, drawn_as_lines, new_figure, show_examples
+from bsvae_jax.evaluation.plots import cell_size, drawn_as_lines, literal, new_figure, show_examples
 
 COLORS = ("#4477aa", "#cc3311", "#228833", "#aa3377", "#997700", "#009988")
 
@@ -18,14 +18,13 @@ CLASSES_NAMED = 20
 
 def likelihood_curves(curves: Mapping[str, np.ndarray], title: str) -> Figure:
     """Importance-weighted bounds [K] against the number of samples, one line per name."""
-    figure = new_figure(5.5, 3.8)
+    figure = new_figure(5.5, 3.8, title)
     axes = figure.subplots()
     for (name, curve), color in zip(curves.items(), COLORS, strict=False):
         axes.plot(np.arange(1, len(curve) + 1), curve, color=color, label=f"{name}: {curve[-1]:.2f} at {len(curve)}")
     axes.set_xscale("log")
     axes.set_xlabel("importance samples K")
     axes.set_ylabel("bound of log p(x) [nats per image]")
-    axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -53,8 +52,7 @@ def residual_calibration(
       bins: centers of the bins.
       title: of the figure.
     """
-    figure = new_figure(12.0, 4.0)
-    figure.suptitle(title)
+    figure = new_figure(12.0, 4.0, title)
     histogram, qq, reliability = figure.subplots(1, 3)
     histogram.plot(bins, np.exp(-0.5 * bins**2) / np.sqrt(2 * np.pi), color="black", linestyle=":", label="N(0, 1)")
     for (name, values), color in zip(density.items(), COLORS, strict=False):
@@ -88,8 +86,7 @@ def variance_maps(mean_image: np.ndarray, squared_error: np.ndarray, variance: n
     """
     names = ("root mean squared error, this split", "optimal σ, training set")
     lines = drawn_as_lines(mean_image.shape)
-    figure = new_figure(11.0, 3.6)
-    figure.suptitle(title)
+    figure = new_figure(11.0, 3.6, title)
     left, *others = figure.subplots(1, 2 if lines else 3)
     left.set_title("mean image of the training set" if not lines else "mean of the training set")
     if lines:
@@ -139,8 +136,7 @@ def variance_by_difficulty(
       most: of the greatest.
       title: of the figure.
     """
-    figure = new_figure(10.0, 4.6)
-    figure.suptitle(title)
+    figure = new_figure(10.0, 4.6, title)
     grid = figure.add_gridspec(2, 2, width_ratios=(3, 2))
     axes = figure.add_subplot(grid[:, 0])
     points = axes.scatter(difficulty, variance, c=rate, s=4, cmap="viridis", rasterized=True)
@@ -170,8 +166,7 @@ def rate_decomposition(
       most_information: log N, the most that the mutual information of N images can be.
       title: of the figure.
     """
-    figure = new_figure(11.0, 4.0)
-    figure.suptitle(title)
+    figure = new_figure(11.0, 4.0, title)
     left, right = figure.subplots(1, 2)
     names = list(parts)
     values, errors = np.transpose([parts[name] for name in names])
@@ -204,8 +199,7 @@ def prior_and_posterior(
       reach: lower and upper ends of both axes, [2] each.
       title: of the figure.
     """
-    figure = new_figure(4.0 * len(points), 8.2)
-    figure.suptitle(title)
+    figure = new_figure(4.0 * len(points), 8.2, title)
     above, below = figure.subplots(2, len(points), squeeze=False)
     for axes, (name, own), color in zip(above, points.items(), COLORS, strict=False):
         axes.scatter(own[:, 0], own[:, 1], s=8 if len(own) < 500 else 4, alpha=0.5, color=color, linewidths=0)
@@ -225,13 +219,12 @@ def interpolations(rows: np.ndarray, labels: Sequence[str], title: str) -> Figur
     """Decoded images [rows, steps, H, W, C] between two ends each; `labels` name the rows."""
     count, steps = rows.shape[:2]
     height, width = cell_size(rows.shape[2:])
-    figure = new_figure(1.4 + 0.6 * steps, 0.8 + 0.6 * count * height / width)
+    figure = new_figure(1.4 + 0.6 * steps, 0.8 + 0.6 * count * height / width, title)
     axes = figure.subplots()
     show_examples(axes, rows.reshape(-1, *rows.shape[2:]), steps)
     axes.set_yticks([(height + 1) * (i + 0.5) for i in range(count)], labels)
     axes.set_xticks([(width + 1) * 0.5, (width + 1) * (steps - 0.5)], ["from", "to"])
     axes.tick_params(length=0)
-    axes.set_title(title)
     return figure
 
 
@@ -244,8 +237,7 @@ def nearest_neighbors(samples: np.ndarray, nearest: np.ndarray, distances: Mappi
       distances: name to root mean squared distances from the nearest training image.
       title: of the figure.
     """
-    figure = new_figure(12.0, 4.2)
-    figure.suptitle(title)
+    figure = new_figure(12.0, 4.2, title)
     grid = figure.add_gridspec(1, 2, width_ratios=(3, 2))
     axes = figure.add_subplot(grid[0])
     columns, (height, _) = max(1, len(samples) // 2), cell_size(samples.shape[1:])
@@ -282,31 +274,28 @@ def latent_space(
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = new_figure(5.2 if len(panels) == 1 else 3.4 * columns, 4.6 if len(panels) == 1 else 3.2 * rows)
-    figure.suptitle(title, fontsize=9)
+    figure = new_figure(
+        5.2 if len(panels) == 1 else 3.4 * columns, 4.6 if len(panels) == 1 else 3.2 * rows, title, fontsize=9.0
+    )
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (name, (classes, names)) in zip(grid.flat, panels.items(), strict=False):
         colors = colormaps["tab10" if len(names) <= 10 else "turbo"]
-        for number, label in enumerate(names):
+        drawn = []
+        for number in range(len(names)):
             own = points[classes == number]
             color = colors(number if len(names) <= 10 else number / (len(names) - 1))
-            axes.scatter(
-                own[:, 0],
-                own[:, 1],
-                s=float(np.clip(6000 / len(points), 3, 20)),
-                color=color,
-                alpha=0.6,
-                linewidths=0,
-                label=label,
-            )
-        axes.set_title(name, fontsize=9)
+            size = float(np.clip(6000 / len(points), 3, 20))
+            drawn.append(axes.scatter(own[:, 0], own[:, 1], s=size, color=color, alpha=0.6, linewidths=0))
+        axes.set_title(literal(name), fontsize=9)
         axes.set_xlabel(f"first principal axis of the posterior means ({shares[0]:.0%})", fontsize=8)
         axes.set_ylabel(f"second ({shares[1]:.0%})", fontsize=8)
         axes.grid(alpha=0.3)
         if len(names) <= CLASSES_NAMED:
             axes.legend(
+                drawn,  # a label of an artist's own would be left out if it began with an underscore
+                [literal(label) for label in names],
                 fontsize=7,
                 markerscale=1.5,
                 loc="center left" if len(panels) == 1 else "best",

@@ -19,7 +19,7 @@ from bsvae_jax.data import ImageSet
 from bsvae_jax.data.image_set import no_images, to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages, fits
 from bsvae_jax.distributed.mesh import data_mesh, replicate
-from bsvae_jax.errors import UserError, check_kind, nearest
+from bsvae_jax.errors import UserError, check_kind, nearest, shown
 from bsvae_jax.evaluation import aggregate_posterior, importance_weighted
 from bsvae_jax.evaluation import residuals as details
 from bsvae_jax.evaluation.fid import distance as fid
@@ -65,7 +65,7 @@ class Fid:
 
     def __post_init__(self) -> None:
         if not isinstance(self.samples, int) or self.samples < 4:
-            raise UserError(f"FID needs samples, at least 4, got {self.samples!r}; 10,000 or more make it comparable.")
+            raise UserError(f"FID needs samples, at least 4, got {shown(self.samples)}; 10,000 or more make it comparable.")
         if self.weights is not None:
             check_kind("weights", self.weights, inception.Weights, "inception.load_weights reads them")
         if self.protocol not in ("standard", "paper"):

@@ -4,7 +4,9 @@ Examples [N, ...] of any shape are drawn by `show_examples`: images as they are,
 and vectors [D] as lines.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +30,33 @@ PANELS = 12
 """Examples drawn as lines in panels of their own."""
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches, apart from any figures of the caller's session."""
+def literal(text: str) -> str:
+    """Text, the name of a folder say, that a figure shows as it is: between two dollar signs there would be a formula."""
+    return text.replace("$", r"\$")
+
+
+@contextlib.contextmanager
+def any_letters() -> Iterator[None]:
+    """Within the block a letter that the font does not have is drawn as a box, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        yield
+
+
+def new_figure(width: float, height: float, title: str = "", fontsize: float | str = "large") -> Figure:
+    """A figure of this size in inches with nothing but a title, apart from any figures of the caller's session."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(literal(title), fontsize=fontsize)
     return figure
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG at 150 dots per inch."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with any_letters():
+        figure.savefig(path, dpi=150)
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
@@ -58,8 +76,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     )
     last = max(rows, key=lambda row: row["step"])
     epochs_per_step = last["epoch"] / last["step"]
-    figure = new_figure(10.0, 5.5)
-    figure.suptitle(title)
+    figure = new_figure(10.0, 5.5, title)
     for axes, (name, label, logarithmic) in zip(figure.subplots(2, 3, sharex=True).flat, panels, strict=True):
         for split, style in STYLE.items():
             own = [row for row in rows if row["split"] == split and row.get(name) is not None]
@@ -166,8 +183,7 @@ def line_panels(examples: Mapping[str, np.ndarray], title: str, columns: int = 4
     first = next(iter(examples.values()))
     count, columns = min(PANELS, len(first)), min(columns, len(first))
     rows = -(-count // columns)
-    figure = new_figure(0.6 + 2.4 * columns, 1.0 + 1.6 * rows)
-    figure.suptitle(title)
+    figure = new_figure(0.6 + 2.4 * columns, 1.0 + 1.6 * rows, title)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     channels = 1 if first.ndim == 2 else first.shape[2]
     colors = _channel_colors(channels)
@@ -201,10 +217,9 @@ def image_grid(images: np.ndarray, title: str, columns: int = 10) -> Figure:
         return line_panels({"sample": images}, title)
     height, width = cell_size(images.shape[1:])
     rows = -(-len(images) // columns)
-    figure = new_figure(7.0, 7 * (rows * (height + 1) - 1) / (columns * (width + 1) - 1) + 0.4)
+    figure = new_figure(7.0, 7 * (rows * (height + 1) - 1) / (columns * (width + 1) - 1) + 0.4, title)
     axes = figure.subplots()
     show_examples(axes, images, columns)
-    axes.set_title(title)
     return figure
 
 
@@ -214,8 +229,7 @@ def reconstructions(originals: np.ndarray, means: np.ndarray, title: str, column
         return line_panels({"original": originals, "mean": means}, title)
     rows = -(-len(originals) // columns)
     height, width = cell_size(originals.shape[1:])
-    figure = new_figure(8.0, 0.4 + rows * (16 / columns * height / width))
-    figure.suptitle(title)
+    figure = new_figure(8.0, 0.4 + rows * (16 / columns * height / width), title)
     for row, axes in enumerate(np.atleast_1d(figure.subplots(rows, 1))):
         part = slice(row * columns, (row + 1) * columns)
         show_examples(axes, np.concatenate([originals[part], means[part]]), len(originals[part]))
@@ -233,14 +247,13 @@ def latent_traversals(
     """
     latents, steps = images.shape[:2]
     height, width = cell_size(images.shape[2:])
-    figure = new_figure(1.2 + 0.55 * steps, 0.9 + 0.55 * latents * height / width)
+    figure = new_figure(1.2 + 0.55 * steps, 0.9 + 0.55 * latents * height / width, title)
     axes = figure.subplots()
     show_examples(axes, images.reshape(-1, *images.shape[2:]), steps)
     axes.set_yticks([(height + 1) * (i + 0.5) for i in range(latents)], labels)
     axes.set_xticks([(width + 1) * (i + 0.5) for i in range(steps)], [f"{value:g}" for value in values])
     axes.tick_params(length=0)
     axes.set_xlabel(f"value of the latent [{unit}]")
-    axes.set_title(title)
     return figure
 
 

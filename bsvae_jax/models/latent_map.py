@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from bsvae_jax.errors import UserError, check_count, check_widths
+from bsvae_jax.errors import UserError, check_count, check_flag, check_widths
 from bsvae_jax.models._subpixel import Convolution
 from bsvae_jax.models.layers import ZEROS, as_float32, dense, exact, stage_size
 from bsvae_jax.models.network import Network, check_images, output_shape
@@ -45,8 +45,7 @@ class Spatial(Network):
     def __post_init__(self) -> None:
         check_widths("network.widths", self.widths)
         check_count("network.blocks", self.blocks)
-        if not isinstance(self.attention, bool):
-            raise UserError(f"network.attention must be True or False, got {self.attention!r}.")
+        check_flag("network.attention", self.attention)
         check_count("network.groups", self.groups)
         if any(width % self.groups for width in self.widths):
             widths = ", ".join(map(str, self.widths))

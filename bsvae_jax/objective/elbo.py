@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from bsvae_jax.errors import UserError, check_kind
+from bsvae_jax.errors import UserError, check_kind, shown
 from bsvae_jax.objective.decoder_variance import DecoderVariance
 from bsvae_jax.objective.gaussian import (
     as_float,
@@ -210,13 +210,12 @@ def mean_objective(terms: ElboTerms, beta: float | Float[Array, ""], axis_name: 
       UserError: `beta` is not a finite number >= 0.
     """
     check_kind("terms", terms, ElboTerms, "it is what elbo_terms returns")
-    if jnp.shape(terms.distortion) != jnp.shape(terms.rate):
-        shapes = f"{jnp.shape(terms.distortion)} and {jnp.shape(terms.rate)}"
+    distortion, rate = as_float("distortion", terms.distortion), as_float("rate", terms.rate)
+    if distortion.shape != rate.shape:
+        shapes = f"{distortion.shape} and {rate.shape}"
         raise UserError(f"distortion and rate must have a value for each image, got shapes {shapes}.")
     check_positive("beta", beta, allow_zero=True)
-    if np.ndim(beta):
-        raise UserError(f"beta must be one number, got an array of shape {np.shape(beta)}; jax.vmap takes many.")
-    return mean_over_devices(jnp.mean(terms.distortion + beta * terms.rate), axis_name)
+    return mean_over_devices(jnp.mean(distortion + beta * rate), axis_name)
 
 
 Values = float | Float[Array, "..."] | Float[np.ndarray, "..."]
@@ -239,8 +238,13 @@ def bits_per_dimension(nll: Values, shape: Sequence[int], bin_width: float = 1.0
     Raises:
       UserError: a shape that is not of an image, or a bin width that is not a number > 0.
     """
-    if not isinstance(shape, Sequence) or not shape or not all(isinstance(n, int | np.integer) and n > 0 for n in shape):
-        raise UserError(f"shape must be that of an image, whole numbers >= 1 as in (28, 28, 1), got {shape!r}.")
+    if (
+        not isinstance(shape, tuple | list)
+        or not shape
+        or not all(type(n) is not bool and isinstance(n, int | np.integer) and n > 0 for n in shape)
+    ):
+        raise UserError(f"shape must be that of an image, whole numbers >= 1 as in (28, 28, 1), got {shown(shape)}.")
     check_positive("bin_width", bin_width)
     check_kind("nll", nll, (float, int, np.number, np.ndarray, jax.Array), "nats per example")
+    as_float("nll", float(nll) if isinstance(nll, int | np.integer) and abs(int(nll)) < 2**1000 else nll)
     return nll / (float(np.prod(shape)) * float(np.log(2.0))) - float(np.log2(bin_width))

@@ -8,6 +8,7 @@ The conventions of the package, settled here once:
 * `floor` is v0, the variance of the uniform noise that turns quantized data into continuous data: `bin_width**2 / 12`
   (`quantization_variance`). Where it enters, the distortion is the exact expectation over that noise,
   `E_u ||x + u - mean||^2 = SSE + D v0`; it bounds every learned variance model from below.
+* Arrays that hold NaN or infinity give NaN or infinity, without an error: their values are known on the device only.
 * Inputs of less than 32 bits are promoted to float32 before anything is squared, summed or logged.
 
 All functions work under `jit`, `grad`, `hessian` and `vmap`, and in float64 under `jax_enable_x64`; variances may be traced.
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from bsvae_jax.errors import UserError, check_kind, nearest
+from bsvae_jax.errors import UserError, check_kind, check_number, nearest, shown
 
 LOG_2PI = float(np.log(2.0 * np.pi))
 
@@ -36,19 +37,19 @@ channel, the last axis, over the batch and all positions."""
 Tree = TypeVar("Tree")
 
 
-def check_positive(what: str, value: Any, allow_zero: bool = False) -> None:
-    """Reject a wrong number; an array of JAX may be traced, so it cannot be looked at and passes."""
-    if isinstance(value, jax.Array):
+def check_positive(what: str, value: Any, allow_zero: bool = False, several: bool = False) -> None:
+    """Reject a wrong number, and unless `several` may be given an array; values of JAX may be traced: nobody looks at them."""
+    numbers = isinstance(value, jax.Array) and any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    numbers = numbers or (isinstance(value, np.ndarray) and value.dtype.kind in "fiu")
+    if numbers and np.ndim(value) and not several:
+        raise UserError(f"{what} must be one number, got an array of shape {np.shape(value)}; jax.vmap takes many.")
+    if numbers and isinstance(value, jax.Array):
         return
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+    if numbers:
         if not np.all(np.isfinite(value) & ((value >= 0) if allow_zero else (value > 0))):
             raise UserError(f"{what} must be finite and {'>= 0' if allow_zero else '> 0'} everywhere; the array holds others.")
         return
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise UserError(f"{what} must be a number, got {value!r}.")
-    if not np.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
-        bound = "a finite number >= 0" if allow_zero else "a finite number > 0"
-        raise UserError(f"{what} must be {bound}, got {value}.")
+    check_number(what, value, low=0.0, open_low=not allow_zero)
 
 
 def quantization_variance(bin_width: float) -> float:
@@ -85,6 +86,8 @@ def mean_over_devices(tree: Tree, axis_name: str | None) -> Tree:
     """
     if axis_name is None:
         return tree
+    for name in axis_name if isinstance(axis_name, tuple) else (axis_name,):
+        check_kind("axis_name", name, str, "the name of a device axis")
     try:
         return jax.lax.pmean(tree, axis_name)
     except NameError as error:
@@ -103,15 +106,14 @@ def check_floor(what: str, value: Any) -> None:
 def check_shared(over: str) -> None:
     """Raise a UserError unless one variance can be shared over `over`."""
     known = typing.get_args(Shared)
-    if over in known:
+    if isinstance(over, str) and over in known:
         return
-    over = str(over)
-    if "pixel" in over and "example" in over:
+    if isinstance(over, str) and "pixel" in over and "example" in over:
         raise UserError(
             "A variance per pixel and per example is unbounded below (each residual gets its own variance, which may go "
             "to zero); share it over 'example', 'batch', 'pixel' or 'channel'."
         )
-    raise UserError(f"over must be one of {', '.join(map(repr, known))}, got {over!r}{nearest(over, known)}.")
+    raise UserError(f"over must be one of {', '.join(map(repr, known))}, got {shown(over)}{nearest(shown(over), known)}.")
 
 
 def as_float(what: str, values: Any) -> Array:
@@ -119,10 +121,12 @@ def as_float(what: str, values: Any) -> Array:
     check_kind(what, values, (jax.Array, np.ndarray, np.number, float, list, tuple), "give an array of floats")
     try:
         array = jnp.asarray(values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{what} is no array of numbers: {str(error).splitlines()[0]}") from error
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise UserError(f"{what} must be floating point (images in [0, 1]), got {array.dtype}; divide 8-bit values by 255.")
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:  # those of 8 bits do not promote
+        raise UserError(
+            f"{what} must be floating point of >= 16 bits (images in [0, 1]), got {array.dtype}; divide 8-bit values by 255."
+        )
     return array
 
 
@@ -195,7 +199,7 @@ def gaussian_nll(
     Raises:
       UserError: `x` and `mean` differ in shape, `variance` does not broadcast against `x`, or is a number <= 0 or NaN.
     """
-    check_positive("variance", variance)
+    check_positive("variance", variance, several=True)
     residual_squared = residual_squares(x, mean)
     return nll_from_log_variance(residual_squared, jnp.log(jnp.asarray(variance, residual_squared.dtype)))
 

@@ -9,7 +9,6 @@ continued by `bsvae train` instead.
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 
 from bsvae_jax import config as configs
-from bsvae_jax._io.files import as_path, is_used, read_json, take_folder, write_arrays, write_atomically
+from bsvae_jax._io.files import as_path, is_used, read_json, take_folder, write_json
 from bsvae_jax._io.terminal import ProgressBar, log, messages_shown
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet, load
@@ -35,16 +34,16 @@ from bsvae_jax.sweeps.gallery import PICTURES, Gallery, draw_members
 from bsvae_jax.sweeps.grid import GridMember, Sweep, base_config
 from bsvae_jax.training.callbacks import Callback, Callbacks, Progress, StartWatch, TensorBoard
 from bsvae_jax.training.checkpoints import DamagedCheckpointError, check_place, saved_steps
+from bsvae_jax.training.identity import EDITED, write_run_arrays
 from bsvae_jax.training.program import Program, program_config
 from bsvae_jax.training.state import check_against_data
 from bsvae_jax.training.step import TrainState
-from bsvae_jax.training.stopped import final_step
+from bsvae_jax.training.stopped import final_step, read_failure
 from bsvae_jax.training.trainer import Member, Trainer
 from bsvae_jax.training.workdir import (
     RunDirectory,
     check_same_data,
     evaluation_at,
-    read_failure,
     read_info,
     shape_and_levels,
 )
@@ -293,7 +292,7 @@ def _train_turn(
 def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray, images: bool = True) -> None:
     """Write `pictures.npz`: uint8 `images`, or other examples as float32, and the rate of each latent on the test set, nats."""
     arrays: dict[str, Any] = {name: to_8_bits(values) if images else values for name, values in gallery._asdict().items()}
-    write_arrays(folder / "pictures.npz", **arrays, latent_rate=latent_rate)
+    write_run_arrays(folder / "pictures.npz", **arrays, latent_rate=latent_rate)
 
 
 class _SweepDirectory:
@@ -313,7 +312,7 @@ class _SweepDirectory:
             if not (folder / "sweep.json").is_file():
                 raise UserError(f"{folder} is not empty and not a sweep of bsvae; choose another --workdir.")
             info = read_sweep(folder)
-            changed = configs.differences(info.config, base_config(config))
+            changed = configs.changes(info.config, base_config(config))
             if changed:
                 raise UserError(
                     f"{folder} holds a sweep of another config ({'; '.join(changed)}). Choose another --workdir or that config."
@@ -322,10 +321,10 @@ class _SweepDirectory:
                 raise UserError(f"{folder} was trained on other images of {images.name}; choose another --workdir.")
         self._wanted = [member.name for member in members]
 
-    def _description(self, members: list[str], before: "SweepInfo | None") -> bytes:
+    def _description(self, members: list[str], before: "SweepInfo | None") -> dict[str, Any]:
         images = self._images
         spectrum = images.covariance_eigenvalues if before is None else before.eigenvalues
-        values = {
+        return {
             "format": FORMAT,
             "config": configs.to_dict(base_config(self._config)),
             "data": {
@@ -337,7 +336,6 @@ class _SweepDirectory:
             },
             "members": members,
         }
-        return (json.dumps(values) + "\n").encode()
 
     def __enter__(self) -> "_SweepDirectory":
         """Make the folder, keep others out and note which members are wanted.
@@ -351,7 +349,7 @@ class _SweepDirectory:
         before = [] if info is None else info.members
         names = [*before, *(name for name in self._wanted if name not in before)]
         if names != before:
-            write_atomically(folder / "sweep.json", self._description(names, info))
+            write_json(folder / "sweep.json", self._description(names, info), indent=None)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -376,7 +374,7 @@ class _SweepDirectory:
         }:
             return False
         info = read_info(folder)
-        changed = configs.differences(info.config, member.config)
+        changed = configs.changes(info.config, member.config)
         if changed:
             raise UserError(f"{folder} holds a run of another config ({'; '.join(changed)}); choose another --workdir.")
         check_same_data(folder, info, self._images)
@@ -415,7 +413,7 @@ def read_sweep(folder: Path) -> SweepInfo:
     path = folder / "sweep.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a sweep: it has no sweep.json. Give the folder that `bsvae sweep` wrote.")
-    with read_json(path) as values:
+    with read_json(path, EDITED) as values:
         if values["format"] > FORMAT:
             raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
         config, data = configs.from_dict(values["config"]), values["data"]

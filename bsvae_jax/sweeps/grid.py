@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from bsvae_jax.config import (
     load_module,
     naming_fields,
 )
-from bsvae_jax.errors import UserError, check_count
+from bsvae_jax.errors import UserError, as_number, check_count, shown
 from bsvae_jax.objective import Constant, DecoderVariance, Optimal
 
 
@@ -57,7 +57,10 @@ class Sweep:
         for name in ("beta", "decoder_variance", "learning_rate", "prior"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or (not values and name not in ("learning_rate", "prior")):
-                raise UserError(f"A sweep needs at least one {name}, got {values!r}.")
+                raise UserError(f"A sweep needs at least one {name}, got {shown(values)}.")
+            values = tuple(map(as_number, values))
+            if not all(isinstance(value, Hashable) for value in values):
+                raise UserError(f"{name} must hold numbers or kinds, got {shown(values)}.")
             repeated = [value for index, value in enumerate(values) if value in values[:index]]
             if repeated:
                 raise UserError(f"{name} names {repeated[0]!r} twice; every member of a sweep is different.")

@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from bsvae_jax.evaluation.plots import cell_size, drawn_as_lines, new_figure, show_examples
+from bsvae_jax.evaluation.plots import any_letters, cell_size, drawn_as_lines, new_figure, show_examples
 
 COLORS = ("#cc3311", "#4477aa", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#555555", "#ee7733")
 MARKERS = "osD^vP*X"
@@ -58,7 +58,8 @@ def _name_points(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
     Points too close together share one label. A label goes to the first side of its point where it covers no other label, and
     is left out where there is none.
     """
-    figure.draw_without_rendering()  # places axes and legend
+    with any_letters():
+        figure.draw_without_rendering()  # places axes and legend
     inside, legend = axes.get_window_extent(), axes.get_legend()
     taken = [] if legend is None else [legend.get_window_extent()]
     for index, curve in enumerate(curves):
@@ -110,11 +111,10 @@ def rate_distortion(
       errors: reference lines for the right panel.
       title: of the figure.
     """
-    figure = new_figure(11.0, 4.8)
-    figure.suptitle(title)
+    figure = new_figure(11.0, 4.8, title)
     left, right = figure.subplots(1, 2)
     _draw(left, readings, nats)
-    left.set_ylabel("distortion $-$log p(x|z) [nats per image]")
+    left.set_ylabel("distortion −log p(x|z) [nats per image]")
     _draw(right, squared_errors, errors)
     right.set_ylabel("mean squared error [intensity²]")
     right.set_yscale("log")
@@ -147,8 +147,7 @@ def metrics_against_beta(panels: Mapping[str, Sequence[Curve]], title: str) -> F
     """One panel per metric, its label the key; a curve per model and split."""
     columns = 3
     rows = -(-len(panels) // columns)
-    figure = new_figure(11.0, 0.6 + 2.7 * rows)
-    figure.suptitle(title)
+    figure = new_figure(11.0, 0.6 + 2.7 * rows, title)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (label, curves) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, curves)
@@ -180,8 +179,7 @@ def pictures_by_beta(
     """
     count = len(originals)
     height, width = cell_size(originals.shape[1:])
-    figure = new_figure(11.0, 0.8 + (len(betas) + 1) * 4.9 / count * height / width)
-    figure.suptitle(title)
+    figure = new_figure(11.0, 0.8 + (len(betas) + 1) * 4.9 / count * height / width, title)
     left, right = figure.subplots(1, 2)
     rows = np.concatenate([originals[None], reconstructions])
     show_examples(left, rows.reshape(-1, *originals.shape[1:]), count)
@@ -203,8 +201,7 @@ def latent_rates(rates: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str)
       rates: model to (betas [n], rates [n, L] in nats).
       title: of the figure.
     """
-    figure = new_figure(1.5 + 4.2 * len(rates), 4.2)
-    figure.suptitle(title)
+    figure = new_figure(1.5 + 4.2 * len(rates), 4.2, title)
     panels = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
     latents = max(values.shape[1] for _, values in rates.values())
     colors = colormaps["viridis"](np.linspace(0, 0.95, latents))
@@ -243,8 +240,7 @@ def beta_variance_grid(
       collapse: rate against beta * variance.
       title: of the figure.
     """
-    figure = new_figure(5.0 * (len(values) + 1), 1.6 + 0.55 * (len(variances) + len(others)) + 1.4)
-    figure.suptitle(title)
+    figure = new_figure(5.0 * (len(values) + 1), 1.6 + 0.55 * (len(variances) + len(others)) + 1.4, title)
     panels = figure.subplots(1, len(values) + 1)
     for axes, (label, grid) in zip(panels, values.items(), strict=False):
         rows = np.vstack([grid, *(other[label][None] for other in others.values())])
@@ -288,8 +284,7 @@ def linear_theory(
       deviations: quantity to (betas, |measured / theory - 1|).
       title: of the figure.
     """
-    figure = new_figure(11.0, 4.5)
-    figure.suptitle(title)
+    figure = new_figure(11.0, 4.5, title)
     left, right = figure.subplots(1, 2)
     _draw(left, measured, lines, joined=False)
     left.set_xlabel("rate [nats per image]")

@@ -68,7 +68,6 @@ def write_report(folder: str | Path) -> list[Path]:
     """
     folder = as_path(folder, "folder")
     results = read_results(folder)
-    pictures = draw(results)
     texts = {
         "table.csv": as_csv(results),
         "members.csv": members_csv(results),
@@ -78,6 +77,7 @@ def write_report(folder: str | Path) -> list[Path]:
     for name, text in texts.items():
         paths.append(folder / name)
         write_atomically(paths[-1], text.encode())
+    pictures = draw(results)
     for name, picture in pictures.items():
         paths.append(folder / "figures" / f"{name}.png")
         save(picture.figure, paths[-1])

@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bsvae_jax._io.files import as_path, read_arrays
+from bsvae_jax._io.files import as_path
 from bsvae_jax.config import CHOICES, Config, Prior, StandardNormal
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.objective import Constant, DecoderVariance, Kind, Learned, Optimal, Predicted
 from bsvae_jax.sweeps.fit_sweep import SweepInfo, read_sweep
-from bsvae_jax.training.workdir import read_evaluation, read_failure, read_info
+from bsvae_jax.training.identity import read_run_arrays
+from bsvae_jax.training.stopped import read_failure
+from bsvae_jax.training.workdir import read_evaluation, read_info
 
 SPLITS = ("test", "train")
 
@@ -151,7 +153,7 @@ def read_results(folder: str | Path) -> SweepResults:
         report, findings = (evaluation.report, evaluation.findings) if evaluation is not None and latest else ({}, {})
         failure = read_failure(own)
         if set(report) >= set(SPLITS) and (own / "pictures.npz").is_file():
-            pictures = read_arrays(own / "pictures.npz", "delete it, and `bsvae sweep` makes it again")
+            pictures = read_run_arrays(own / "pictures.npz", "delete it, and `bsvae sweep` makes it again")
             members.append(MemberResult(name, read_info(own).config, report, findings, pictures))
         elif failure is not None:
             failures[name] = failure

@@ -17,7 +17,7 @@ from bsvae_jax import config as configs
 from bsvae_jax._io.files import write_atomically
 from bsvae_jax._io.terminal import ProgressBar, log
 from bsvae_jax.config import Config
-from bsvae_jax.errors import BsvaeError, UserError, check_count
+from bsvae_jax.errors import BsvaeError, UserError, check_choice, check_count, check_number
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.training.step import LOG_EVERY
 
@@ -291,14 +291,8 @@ class EarlyStopping(Callback):
           UserError: a value out of range.
         """
         check_count("patience", patience)
-        if (
-            isinstance(min_improvement, bool)
-            or not isinstance(min_improvement, int | float)
-            or not 0 <= min_improvement < math.inf
-        ):
-            raise UserError(f"min_improvement must be a finite number >= 0, got {min_improvement!r}.")
-        if term not in ("objective", "distortion", "rate", "mse"):
-            raise UserError(f"term must be one of objective, distortion, rate, mse; got {term!r}.")
+        check_number("min_improvement", min_improvement, low=0.0)
+        check_choice("term", term, ("objective", "distortion", "rate", "mse"))
         self.patience, self.min_improvement, self.term = patience, min_improvement, term
         self._best: dict[str, float] = {}
         self._count: dict[str, int] = {}

@@ -48,7 +48,7 @@ class LostCheckpointError(UserError):
 
 
 class OtherArraysError(UserError):
-    """The checkpoint is sound, and of other names, shapes or types than asked for."""
+    """The checkpoint is sound, and of another run or step, or of other names, shapes or types than asked for."""
 
 
 class SaveError(UserError):
@@ -150,7 +150,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, read_only: bool = False, description: dict[str, Any] | None = None):
-        """`folder` is made if absent, unless `read_only`; `description` (plain JSON values) travels with every checkpoint."""
+        """`folder` is made if absent, unless `read_only`; `description` (plain JSON values) travels with every checkpoint.
+
+        Of its entries, `run` is compared when a checkpoint is restored.
+        """
         self._description = description or {}
         self._saving: int | None = None
         self._trusted = False
@@ -232,7 +235,7 @@ class Checkpoints:
         self.wait()
         if jax.process_count() > 1:  # every process has all of it: this one saves its own copies
             state = jax.device_get(state)
-        metadata = {"format": FORMAT, "sha256": digest(state), **self._description}
+        metadata = {"format": FORMAT, "sha256": digest(state), "step": step, **self._description}
         metrics = {"objective": math.inf if objective is None else objective}  # Orbax wants one
         self._saving = step
         with self._explained():
@@ -353,6 +356,11 @@ class Checkpoints:
             raise NewerCheckpointError(
                 f"{self.path(step)} was written by a newer bsvae_jax (format {metadata['format']}, this one knows {FORMAT})."
             )
+        if metadata.get("step", step) != step:
+            raise OtherArraysError(f"it was saved as step {metadata['step']}, and its folder was renamed since")
+        own = self._description.get("run")
+        if own is not None and metadata.get("run", own) != own:
+            raise OtherArraysError("it is of another run than the config.json of this folder")
         # As it was saved and on the host first: only there can be told what has changed from what is of another shape.
         tree = self._manager.item_metadata(step).tree
         saved, wanted = ocp.tree.to_flat_dict(tree), ocp.tree.to_flat_dict(target)

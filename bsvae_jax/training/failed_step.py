@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from bsvae_jax._io.files import as_path, read_arrays
+from bsvae_jax._io.files import as_path
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.prefetch import gather
 from bsvae_jax.errors import UserError
 from bsvae_jax.random import wrap_key
+from bsvae_jax.training.identity import read_run_arrays
 from bsvae_jax.training.state import build_hyperparameters, build_model, create_state
 from bsvae_jax.training.step import TrainState, data_order, prepare_batch, train_step
 from bsvae_jax.training.workdir import RunDirectory, read_info
@@ -92,7 +93,7 @@ def failed_step(workdir: str | Path) -> FailedStep:
     path = folder / "failure.npz"
     if not path.is_file():
         raise UserError(f"{folder} has no failure.npz: no step of this run was found not to be finite.")
-    arrays = read_arrays(path, "train again to get it back")
+    arrays = read_run_arrays(path, "train again to get it back")
     model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
     try:
         state = create_state(info.config, model, int(arrays["total"]))

@@ -13,6 +13,7 @@ import numpy as np
 from bsvae_jax._io.files import as_path, digest, read_json, take_folder
 from bsvae_jax.config import FlowMatching
 from bsvae_jax.data import ImageSet, load
+from bsvae_jax.data.datasets import moved
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages, fits
 from bsvae_jax.data.shuffle import steps_through
@@ -51,6 +52,7 @@ def fit_prior(
     width: int = 128,
     depth: int = 4,
     progress: bool = False,
+    data_path: str | Path | None = None,
 ) -> FittedPrior:
     """Fit a density to the aggregate posterior of a trained run, and keep it in `workdir/prior.npz`.
 
@@ -70,6 +72,7 @@ def fit_prior(
       width: of the transformer of flow matching.
       depth: blocks of it.
       progress: show a progress bar, where there is one.
+      data_path: where the data lie now; None: where they were when the run began.
 
     Returns:
       The density. What the run has already is returned as it is.
@@ -91,11 +94,10 @@ def fit_prior(
     """
     fitted_prior.check_kind(kind, components)
     check_count("steps", steps)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise UserError(f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}.")
+    check_count("seed", seed, low=0, high=2**32 - 1)
     folder = as_path(workdir, "workdir")
     run = restore(folder, checkpoint)
-    images = load(run.config.data)
+    images = load(run.config.data if data_path is None else moved(run.config.data, as_path(data_path, "data_path")))
     check_same_data(folder, read_info(folder), images)
     _check_trained(folder, run, images)
     held_out = max(1, round(HELD_OUT * len(images.train)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bsvae_jax import config as configs
 from bsvae_jax._io.disk import check_room, tree_bytes
-from bsvae_jax._io.files import as_path, is_used, sha256_of, take_folder, write_atomically
+from bsvae_jax._io.files import as_path, digest_of, is_used, sha256_of, take_folder, write_json
 from bsvae_jax.config import Config
 from bsvae_jax.data import load
 from bsvae_jax.data.shuffle import steps_through
@@ -75,12 +75,12 @@ def import_torch(path: str | Path, config: Config, workdir: str | Path) -> Impor
         _check_unused(folder)  # again, now that no other process can change it
         sha256 = sha256_of(path)
         source = {"kind": "state_dict of PyTorch", "file": path.name, "sha256": sha256}
-        with Checkpoints(
-            folder / "checkpoints", description={"config": configs.to_dict(config), "imported": source}
-        ) as checkpoints:
+        values = describe_run(config, images, imported=source)
+        description = {"run": digest_of(values), "config": configs.to_dict(config), "imported": source}
+        with Checkpoints(folder / "checkpoints", description=description) as checkpoints:
             checkpoints.save(0, state.arrays(), None)
         # Last, because a folder is a run by its config.json: what a kill leaves before is refused by every command.
-        write_atomically(folder / "config.json", describe_run(config, images, imported=source))
+        write_json(folder / "config.json", values)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return Imported(folder, parameters, sha256)
 

@@ -1,11 +1,33 @@
 """One row of training metrics: the averages over the steps since the row before it."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from bsvae_jax.config import Config
+from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.training.step import StepMetrics
+
+
+def incomplete_epochs(rows: Sequence[Mapping[str, Any]], config: Config, images: int, step: int) -> list[int]:
+    """Epochs up to `step` of whose end there is no row of training, or of the evaluation that was due then.
+
+    Args:
+      rows: of `metrics.jsonl`.
+      config: of the run.
+      images: trained on.
+      step: that the run has come to.
+    """
+    found = {(row["step"], row["split"]) for row in rows}
+    incomplete = []
+    for epoch in range(1, config.epochs + 1):
+        end = steps_through(epoch, images, config.batch_size)
+        due = ["train"] + ["test"] * (epoch % config.evaluate_every == 0 or epoch == config.epochs)
+        if end <= step and not all((end, split) in found for split in due):
+            incomplete.append(epoch)
+    return incomplete
 
 
 class MetricsRow:

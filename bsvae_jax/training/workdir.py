@@ -17,6 +17,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -29,22 +30,23 @@ from bsvae_jax import config as configs
 from bsvae_jax._io.disk import MARGIN, check_room, free_bytes, mebibytes, tree_bytes
 from bsvae_jax._io.files import (
     is_used,
-    read_arrays,
     read_json,
     read_metrics,
     take_folder,
-    write_arrays,
     write_atomically,
     write_json,
 )
 from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
+from bsvae_jax.data.datasets import with_absolute_paths
 from bsvae_jax.data.image_set import is_image
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report, as_json, from_json
 from bsvae_jax.evaluation.scores import Calibration
 from bsvae_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, SaveError, check_place
+from bsvae_jax.training.identity import EDITED, check_run, identity, read_run_arrays, write_run_arrays
+from bsvae_jax.training.metrics_log import incomplete_epochs
 from bsvae_jax.training.stopped import Stopped, read_stopped
 
 FORMAT = 1
@@ -95,7 +97,7 @@ def read_info(folder: Path, like: Config | None = None) -> RunInfo:
         raise UserError(f"{folder} is a sweep, not a run: give one of its members, {folder}/members/NAME.")
     if not path.is_file():
         raise UserError(f"{folder} is not a run: it has no config.json. Give the folder that `bsvae train` wrote.")
-    with read_json(path) as values:
+    with read_json(path, EDITED) as values:
         if values["format"] > FORMAT:
             raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
         config, data = configs.from_dict(values["config"], given=configs.kinds_of(like)), values["data"]
@@ -123,11 +125,11 @@ def check_switches(folder: Path, info: RunInfo) -> None:
         )
 
 
-def describe_run(config: Config, images: ImageSet, **also: Any) -> bytes:
+def describe_run(config: Config, images: ImageSet, **also: Any) -> dict[str, Any]:
     """What `config.json` holds of a run; `also` are further entries, plain JSON values, for people to read."""
-    values = {
+    return {
         "format": FORMAT,
-        "config": configs.to_dict(config),
+        "config": configs.to_dict(replace(config, data=with_absolute_paths(config.data))),
         "data": {
             "name": images.name,
             "image_shape": images.image_shape,
@@ -141,7 +143,6 @@ def describe_run(config: Config, images: ImageSet, **also: Any) -> bytes:
         "versions": {name: version(name) for name in ("bsvae_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")},
         **also,
     }
-    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def check_same_data(folder: Path, info: RunInfo, images: ImageSet) -> None:
@@ -153,8 +154,8 @@ def check_same_data(folder: Path, info: RunInfo, images: ImageSet) -> None:
         )
     if info.fingerprint != images.fingerprint():
         raise UserError(
-            f"{folder} was trained on other images of {images.name}: their content has changed since. "
-            "Restore the data, or choose another --workdir."
+            f"{folder} was trained on other images of {images.name}: their content has changed since. Restore the data, say "
+            "where they lie now (--data.path), or choose another --workdir."
         )
 
 
@@ -164,7 +165,7 @@ def read_calibration(folder: Path) -> Calibration | None:
     if not path.is_file():
         return None
     remedy = "delete it, and `bsvae train` or `bsvae evaluate` measures it again"
-    values = read_arrays(path, remedy)
+    values = read_run_arrays(path, remedy)
     try:
         per_pixel = values["variance_per_pixel"]
         return Calibration(int(values["step"]), float(values["variance"]), per_pixel, float(values["floor"]))
@@ -191,7 +192,9 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     path = folder / "evaluation.json"
     if not path.is_file():
         return None
-    with read_json(path, "delete it and evaluate again") as values:
+    remedy = "delete it and evaluate again"
+    with read_json(path, remedy) as values:
+        check_run(path, values, remedy)
         findings = {str(name): str(sentence) for name, sentence in values.get("findings", {}).items()}
         return Evaluation(int(values["step"]), str(values["checkpoint"]), from_json(values["splits"]), findings)
 
@@ -217,7 +220,7 @@ def write_evaluation(
 
 def _write(folder: Path, evaluation: Evaluation) -> None:
     step, checkpoint, report, findings = evaluation
-    values = {"step": step, "checkpoint": checkpoint, "findings": findings, "splits": as_json(report)}
+    values = {"run": identity(folder), "step": step, "checkpoint": checkpoint, "findings": findings, "splits": as_json(report)}
     write_json(folder / "evaluation.json", values)
 
 
@@ -228,19 +231,6 @@ def forget_quantities(folder: Path, prefix: str) -> None:
         return
     kept = {s: {name: q for name, q in own.items() if not name.startswith(prefix)} for s, own in known.report.items()}
     _write(folder, known._replace(report=kept))
-
-
-def read_failure(folder: Path) -> str | None:
-    """Why training stopped in this folder, None where it did not.
-
-    Raises:
-      UserError: a damaged file.
-    """
-    path = folder / "failure.json"
-    if not path.is_file():
-        return None
-    with read_json(path, "delete it") as values:
-        return str(values["error"])
 
 
 class RunDirectory:
@@ -256,12 +246,14 @@ class RunDirectory:
           UserError: it holds another config or other data, it is something else's, or it cannot be written.
         """
         self.folder, self.primary = folder, primary
+        self._config, self._images = config, len(images.train)
         self._unwritten: list[str] = []
         self._paused = False
         self._said: set[str] = set()
         if primary:
             self._check_folder(config, images)
-            self._checkpoints = Checkpoints(folder / "checkpoints", description={"config": configs.to_dict(config)})
+            description = {"run": identity(folder), "config": configs.to_dict(config)}
+            self._checkpoints = Checkpoints(folder / "checkpoints", description=description)
 
     def _check_folder(self, config: Config, images: ImageSet) -> None:
         folder = self.folder
@@ -272,7 +264,7 @@ class RunDirectory:
             if not (folder / "config.json").is_file():
                 raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
             info = read_info(folder)
-            changed = configs.differences(info.config, configs.with_execution_of(config, info.config))
+            changed = configs.changes(info.config, config)
             if changed:
                 raise UserError(
                     f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir or that config."
@@ -281,7 +273,7 @@ class RunDirectory:
             check_switches(folder, info)
         self._lock = take_folder(folder, "training")
         if not (folder / "config.json").is_file():
-            write_atomically(folder / "config.json", describe_run(config, images))
+            write_json(folder / "config.json", describe_run(config, images))
 
     def __enter__(self) -> "RunDirectory":
         """Nothing more to open."""
@@ -324,9 +316,12 @@ class RunDirectory:
             step, arrays = self._checkpoints.restore(state.arrays(), at, log.warning)  # type: ignore[attr-defined]
             state = state.with_arrays(arrays)  # type: ignore[attr-defined]
             log.info(f"continuing from step {step} in {self.folder}")
+        kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
         if metrics.is_file():
-            kept = [row for row in read_metrics(self.folder) if row["step"] <= step]
             write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        if incomplete := incomplete_epochs(kept, self._config, self._images, step):
+            lost = f"{len(incomplete)} epochs up to step {step}, the first of epoch {incomplete[0]}"
+            log.warning(f"{metrics} lacks rows of {lost}: they were lost or removed, and curves have gaps there.")
         if (stopped := read_stopped(self.folder)) is not None and stopped.step != step:
             (self.folder / "stopped.json").unlink()
         return state
@@ -442,5 +437,5 @@ class RunDirectory:
 
     def _write_arrays(self, name: str, arrays: Mapping[str, Any]) -> Path:
         if self.primary:
-            write_arrays(self.folder / name, **arrays)
+            write_run_arrays(self.folder / name, **arrays)
         return self.folder / name

@@ -151,7 +151,9 @@ def test_the_module_runs_as_a_program(tmp_path):
         (["--devices", "8", "--batch-size", "12"], "batch_size 12 does not divide over 8 devices; 16 would"),
         (["--devices", "9"], r"devices must lie in 1 \.\.\. 8"),
         (["--network.hidden"], "network.hidden must be a tuple of at least one width"),
-        (["--seed", "4294967296"], r"seed must be < 2\*\*32"),
+        (["--optimizer.warmup-steps", "4294967296"], "optimizer.warmup_steps must be a whole number >= 0 and <= 2147483647"),
+        (["--epochs", "9" * 400], "epochs must be a whole number >= 1 and <= 2147483647, got an integer of 1329 bits"),
+        (["--seed", "4294967296"], r"seed must be a whole number >= 0 and <= 4294967295, got 4294967296"),
         (["--optimizer.learning-rate", "0"], "optimizer.learning_rate must be a finite number > 0"),
         (["--data", "mnist", "--data.folder", "nowhere"], "nowhere lacks train-images-idx3-ubyte.gz"),
         (["--data", "arrays", "--data.path", "nowhere.npz"], "There is no file 'nowhere.npz'"),
@@ -180,7 +182,7 @@ def assert_matches(text, sentence):
             "Config(decoder_variance=Optimal(over='pixel_and_example'))",
             "A variance per pixel and per example is unbounded below",
         ),
-        ("Config(decoder_variance=Constant('0.1'))", "Constant.variance must be a number, got '0.1'"),
+        ("Config(decoder_variance=Constant('0.1'))", "Constant.variance must be a finite number > 0, got '0.1'"),
         ("Config(decoder_variance=Optimal(over=3))", "over must be one of"),
         ("Config(decoder_variance=Optimal(over='batches'))", r"did you mean 'batch'\?"),
         ("3", "must return a bsvae_jax Config, got int"),
@@ -249,6 +251,31 @@ def test_truncated_files(size, config_file, tmp_path, capsys):
         "train-images-idx3-ubyte is (truncated or damaged|not an idx file)",
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_where_the_data_lie_is_no_part_of_a_run(config_file, tmp_path, capsys, monkeypatch):
+    def commands(*path):
+        for command in (["evaluate", "run", "--split", "test", "--no-figures"], ["fit-prior", "run", "--kind", "gaussian"]):
+            yield [command[0], str(tmp_path / command[1]), *command[2:], *map(str, path)]
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4), np.uint8)
+    (tmp_path / "here").mkdir()
+    np.savez(tmp_path / "here" / "images.npz", train=images)
+    np.savez(tmp_path / "other.npz", train=images[::-1])
+    monkeypatch.chdir(tmp_path / "here")
+    train = ["train", str(config_file), "--workdir", str(tmp_path / "run"), "--batch-size", "8", "--data", "arrays"]
+    main.main([*train, "--data.path", "images.npz"])
+    monkeypatch.chdir(tmp_path)
+    for command in commands():
+        main.main(command)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = tmp_path / "there" / "images.npz"
+    for command in (*commands("--data.path", moved), [*train, "--data.path", str(moved)]):
+        main.main(command)
+    for command in commands():
+        assert "here/images.npz" in refused(command, capsys)
+    for command in (*commands("--data.path", "other.npz"), [*train, "--data.path", "other.npz"]):
+        assert "was trained on other images" in refused(command, capsys)
 
 
 def test_a_workdir_of_another_config_is_left_alone(trained, config_file, capsys):
@@ -403,3 +430,17 @@ def test_a_diverging_member_is_reported_at_the_end(swept, tmp_path, capsys):
     text = refused(command, capsys)
     assert "1 diverged: optimal_rate1e+30_beta1_seed0" in text
     assert "1 of 2 members finished, 1 diverged" in text
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "report"])
+def test_a_figure_that_fails_ends_no_command(command, trained, swept, capsys, monkeypatch):
+    def fail(*values, **options):
+        raise ValueError("no such glyph")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    run = ["--workdir", trained]
+    arguments = {"train": [trained.parent / "small.py", *run], "evaluate": [trained, "--split", "test"], "report": [swept]}
+    main.main([command, *map(str, arguments[command])])
+    said = capsys.readouterr()
+    assert "Figures could not be drawn (ValueError: no such glyph)" in said.err
+    assert "objective" in said.out or "finished" in said.out  # the numbers

@@ -186,3 +186,23 @@ def test_a_field_called_kind_is_refused():
 
     with pytest.raises(UserError, match="a field of Odd is called kind"):
         Config(data=Odd())
+
+
+NAMES = ("US$_$^", r"b\c$x$", "_hidden", "{100%}", "猫", "a\\$b$")
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    def drawn(figure):
+        plots.save(figure, tmp_path / "names.png")  # a formula that does not parse would end it
+        return (tmp_path / "names.png").read_bytes()
+
+    figure = diagnostic_plots.latent_space(
+        np.ones((len(NAMES), 2)), (0.5, 0.5), {"$_": (np.arange(len(NAMES)), NAMES)}, "of $_$"
+    )
+    drawn(figure)
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    for name, label in zip(NAMES, legend, strict=True):
+        own, plain = plots.new_figure(2.0, 1.0, name), plots.new_figure(2.0, 1.0)
+        plain.suptitle(name, parse_math=False)
+        assert drawn(own) == drawn(plain)
+        assert own.get_suptitle() == label

@@ -194,7 +194,7 @@ def test_grids_are_refused(settings, message):
         (
             {"seeds": 2},
             dataclasses.replace(BASE, seed=2**32 - 1),
-            "seed must be < 2**32 (larger ones repeat smaller ones), got 4294967296.",
+            "seed must be a whole number >= 0 and <= 4294967295, got 4294967296.",
         ),
         (
             {"decoder_variance": (Optimal(), "constant")},

@@ -28,7 +28,8 @@ from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.state import build_model, build_optimizer, create_state, learning_rate_schedule, steps_per_dispatch
 from bsvae_jax.training.step import train_step
-from bsvae_jax.training.workdir import read_calibration, read_failure, read_info
+from bsvae_jax.training.stopped import read_failure
+from bsvae_jax.training.workdir import read_calibration, read_info
 
 SMALL = Config(
     network=MLP((16,)), latent_size=4, epochs=2, batch_size=500, devices=1, optimizer=Optimizer(ema_decay=0.9)

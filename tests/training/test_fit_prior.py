@@ -309,7 +309,7 @@ def test_the_commands(run, capsys, tmp_path):
     [
         (["--components", 0], "components must be a whole number >= 1, got 0"),
         (["--components", 1351], "components 1351 exceeds the 1350 training images to fit them to (150 of 1500 are held out)"),
-        (["--seed", -1], "seed must be a whole number from 0 to 2**32 - 1, got -1"),
+        (["--seed", -1], "seed must be a whole number >= 0, got -1"),
         (["--kind", "vamp"], "invalid choice"),
     ],
 )
