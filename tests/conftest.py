@@ -22,10 +22,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Tests compile the same programs again and again; within one run of pytest they are compiled once.
-_COMPILED = tempfile.TemporaryDirectory(prefix="bsvae_compiled_")
-jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+# Tests compile the same programs again and again. Within one run of pytest they are compiled once: its workers, and the
+# processes that tests start, inherit the folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="bsvae_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

@@ -480,7 +480,11 @@ def test_every_public_name_has_a_row():
     assert sorted(called) == sorted(wanted)
 
 
-@pytest.mark.parametrize("make", [np.float32, np.float64, np.float16, jnp.float32, np.array, jnp.asarray], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [np.float32, np.float64, np.float16, jnp.float32, np.array, jnp.asarray],
+    ids=["float32", "float64", "float16", "jax float32", "array", "jax array"],
+)
 def test_numbers_of_numpy_and_jax_are_numbers(make):
     whole = np.int64 if make in (np.float32, np.float64, np.float16) else jnp.int32 if make is jnp.float32 else make
     optimizer = Optimizer(learning_rate=make(0.5), cycles=whole(3))
