@@ -220,7 +220,10 @@ def test_a_list_of_widths_is_a_tuple_or_refused(kind, field):
         (lambda: Config(precision=32), "precision must be one of float32, bfloat16, got 32"),
         (lambda: Config(data="mnist"), "data must be an instance of a class derived from bsvae_jax.Dataset, got 'mnist'"),
         (lambda: Config(data=MNIST), "derived from bsvae_jax.Dataset, got the class MNIST; give an instance, MNIST\\(...\\)"),
-        (lambda: Config(network=Optimal()), "network must be an instance of a class derived from bsvae_jax.Network, got Optimal"),
+        (
+            lambda: Config(network=Optimal()),
+            "network must be an instance of a class derived from bsvae_jax.Network, got Optimal",
+        ),
         (
             lambda: Config(decoder_variance=0.5),
             "decoder_variance must be an instance of a class derived from bsvae_jax.DecoderVariance, got 0.5",
