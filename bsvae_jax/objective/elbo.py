@@ -157,11 +157,8 @@ def elbo_terms(
     check_kind("decoder_variance", decoder_variance, DecoderVariance, "as in bsvae_jax.Optimal()")
     options = {}
     if mask is not None:
-        x, mean = as_float("x", x), as_float("mean", mean)
-        options["mask"] = mask = _checked_mask(mask, x.shape, decoder_variance)
-        # Before the difference, so that the gradient is 0 and not NaN where x or mean is NaN.
-        x, mean = jnp.where(mask, x, 0.0), jnp.where(mask, mean, 0.0)
-    residual_squared = residual_squares(x, mean)
+        options["mask"] = mask = _checked_mask(mask, as_float("x", x).shape, decoder_variance)
+    residual_squared = residual_squares(x, mean, mask)
     rate, batch = as_float("rate", rate), residual_squared.shape[:1]
     if rate.shape != batch:
         raise UserError(f"rate must have a value for each image, shape {batch}, got {rate.shape}.")

@@ -130,14 +130,18 @@ def as_float(what: str, values: Any) -> Array:
     return array
 
 
-def residual_squares(x: Float[Array, "batch *pixels"], mean: Float[Array, "batch *pixels"]) -> Float[Array, "batch *pixels"]:
-    """`(x - mean)^2` in at least float32, the shape of `x`."""
+def residual_squares(
+    x: Float[Array, "batch *pixels"], mean: Float[Array, "batch *pixels"], mask: Bool[Array, "batch *pixels"] | None = None
+) -> Float[Array, "batch *pixels"]:
+    """`(x - mean)^2` in at least float32, the shape of `x`; 0 where the mask is False."""
     x, mean = as_float("x", x), as_float("mean", mean)
     if x.shape != mean.shape or x.ndim < 2:
         raise UserError(
             f"x and mean must have one shape [batch, ...pixels], got {x.shape} and {mean.shape}; nothing is broadcast here."
         )
     dtype = jnp.promote_types(jnp.result_type(x, mean), jnp.float32)
+    if mask is not None:  # before the difference, so that gradients are 0 and not NaN where x or mean is
+        x, mean = jnp.where(mask, x, 0.0), jnp.where(mask, mean, 0.0)
     return jnp.square(x.astype(dtype) - mean.astype(dtype))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import bsvae_jax as bv
@@ -130,6 +131,8 @@ ROWS = [
     ("elbo_terms", lambda: bv.elbo_terms(X, MEAN, RATE, "optimal"), "decoder_variance must be of type .* got 'optimal'"),
     ("elbo_terms", lambda: bv.elbo_terms(X, MEAN, RATE, bv.Optimal), "decoder_variance must be .* as in bsvae_jax.Optimal()"),
     ("elbo_terms", lambda: bv.elbo_terms(X, MEAN[:1], RATE, bv.Optimal()), "one shape"),
+    ("elbo_terms", lambda: bv.elbo_terms(X, MEAN[:1], RATE, bv.Optimal(), mask=np.ones(X.shape, bool)), "one shape"),
+    ("elbo_terms", lambda: bv.elbo_terms(X, MEAN, RATE, bv.Optimal(), mask=1.0), "mask must be a boolean array"),
     ("elbo_terms", lambda: bv.elbo_terms(X, MEAN, RATE[:2], bv.Optimal()), r"for each image, shape \(3,\), got \(2,\)"),
     ("elbo_terms", lambda: bv.elbo_terms(X, MEAN, None, bv.Optimal()), "rate must be of type .* got None"),
     ("elbo_terms", lambda: bv.elbo_terms(X, MEAN, RATE, bv.Learned()), "Learned needs log_variance, and got none"),
@@ -189,15 +192,16 @@ ROWS = [
     ("Config", make(data="digits"), "data must be .* derived from bsvae_jax.Dataset, got 'digits'"),
     ("Config", make(decoder_variance=0.5), "decoder_variance must be .* derived from bsvae_jax.DecoderVariance"),
     ("Config", make(prior=None), "prior must be .* derived from bsvae_jax.Prior, got None"),
-    ("Config", make(optimizer=1e-3), "optimizer must be of type Optimizer, got 0.001"),
+    ("Config", make(optimizer=1e-3), "derived from bsvae_jax.Optimizer, got 0.001"),
     ("Config", make(augmentation=True), "augmentation must be of type Augmentation, got True"),
     ("Config", lambda: MLP(()), "network.hidden must be a tuple of at least one width"),
     ("Config", lambda: MLP((8, 0)), "network.hidden must be a whole number >= 1, got 0"),
     ("Config", lambda: Residual((32.0,)), "network.widths must be a whole number >= 1, got 32.0"),
-    ("Config", lambda: Optimizer(learning_rate=NAN), "optimizer.learning_rate must be a finite number > 0"),
-    ("Config", lambda: Optimizer(schedule="cosin"), r"did you mean 'cosine'\?"),
-    ("Config", lambda: Optimizer(gradient_clip=0.0), "optimizer.gradient_clip must be a finite number > 0"),
-    ("Config", lambda: Optimizer(ema_decay=1.0), "optimizer.ema_decay must be a finite number >= 0 and <= 1"),
+    ("Config", lambda: bv.Config(optimizer=optax.sgd(1e-3)), "derived from bsvae_jax.Optimizer, got GradientTransformation"),
+    ("Optimizer", lambda: Optimizer(learning_rate=NAN), "optimizer.learning_rate must be a finite number > 0"),
+    ("Optimizer", lambda: Optimizer(schedule="cosin"), r"did you mean 'cosine'\?"),
+    ("Optimizer", lambda: Optimizer(gradient_clip=0.0), "optimizer.gradient_clip must be a finite number > 0"),
+    ("Optimizer", lambda: Optimizer(ema_decay=1.0), "optimizer.ema_decay must be a finite number >= 0 and <= 1"),
     ("Config", lambda: Augmentation(flip="no"), "augmentation.flip must be True or False, got 'no'"),
     ("Config", lambda: Augmentation(crop_scale=0.5), r"augmentation.crop_scale must be a pair \(low, high\)"),
     ("Config", lambda: Augmentation(rotation_degrees=NAN), "augmentation.rotation_degrees must be a finite number"),
