@@ -244,7 +244,7 @@ ROWS = [
     ("fit_sweep", lambda: bv.fit_sweep("digits", bv.Sweep(), "run"), "config must be of type Config, got 'digits'"),
     ("fit_sweep", lambda: bv.fit_sweep(CONFIG, (0.1, 1.0), "run"), r"grid must be of type Sweep, got \(0.1, 1.0\)"),
     ("fit_sweep", lambda: bv.fit_sweep(CONFIG, bv.Sweep(), 3), "workdir must be of type str or PathLike"),
-    ("fit_sweep", lambda: bv.fit_sweep(CONFIG, bv.Sweep(), "run", "fast"), "execution must be one of loop, scan, vmap, got .fas"),
+    ("fit_sweep", lambda: bv.fit_sweep(CONFIG, bv.Sweep(), "run", "fast"), "execution must be one of loop, scan, vmap, got .f"),
     ("fit_sweep", lambda: bv.fit_sweep(CONFIG, bv.Sweep(), "run", "scan", 0), "members_at_once must be a whole number >= 1"),
     ("fit_sweep", lambda: bv.fit_sweep(CONFIG, bv.Sweep(), "run", "loop", 2), "'loop' trains one member at a time"),
     ("fit_sweep", of_run(lambda run, done: bv.fit_sweep(CONFIG, bv.Sweep(), done.workdir)), "not a sweep of bsvae"),
