@@ -25,7 +25,8 @@ def import_torch(
     Example: bsvae import-torch model_49.pt configs/mnist_paper.py --beta 10 --workdir runs/published
 
     Args:
-      file: What torch.save(model.state_dict(), FILE) wrote.
+      file: What torch.save(model.state_dict(), FILE) wrote, or a .safetensors file of the same arrays. A prefix before every
+        name, as module., is dropped; of a file that holds more, its state_dict is read.
       config_file: A Python file with get_config(); configs/ holds ready ones.
       experiment: The experiment that the weights are of.
       workdir: Folder of the new run; runs/NAME-OF-FILE if not given.

@@ -10,13 +10,15 @@ import math
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
+from bsvae_jax._io.terminal import log
 from bsvae_jax.errors import UserError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -34,6 +36,10 @@ _DTYPES: dict[str, Any] = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "network")
+"""Where training scripts keep the state_dict among what else they save."""
+_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.", "vae.")
+"""What DataParallel, torch.compile and modules that hold the network put before every name."""
 _REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
 _REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
 _ORDERED_DICT = "collections OrderedDict"
@@ -68,7 +74,10 @@ class _Refused(Exception):
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """Read a file that `torch.save(module.state_dict(), path)` wrote.
+    """Read a file that `torch.save(module.state_dict(), path)` wrote, or a `.safetensors` file of the same arrays.
+
+    The state_dict may be kept in a dictionary of what else a training script saves (`_CONTAINERS`), and every name may begin
+    with a prefix of `_PREFIXES`, which is dropped; the log says so.
 
     Returns:
       `{name: array}`, in the order of the file.
@@ -82,13 +91,35 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from error
     try:
-        return _read_zip(content) if zipfile.is_zipfile(io.BytesIO(content)) else _read_legacy(content)
+        if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < len(content):
+            arrays = _read_safetensors(content)
+        else:
+            arrays = _read_zip(content) if zipfile.is_zipfile(io.BytesIO(content)) else _read_legacy(content)
+        return _without_prefix(arrays, path)
     except _Refused as error:
         raise UserError(f"{path} is refused: {error}. Wanted is a file of torch.save(module.state_dict(), path).") from None
     except (ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError, MemoryError, RuntimeError) as error:
         raise UserError(f"{path} is not a state_dict of PyTorch, or damaged ({type(error).__name__}: {error}).") from error
-    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is a damaged archive ({error}).") from error
+
+
+def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
+    arrays = safetensors.numpy.load(content)
+    if arrays and all(name.startswith(("params.", "batch_stats.")) for name in arrays):
+        raise _Refused("it holds weights by the names of bsvae export, whose run bsvae_jax.restore opens")
+    return arrays
+
+
+def _without_prefix(arrays: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
+    dropped = ""
+    while prefix := next((known for known in _PREFIXES if all(name.startswith(known) for name in arrays)), ""):
+        arrays, dropped = {name.removeprefix(prefix): array for name, array in arrays.items()}, dropped + prefix
+        if not arrays:
+            raise _Refused("it holds no arrays")
+    if dropped:
+        log.info(f"{path}: every name begins with {dropped!r}, which was dropped.")
+    return arrays
 
 
 def _read_zip(content: bytes) -> dict[str, np.ndarray]:
@@ -98,6 +129,8 @@ def _read_zip(content: bytes) -> dict[str, np.ndarray]:
         if len(roots) != 1:
             raise _Refused("the archive has no data.pkl")
         (root,) = roots
+        if f"{root}constants.pkl" in names:
+            raise _Refused("it is a TorchScript program")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise _Refused("its numbers are big-endian")
         if sum(item.file_size for item in archive.infolist()) > 2 * len(content) + 2**20:  # torch.save does not compress
@@ -114,7 +147,7 @@ def _read_legacy(content: bytes) -> dict[str, np.ndarray]:
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise _Refused("its numbers are big-endian")
     tensors = _build(file)
-    items = {tensor.storage.key: tensor.storage.dtype.itemsize for tensor in _tensors(tensors).values()}
+    items = {tensor.storage.key: tensor.storage.dtype.itemsize for tensor in _every_tensor(tensors)}
     blocks = {}
     for key in _build(file):
         size = int.from_bytes(file.read(8), "little", signed=True)
@@ -124,13 +157,26 @@ def _read_legacy(content: bytes) -> dict[str, np.ndarray]:
     return _arrays(tensors, lambda storage: blocks[storage.key])
 
 
+def _every_tensor(value: Any) -> Iterator[_Tensor]:
+    """Those of the state_dict, of the optimizer and of whatever else is there."""
+    if isinstance(value, _Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _every_tensor(part)
+
+
 def _tensors(value: Any) -> dict[str, _Tensor]:
-    if not isinstance(value, dict) or not value:
-        raise _Refused("it holds no named tensors")
-    for name, tensor in value.items():
-        if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-            raise _Refused(f"its entry {name!r} is not a tensor")
-    return value
+    """The named tensors of a state_dict, or of the one that is kept beside the state of an optimizer, say."""
+    places = (("", value), *((name, value.get(name)) for name in _CONTAINERS)) if isinstance(value, dict) else ()
+    for place, part in places:
+        tensors = {name: own for name, own in part.items() if isinstance(own, _Tensor)} if isinstance(part, dict) else {}
+        if tensors and all(isinstance(name, str) for name in tensors):
+            if place:
+                log.info(f"Of the entries {', '.join(map(str, value))} the tensors of {place!r} are read.")
+            return tensors
+    entries = f", but entries {', '.join(map(repr, list(value)[:5]))}" if isinstance(value, dict) and value else ""
+    raise _Refused(f"it holds no named tensors{entries}")
 
 
 def _arrays(value: Any, read: Callable[[_Storage], bytes]) -> dict[str, np.ndarray]:

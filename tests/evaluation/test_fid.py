@@ -321,7 +321,7 @@ def test_a_file_that_holds_more_than_tensors_is_refused(tmp_path, legacy, conten
         "program": {"x": torch.ones(1), "y": Evil()},
         "number": {"epoch": 3},
         "list": [torch.ones(1)],
-        "nested": {"state_dict": {"x": torch.ones(1)}},
+        "nested": {"optimizer": {"x": torch.ones(1)}},
         "string": {"x": "text"},
     }
     path = tmp_path / "evil.pth"

@@ -23,6 +23,7 @@ from bsvae_jax import config
 from bsvae_jax.cli import main
 from bsvae_jax.config import MLP, Arrays, Config, Optimizer, Residual
 from bsvae_jax.errors import UserError
+from bsvae_jax.models._state_dict import read_state_dict
 from bsvae_jax.models.pytorch import counterparts, flatten, unflatten
 from bsvae_jax.profiling.torch_vae import torch_network
 from bsvae_jax.training.checkpoints import Checkpoints
@@ -107,8 +108,8 @@ def random_arrays(shapes, seed=0):
 STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage", "float16": "HalfStorage", "int64": "LongStorage"}
 
 
-def write_state_dict(path, arrays):
-    """What `torch.save` writes, instruction by instruction."""
+def write_state_dict(path, arrays, place=None):
+    """What `torch.save` writes, instruction by instruction: the state_dict, or one at `place`, beside other things."""
 
     def text(value):
         return b"X" + struct.pack("<I", len(value)) + value.encode()
@@ -127,7 +128,13 @@ def write_state_dict(path, arrays):
             )
             program += b"K\x00" + numbers(array.shape) + numbers(strides) + b"\x89ccollections\nOrderedDict\n)RtR"
             archive.writestr(f"model/data/{key}", array.tobytes())
-        archive.writestr("model/data.pkl", program + b"u.")
+        program += b"u"
+        if place is not None:
+            # {"epoch": 3, "optimizer": {"state": {}, "param_groups": [0.5]}, place: ...}
+            groups = b"}(" + text("state") + b"}" + text("param_groups") + b"]G" + struct.pack(">d", 0.5) + b"au"
+            start = b"\x80\x02}(" + text("epoch") + b"K\x03" + text("optimizer") + groups + text(place)
+            program = start + program.removeprefix(b"\x80\x02") + b"u"
+        archive.writestr("model/data.pkl", program + b".")
         archive.writestr("model/byteorder", "little")
         archive.writestr("model/version", "3\n")
     return path
@@ -419,6 +426,49 @@ def test_files_that_are_no_state_dict(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
 
 
+@pytest.mark.parametrize("place", [None, "state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod.", "vae."])
+def test_what_training_scripts_save(place, prefix, arrays, tmp_path, caplog):
+    named = {prefix + name: array for name, array in arrays.items()}
+    path = write_state_dict(tmp_path / "model.pt", named, place)
+    with caplog.at_level("INFO", "bsvae_jax"):
+        found = read_state_dict(path)
+    assert list(found) == list(arrays)
+    jax.tree.map(np.testing.assert_array_equal, found, arrays)
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert (f"every name begins with {prefix!r}, which was dropped" in said) == bool(prefix)
+    assert (f"Of the entries epoch, optimizer, {place} the tensors of {place!r} are read" in said) == (place is not None)
+
+
+def test_a_prefix_of_some_names_is_a_part_of_them(tmp_path):
+    named = {"module.weight": np.ones(2, np.float32), "head.weight": np.ones(3, np.float32)}
+    assert list(read_state_dict(write_state_dict(tmp_path / "model.pt", named))) == list(named)
+
+
+def test_safetensors_of_the_same_arrays(arrays, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(safetensors.numpy.save({f"module.{name}": own for name, own in arrays.items()}))
+    found = read_state_dict(tmp_path / "a.safetensors")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-8])
+    (tmp_path / "c.safetensors").write_bytes(safetensors.numpy.save({"params.encoder.kernel": np.ones(2, np.float32)}))
+    for name, sentence in (("b", "damaged archive"), ("c", "names of bsvae export")):
+        with pytest.raises(UserError, match=sentence):
+            read_state_dict(tmp_path / f"{name}.safetensors")
+
+
+def test_other_files_are_named(arrays, tmp_path):
+    path = write_state_dict(tmp_path / "model.pt", {}, "state_dict")
+    with pytest.raises(UserError, match="no named tensors, but entries 'epoch', 'optimizer', 'state_dict'"):
+        read_state_dict(path)
+    write_state_dict(path, arrays)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("model/constants.pkl", b"")
+    with pytest.raises(UserError, match="TorchScript"):
+        read_state_dict(path)
+
+
 def test_a_workdir_in_use_is_left_alone(arrays, save, tmp_path):
     path, folder = save(arrays), tmp_path / "folder"
     folder.mkdir()
@@ -441,7 +491,7 @@ def test_an_import_that_is_killed_leaves_no_run(arrays, save, tmp_path, monkeypa
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bsvae_jax.training.import_torch.write_atomically", killed)
+    monkeypatch.setattr("bsvae_jax.training.import_torch.write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         bv.import_torch(save(arrays), SMALL, tmp_path / "run")
     with pytest.raises(UserError, match="is not a run"):
