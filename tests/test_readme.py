@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from helpers import README, main
 
-import bsvae_jax as bv
 from bsvae_jax.cli import options
 from bsvae_jax.cli.main import COMMANDS
 
@@ -106,7 +105,7 @@ FEWEST = {
     "sweep": ("--epochs", "1", "--devices", "1", "--seeds", "1"),
     "evaluate": ("--no-figures", "--split", "test"),
 }
-FOLDERS = {"runs/digits", "runs/arrays", "runs/curve"}
+FOLDERS = {"runs/digits", "runs/curve"}
 
 
 def is_cheap(command: list[str]) -> bool:
@@ -120,7 +119,6 @@ def test_from_top_to_bottom(monkeypatch, tmp_path, capsys):
     """What a reader types, in one folder and one Python session."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    np.save("images.npy", bv.data.load(bv.data.Digits()).train[:100])
     session: dict = {}
     ran = []
     for marker, language, body in BLOCK.findall(TEXT):
