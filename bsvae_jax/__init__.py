@@ -3,9 +3,24 @@
     import bsvae_jax as bv
 
 The loss is made of pure functions of arrays (`gaussian_nll`, `optimal_gaussian_nll`, `kl_to_standard_normal`,
-`elbo_terms`, `mean_objective`); `VAE` is the Flax model; `theory` holds what is known exactly; `fit`, `fit_sweep`,
-`restore` and `evaluate` are what the command line calls. Importing the package touches no device, and loads nothing: a public
-name is imported when it is first used. `__init__.pyi` says where each of them is from.
+`elbo_terms`, `mean_objective`); `VAE` is the Flax model; `theory` holds what is known exactly. Whole experiments, as the
+command line runs them:
+
+    load_config(path)                              the `Config` of a file
+    data.load(source)                              training and test images, prepared at the first use: `ImageSet`
+    fit(config, workdir)                           trains, or continues: `FitResult`, with the images and every number
+    fit_sweep(config, grid, workdir)               trains every member of a `Sweep`: `SweepResult`
+    restore(workdir)                               opens a run, also with a fitted prior: `Restored`
+    evaluate(run, images)                          every number of a run; with a `Fid`, FID and KID too
+    read_metrics, read_results, write_report       rows of a run, results of a sweep, its report
+    fit_prior(workdir, kind)                       a density of the latents of a run whose training is over
+    train_step, TrainState.create                  one step of any `VAE`, for a loop of your own; `distributed.parallelize`
+    failed_step(workdir)                           the arguments of the step that was not finite
+    import_torch, export_safetensors               weights from the paper's PyTorch network; weights for other programs
+
+A wrong argument is a `UserError`, which is a `ValueError`; training that is not finite is a `DivergenceError` (both are
+`BsvaeError`s), a signal an `Interrupted`. Importing the package touches no device, and loads nothing: a public name is imported
+when it is first used. `__init__.pyi` says where each of them is from.
 """
 
 import lazy_loader

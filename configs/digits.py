@@ -11,7 +11,17 @@ devices):
     profile ELBO      50.1 nats (training), 33.7 +- 1.0 nats (test)
     rate              28.5 nats, all 16 latents active
 
-The gap between training and test is real: 1,500 images are few for this network.
+The gap between training and test has two causes: 1,500 images are few for this network, and scikit-learn's digits are ordered
+by writer, so that the last 297 are not exchangeable with the first 1,500; random splits give 32.0 to 34.8 calibrated nats on
+the test set.
+
+The sweep's grid is coarse. On a finer one, beta chosen on the test set, the best calibrated ELBO of BS-VAE is at beta 1.5
+(25.5 +- 0.4 nats), of one optimal variance for all images also at 1.5 (26.0, paired 0.5 above BS-VAE), and of the beta-VAE
+with a constant 0.5 at beta 0.03 (24.7).
+
+Residuals have heavy tails: within two standard deviations lie 88.2% of the test set's with the one calibrated variance, 90.3%
+with one per pixel; a Gaussian has 95.4%.
+README's figure: `bsvae sweep configs/digits.py --beta 0.01 0.02 0.05 0.1 0.2 0.3 0.5 1 2 3 5 10 100`.
 """
 
 from bsvae_jax import Sweep

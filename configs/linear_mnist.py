@@ -18,7 +18,8 @@ Hardware and time: 2 CPU cores; the 20 models of the sweep took 25 minutes besid
     61.58      0.114 (0.116)       -0.046
     100        0     (0)            collapsed: beyond the critical beta of 76.1
 
-(A difference below 0 is the noise of one posterior sample per image.) `pytest -m slow -k linear_mnist` holds four betas to it.
+Up to beta 38 the rate is within 0.41% and the squared error within 0.1% of theory. (A difference below 0 is the noise of one
+posterior sample per image.) `pytest -m slow -k linear_mnist` holds four betas to it.
 """
 
 import numpy as np

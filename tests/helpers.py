@@ -1,4 +1,7 @@
-"""What the tests of several modules need: random networks compared by relative error, commands and their refusals."""
+"""What several tests need: random networks, relative errors, commands and their refusals, the blocks of README."""
+
+import re
+from pathlib import Path
 
 import contextlib
 from collections.abc import Iterator
@@ -10,6 +13,8 @@ import pytest
 
 from bsvae_jax.cli import main as cli
 from bsvae_jax.evaluation.fid import inception
+
+README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 @contextlib.contextmanager
@@ -80,3 +85,10 @@ def random_weights(seed=0):
         else:
             arrays[name] = generator.normal(0, 0.1, shape).astype(np.float32)
     return arrays
+
+
+def readme_block(marker: str) -> str:
+    """The fenced block that follows a comment of README."""
+    found = re.search(rf"<!-- {re.escape(marker)} -->\n```\w+\n(.*?)```", README.read_text(), re.DOTALL)
+    assert found is not None, f"README has no block {marker}"
+    return found[1]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import main, refused
+from helpers import main, readme_block, refused
 
 import bsvae_jax as bv
 from bsvae_jax.config import load_config, to_dict
@@ -18,21 +18,13 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.random import make_key
 from bsvae_jax.training.state import build_model, create_state
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SMALL = ("--epochs", "2", "--devices", "1")
-
-
-def block(marker: str) -> str:
-    """The fenced block that follows a comment of README."""
-    found = re.search(rf"<!-- {re.escape(marker)} -->\n```\w+\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    return found[1]
 
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
     file = tmp_path_factory.mktemp("own") / "mine.py"
-    file.write_text(block("mine.py"))
+    file.write_text(readme_block("mine.py"))
     return file
 
 
@@ -65,7 +57,7 @@ def test_the_commands_of_the_readme(mine, run, monkeypatch, capsys):
     monkeypatch.chdir(mine.parent)
     lines = [
         line.partition("#")[0].replace("runs/mine-sweep", "sweep").replace("runs/mine", "run")
-        for line in block("commands of mine.py").splitlines()
+        for line in readme_block("commands of mine.py").splitlines()
     ]
     commands = [line.split()[1:] for line in lines]
     assert [command[0] for command in commands] == ["train", "sweep", "evaluate", "sample", "report"]

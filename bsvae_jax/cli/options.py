@@ -25,13 +25,18 @@ Prior = Literal["model", "fitted"]
 
 def call(command: Callable[..., None], arguments: list[str], **defaults: Any) -> None:
     """Call a command with its parameters as options; `defaults` are those that are known only now."""
+    read_options(command, arguments, **defaults)()
+
+
+def read_options(command: Callable[..., None], arguments: list[str], **defaults: Any) -> Callable[[], None]:
+    """The call of a command that its options amount to, which is still to be made."""
 
     @functools.wraps(command)
     def parsed(*values: Any, **options: Any) -> Callable[[], None]:
         return functools.partial(command, *values, **options)
 
     name = command.__name__.replace("_", "-")
-    parse(functools.partial(parsed, **defaults), prog=f"bsvae {name}", args=arguments)()
+    return parse(functools.partial(parsed, **defaults), prog=f"bsvae {name}", args=arguments)
 
 
 def parse(target: Any, **options: Any) -> Any:

@@ -1,8 +1,9 @@
 """The networks: encoders, decoders, priors, and the VAE made of them.
 
 Begin with `vae`, which ties an encoder, a decoder, a prior and a decoder variance together, and `network`, the kind to derive
-for an encoder and decoder of your own. `linear`, `mlp`, `residual` and `latent_map` have one of each, `priors` the densities of
-the latents; `layers` is what all of them share; `pytorch` carries published weights over.
+for an encoder and decoder of your own. `linear`, `mlp`, `residual` and `latent_map` have one of each, `priors` the densities
+of the latents; `layers` is what all of them share; `pytorch` carries published weights over. A new network is a `Network`
+beside its encoder and decoder, in a file here, with a name in `CHOICES` of `config`.
 """
 
 from bsvae_jax.models.latent_map import Spatial

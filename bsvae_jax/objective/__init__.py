@@ -1,8 +1,9 @@
 """The loss: pure functions of arrays, in nats per example.
 
-Begin with `elbo`, the terms of the objective and their mean; `decoder_variance` has the ways to choose sigma^2, which you may
-add to; `gaussian` has the densities they are made of, and the conventions of the whole package. `kind` is what everything
-that a config can hold has in common.
+Begin with `elbo`, the terms of the objective and their mean; `decoder_variance` has the ways to choose sigma^2; `gaussian` has
+the densities they are made of, and the conventions of the whole package. `kind` is what everything that a config can hold has
+in common. A new way to choose sigma^2 is a `DecoderVariance` in `decoder_variance`: its distortion, what the decoder must
+return for it, its label; and a name in `CHOICES` of `config`.
 """
 
 from bsvae_jax.objective.decoder_variance import Constant, DecoderVariance, Learned, Optimal, Predicted

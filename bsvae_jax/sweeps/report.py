@@ -101,13 +101,18 @@ def status(results: SweepResults) -> str:
 
 
 def best_beta(results: SweepResults) -> list[str]:
-    """A sentence per model: where its calibrated likelihood on the test set is best."""
+    """A sentence per model of several betas: which of them has the best calibrated likelihood on the test set."""
     sentences = []
     for family in families(results):
+        if len(family.betas) < 2:
+            continue
         cells = [mean_and_deviation(own, "calibrated_elbo", "test") for own in family.members]
         index = int(np.argmax([mean for mean, _ in cells]))
         value, beta = display(*cells[index]), family.betas[index]
-        sentences.append(f"{family.label}: best calibrated ELBO on the test set at β = {beta:g}, {value} nats.")
+        sentences.append(
+            f"{family.label}: of {len(family.betas)} β, {beta:g} has the best calibrated ELBO on the test set, {value} nats "
+            "(chosen on that set; a finer grid may have a better one)."
+        )
     return sentences
 
 

@@ -31,6 +31,8 @@ def export_safetensors(
     * `image_shape` (of one example, [H, W, C] of images), `levels` (gray levels of the data) and `step`: JSON too;
     * `calibrated_variance`: the optimal variance of the training set, images in [0, 1]; only where the run has recorded it.
 
+    `flax.traverse_util.unflatten_dict(safetensors.numpy.load_file(file), sep=".")` gives the variables of `model.apply`.
+
     Args:
       workdir: of `fit`, `import_torch`, or a member of a sweep.
       out: a file name that ends in `.safetensors`.
