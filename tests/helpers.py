@@ -1,10 +1,9 @@
 """What several tests need: random networks, relative errors, commands and their refusals, the blocks of README."""
 
-import re
-from pathlib import Path
-
 import contextlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp

@@ -47,11 +47,13 @@ def readings(results: SweepResults, split: str) -> list[Curve]:
     """Distortion against rate: the four readings of the paper, and every other model's own.
 
     A constant variance v with weight beta trains SSE + b * KL with b = 2 v beta, which says nothing of sigma^2. Read with
-    sigma^2 = 1/2 its distortion is `D/2 log(pi) + SSE`, with sigma^2 = b/2 `D/2 log(pi b) + SSE/b`, with the optimal sigma^2 of
-    each image the closed form. BS-VAE is read as trained.
+    sigma^2 = 1/2 its distortion is `D/2 log(pi) + S`, with sigma^2 = b/2 `D/2 log(pi b) + S/b`, with the optimal sigma^2 of
+    each image the closed form, where `S = SSE + D v0`: all are of images with the noise of their quantization. BS-VAE is read
+    as trained.
     """
     found = families(results)
     pixels = math.prod(results.info.image_shape)
+    floor = quantization_variance(1.0 / (results.info.levels - 1))
     curves = []
     for family in found:
         if not isinstance(family.decoder_variance, Constant):
@@ -64,7 +66,7 @@ def readings(results: SweepResults, split: str) -> list[Curve]:
             continue
         suffix = f", prior: {prior.label}" if has_several_priors(results) else ""
         rates = [member_values(own, "rate", split) for _, own in constants]
-        errors = [pixels * member_values(own, "mse", split) for _, own in constants]
+        errors = [pixels * (member_values(own, "mse", split) + floor) for _, own in constants]
         optimal = [member_values(own, "profile_distortion", split) for _, own in constants]
         curves.append(as_curve(f"β-VAE read with optimal σ² per image{suffix}", list(zip(rates, optimal, strict=True))))
         half = [0.5 * pixels * math.log(math.pi) + error for error in errors]

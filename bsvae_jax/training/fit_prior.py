@@ -130,12 +130,15 @@ def fit_prior(
         mean, deviation = _posteriors(run, images)
         order = generator.permutation(len(mean))
         samples = -(-LEAST_SAMPLES // len(mean))
-        kept, other = (
-            _draw(mean[chosen], deviation[chosen], samples, generator) for chosen in (order[held_out:], order[:held_out])
+        # The flow is chosen by half of what is held out, and its density reported of the other half.
+        parts = 2 if kind == "flow" and held_out > 1 else 1
+        kept, other, *chosen_by = (
+            _draw(mean[chosen], deviation[chosen], samples, generator)
+            for chosen in (order[held_out:], *np.array_split(order[:held_out], parts))
         )
         start = jax.random.fold_in(make_key(seed), FIT_SALT)
         if velocity is None:
-            fitted = fit_density(kind, kept, other, start, components)
+            fitted = fit_density(kind, kept, other, start, components, *chosen_by)
         else:
             parameters = fit_flow_matching(velocity, kept, other, start, steps, folder, identity, progress)
             other = other[:DENSITIES]

@@ -133,17 +133,23 @@ def check_kind(kind: str, components: int) -> None:
 
 
 def fit_density(
-    kind: str, latents: Latents, held_out: Float[np.ndarray, "held_out latent"], key: Key[Array, ""], components: int = 10
+    kind: str,
+    latents: Latents,
+    held_out: Float[np.ndarray, "held_out latent"],
+    key: Key[Array, ""],
+    components: int = 10,
+    chosen_by: Float[np.ndarray, "others latent"] | None = None,
 ) -> FittedPrior:
     """A density of latents by maximum likelihood.
 
     Args:
       kind: 'gaussian': mean and full covariance; 'mixture': Gaussians with full covariances, by expectation maximization;
-        'flow': `config.Flow`, at the epoch whose density of `held_out` is greatest.
+        'flow': `config.Flow`, at the epoch whose density of `chosen_by` is greatest.
       latents: [N, L].
-      held_out: of other images, [M, L]; the flow stops by them, and `held_out` of the result is their mean log density.
+      held_out: of other images, [M, L]; nothing is chosen by them, and `held_out` of the result is their mean log density.
       key: decides where the fit starts.
       components: Gaussians of a mixture.
+      chosen_by: of images that are in neither, [K, L]; None: a tenth of the latents, which are not trained on then.
 
     Raises:
       UserError: an unknown kind, or fewer latents than components.
@@ -162,7 +168,9 @@ def fit_density(
             prior, parameters = configs.Mixture(components, "full"), _fit_mixture(latents, components, key)
         case _:
             prior = configs.Flow()
-            parameters = _fit_flow(prior, latents, held_out, key)
+            if chosen_by is None:
+                chosen_by, latents = np.split(latents, [max(1, len(latents) // 10)])
+            parameters = _fit_flow(prior, latents, chosen_by, key)
     fitted = FittedPrior(kind, prior, jax.device_get(parameters), latents.shape[1], 0.0)
     return dataclasses.replace(fitted, held_out=float(fitted.log_prob(held_out).mean()))
 
@@ -205,10 +213,11 @@ def _fit_mixture(latents: np.ndarray, components: int, key: Key[Array, ""]) -> d
     return _parameters(weights, mean + scale * found.means_, found.precisions_cholesky_ / scale[None, :, None])
 
 
-def _fit_flow(prior: configs.Flow, latents: np.ndarray, held_out: np.ndarray, key: Key[Array, ""]) -> Any:
+def _fit_flow(prior: configs.Flow, latents: np.ndarray, other: np.ndarray, key: Key[Array, ""]) -> Any:
+    """Trained on `latents`, as it was when the density of `other` was greatest."""
     module = prior.build(latents.shape[1])
     init_key, order_key = jax.random.split(key)
-    z, other = jnp.asarray(latents, jnp.float32), jnp.asarray(held_out, jnp.float32)
+    z = jnp.asarray(latents, jnp.float32)
     mean, scale = _scale(latents)
     begun: Any = module.init(init_key, z[:1], method="log_prob")["params"]
     params = {**begun, "origin": jnp.asarray(mean, jnp.float32), "log_scale": jnp.asarray(np.log(scale), jnp.float32)}
@@ -233,13 +242,13 @@ def _fit_flow(prior: configs.Flow, latents: np.ndarray, held_out: np.ndarray, ke
         (params, state), _ = jax.lax.scan(step, (params, state), order)
         return params, state
 
-    def density_of_held_out(params: Any) -> float:
-        return float(log_density(lambda part: _log_prob(prior, latents.shape[1], params, part), np.asarray(other)).mean())
+    def density_of_others(params: Any) -> float:
+        return float(log_density(lambda part: _log_prob(prior, latents.shape[1], params, part), other).mean())
 
-    best, value, since, state = params, density_of_held_out(params), 0, optimizer.init(params)
+    best, value, since, state = params, density_of_others(params), 0, optimizer.init(params)
     for number in range(FLOW_EPOCHS):
         params, state = epoch(params, state, jax.random.fold_in(order_key, number))
-        found = density_of_held_out(params)
+        found = density_of_others(params)
         since += 1
         if found > value:
             best, value, since = params, found, 0
