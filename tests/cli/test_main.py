@@ -253,6 +253,22 @@ def test_truncated_files(size, config_file, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".zip", ".JPG", ".tar", ".pdf"])
+def test_samples_of_other_suffixes_are_refused(suffix, trained, tmp_path, capsys):
+    text = refused(["sample", trained, "--out", tmp_path / f"x{suffix}"], capsys)
+    assert "--out must end in .npz or .png, or name a folder" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_suffixes_are_compared_without_case(trained, tmp_path):
+    for name in ("x.PNG", "x.NPZ", "runs.v2"):
+        main.main(["sample", str(trained), "--count", "3", "--out", str(tmp_path / name)])
+    with Image.open(tmp_path / "x.PNG") as image:
+        assert image.format == "PNG"
+    assert np.load(tmp_path / "x.NPZ")["images"].shape == (3, 8, 8, 1)
+    assert len(list((tmp_path / "runs.v2").glob("*.png"))) == 3
+
+
 def test_where_the_data_lie_is_no_part_of_a_run(config_file, tmp_path, capsys, monkeypatch):
     def commands(*path):
         for command in (["evaluate", "run", "--split", "test", "--no-figures"], ["fit-prior", "run", "--kind", "gaussian"]):
