@@ -181,6 +181,7 @@ def test_a_run_continued_under_another_threefry_is_told(tmp_path, caplog):
         "jax_enable_x64": False,
         "jax_threefry_partitionable": False,
         "jax_default_matmul_precision": None,
+        "jax_disable_jit": False,
     }
     for use in (lambda: bv.fit(SMALL, tmp_path, progress=False), lambda: bv.restore(tmp_path)):
         use()
