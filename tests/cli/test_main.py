@@ -104,7 +104,7 @@ def test_samples_are_reproducible_and_the_first_do_not_depend_on_the_count(train
     assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
-COMMANDS = ("prepare", "train", "sweep", "report", "evaluate", "sample", "import-torch", "export")
+COMMANDS = ("prepare", "train", "sweep", "report", "evaluate", "sample", "import-torch", "export", "cache")
 
 
 @pytest.mark.parametrize("command", [["--help"], *([name, "--help"] for name in COMMANDS)])
@@ -251,6 +251,33 @@ def test_truncated_files(size, config_file, tmp_path, capsys):
         "train-images-idx3-ubyte is (truncated or damaged|not an idx file)",
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_the_cache_is_listed_and_cleared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BSVAE_CACHE", str(tmp_path / "cache"))
+    main.main(["cache"])
+    assert capsys.readouterr().out == f"0 entries in {tmp_path / 'cache'}\n"
+    files = ("prepared/cats-1/images.npy", "prepared/cats-2/images.npy", "compiled/program", "downloads/by_hand.zip", "w.pth")
+    for name in files:
+        (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cache" / name).write_bytes(bytes(2**20))
+
+    def left():
+        return sorted(
+            path.relative_to(tmp_path / "cache").as_posix() for path in (tmp_path / "cache").rglob("*") if path.is_file()
+        )
+
+    main.main(["cache"])
+    shown = capsys.readouterr().out
+    assert "1.0 MiB  prepared/cats-1\n" in shown
+    assert "5 entries" in shown
+    assert "There is no 'prepared/cat-1'" in refused(["cache", "--clear", "compiled", "prepared/cat-1"], capsys)
+    assert left() == sorted(files)
+    main.main(["cache", "--clear", "prepared/cats-1", "compiled"])
+    assert "removed        1.0 MiB  prepared/cats-1\n" in capsys.readouterr().out
+    assert left() == ["downloads/by_hand.zip", "prepared/cats-2/images.npy", "w.pth"]
+    main.main(["cache", "--clear", "all"])
+    assert left() == ["downloads/by_hand.zip"]
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".zip", ".JPG", ".tar", ".pdf"])
