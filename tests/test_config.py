@@ -482,6 +482,27 @@ def test_saved_paths_do_not_depend_on_the_working_directory(source, found, monke
     assert with_absolute_paths(source) == found
 
 
+def test_a_config_may_import_its_neighbors_and_define_classes_whose_annotations_are_texts(tmp_path):
+    (tmp_path / "base_of_a_test.py").write_text("from bsvae_jax import Config\ndef get_config(): return Config(beta=0.25)")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass, replace\n"
+        "from base_of_a_test import get_config as base\n"
+        "from bsvae_jax.config import MLP\n"
+        "@dataclass(frozen=True)\n"
+        "class Wide(MLP):\n"
+        "    times: int = 2\n"
+        "def get_config():\n"
+        "    return replace(base(), network=Wide((8,), times=3))\n"
+    )
+    before = list(sys.path)
+    config = load_config(tmp_path / "mine.py")
+    assert (config.beta, type(config.network).__name__, config.network.times) == (0.25, "Wide", 3)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert sys.path == before
+    sys.modules.pop("base_of_a_test")
+
+
 def test_data_that_have_moved_are_found_by_their_first_place():
     assert moved(TFDS("mnist"), Path("there")) == TFDS("mnist", "there")
     assert moved(Elsewhere(), "there") == Elsewhere("there")

@@ -1,7 +1,6 @@
 """Files that are whole or not there, and damaged ones that say so."""
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import io
@@ -24,6 +23,11 @@ import psutil
 
 from bsvae_jax._io.terminal import log
 from bsvae_jax.errors import UserError, check_kind
+
+try:
+    import fcntl
+except ModuleNotFoundError as error:
+    raise ImportError("bsvae_jax runs on Linux and macOS; on Windows, in WSL (Windows Subsystem for Linux).") from error
 
 DAMAGE: tuple[type[Exception], ...] = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, MemoryError, RuntimeError, SyntaxError),

@@ -24,6 +24,7 @@ COMMANDS = {
     "import-torch": "Make a run of weights of the paper's PyTorch network.",
     "export": "Write the weights of a run as a .safetensors file.",
     "compile": "Compile the programs of a config for a machine, which need not be there.",
+    "cache": "List what is kept between commands, and remove it.",
     "bench": "Measure how fast a config trains on the devices at hand.",
 }
 """The commands, whose functions are in files of the same names, and what `bsvae --help` says of each."""

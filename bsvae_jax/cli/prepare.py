@@ -54,7 +54,7 @@ def prepare(
         chosen = Folder(source, holdout, holdout_seed, crop, size, channels)
     else:
         kind = "tfds"
-        if source.endswith((".zip", "/")) or source.startswith((".", "/")):
+        if source.lower().endswith((".zip", "/")) or source.startswith((".", "/")):
             raise UserError(f"There is no folder or .zip {source!r}.")
         chosen = TFDS(source, data_dir, manual_dir, train_split, test_split, crop, size, channels)
         sources.prepare_tfds(chosen)

@@ -6,6 +6,25 @@ from bsvae_jax.cli.environment import check_platform
 from bsvae_jax.cli.options import Merged, Prior, Run, call
 from bsvae_jax.errors import UserError
 
+OTHER_FILES = (
+    ".npy",
+    ".zip",
+    ".tar",
+    ".gz",
+    ".tgz",
+    ".jpg",
+    ".jpeg",
+    ".gif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".pdf",
+    ".svg",
+    ".pt",
+)
+"""Suffixes by which a file is meant, and not a folder."""
+
 
 def sample(
     run: Merged[Run],
@@ -37,21 +56,24 @@ def sample(
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed must lie in 0 ... 2**32 - 1, got {seed}.")
     out = run.workdir / "samples.npz" if out is None else out
-    if out.suffix in (".npz", ".png") and out.exists() and not overwrite:
+    suffix = out.suffix.lower()
+    if suffix in OTHER_FILES and not out.is_dir():
+        raise UserError(f"--out must end in .npz or .png, or name a folder of PNG files; got {out}.")
+    if suffix in (".npz", ".png") and out.exists() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it.")
     check_platform()
     run.load_classes()
     restored = run.restore(prior)
-    if out.suffix != ".npz":
+    if suffix != ".npz":
         sampling.check_png(restored)
     present = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".png":
+        if suffix == ".png":
             images = sampling.sample_prior(restored, count, seed)
             save(image_grid(images / 255.0, f"{count} samples of the {'fitted ' if prior == 'fitted' else ''}prior"), out)
         else:
-            write = sampling.write_npz if out.suffix == ".npz" else sampling.write_folder
+            write = sampling.write_npz if suffix == ".npz" else sampling.write_folder
             with ProgressBar(count, 0, enabled=count > sampling.BATCH) as bar:
                 present = write(restored, out, count, seed, overwrite, bar.update)
     except OSError as error:

@@ -38,7 +38,7 @@ def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str,
     elif active_latents(scores) == 0:
         found["posterior collapse"] = (
             f"no latent is active (rate {rate:.3g} nats): z says nothing about the image. A smaller beta helps"
-            f"{_critical_beta(config, images)}; so does starting with a small beta."
+            f"{_critical_beta(config, images)}; so does longer training, where this was short."
         )
     elif rate > 1.0 and mse > 0.99 * images.test_variance:
         found["dead decoder"] = (

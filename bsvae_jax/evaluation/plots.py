@@ -56,7 +56,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG at 150 dots per inch."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with any_letters():
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, format="png")
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:

@@ -52,7 +52,7 @@ from bsvae_jax.training.stopped import Stopped, read_stopped
 FORMAT = 1
 """Version of the layout of a run folder."""
 
-SWITCHES = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
+SWITCHES = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision", "jax_disable_jit")
 """Of JAX, by which the same run comes to other numbers."""
 
 State = TypeVar("State")

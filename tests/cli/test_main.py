@@ -104,7 +104,7 @@ def test_samples_are_reproducible_and_the_first_do_not_depend_on_the_count(train
     assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
-COMMANDS = ("prepare", "train", "sweep", "report", "evaluate", "sample", "import-torch", "export")
+COMMANDS = ("prepare", "train", "sweep", "report", "evaluate", "sample", "import-torch", "export", "cache")
 
 
 @pytest.mark.parametrize("command", [["--help"], *([name, "--help"] for name in COMMANDS)])
@@ -251,6 +251,49 @@ def test_truncated_files(size, config_file, tmp_path, capsys):
         "train-images-idx3-ubyte is (truncated or damaged|not an idx file)",
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_the_cache_is_listed_and_cleared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BSVAE_CACHE", str(tmp_path / "cache"))
+    main.main(["cache"])
+    assert capsys.readouterr().out == f"0 entries in {tmp_path / 'cache'}\n"
+    files = ("prepared/cats-1/images.npy", "prepared/cats-2/images.npy", "compiled/program", "downloads/by_hand.zip", "w.pth")
+    for name in files:
+        (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cache" / name).write_bytes(bytes(2**20))
+
+    def left():
+        return sorted(
+            path.relative_to(tmp_path / "cache").as_posix() for path in (tmp_path / "cache").rglob("*") if path.is_file()
+        )
+
+    main.main(["cache"])
+    shown = capsys.readouterr().out
+    assert "1.0 MiB  prepared/cats-1\n" in shown
+    assert "5 entries" in shown
+    assert "There is no 'prepared/cat-1'" in refused(["cache", "--clear", "compiled", "prepared/cat-1"], capsys)
+    assert left() == sorted(files)
+    main.main(["cache", "--clear", "prepared/cats-1", "compiled"])
+    assert "removed        1.0 MiB  prepared/cats-1\n" in capsys.readouterr().out
+    assert left() == ["downloads/by_hand.zip", "prepared/cats-2/images.npy", "w.pth"]
+    main.main(["cache", "--clear", "all"])
+    assert left() == ["downloads/by_hand.zip"]
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".zip", ".JPG", ".tar", ".pdf"])
+def test_samples_of_other_suffixes_are_refused(suffix, trained, tmp_path, capsys):
+    text = refused(["sample", trained, "--out", tmp_path / f"x{suffix}"], capsys)
+    assert "--out must end in .npz or .png, or name a folder" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_suffixes_are_compared_without_case(trained, tmp_path):
+    for name in ("x.PNG", "x.NPZ", "runs.v2"):
+        main.main(["sample", str(trained), "--count", "3", "--out", str(tmp_path / name)])
+    with Image.open(tmp_path / "x.PNG") as image:
+        assert image.format == "PNG"
+    assert np.load(tmp_path / "x.NPZ")["images"].shape == (3, 8, 8, 1)
+    assert len(list((tmp_path / "runs.v2").glob("*.png"))) == 3
 
 
 def test_where_the_data_lie_is_no_part_of_a_run(config_file, tmp_path, capsys, monkeypatch):

@@ -332,7 +332,7 @@ def test_pictures(three):
         folder = three / "members" / name
         with np.load(folder / "pictures.npz", allow_pickle=False) as file:
             pictures = dict(file)
-        assert set(pictures) == {"originals", "reconstructions", "samples", "latent_rate"}
+        assert set(pictures) == {"originals", "reconstructions", "samples", "latent_rate", "run"}
         for kind in ("originals", "reconstructions", "samples"):
             assert (pictures[kind].shape, pictures[kind].dtype) == ((10, 8, 8, 1), np.uint8), kind
             assert len({image.tobytes() for image in pictures[kind]}) == 10, kind

@@ -93,6 +93,12 @@ def test_a_torn_last_row_is_left_out(torn, tmp_path):
     assert read_metrics(tmp_path) == [ROW]
 
 
+def test_a_system_without_locks_is_named():
+    code = "import sys; sys.modules['fcntl'] = None; import bsvae_jax; bsvae_jax.read_metrics"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stderr.splitlines()[-1].startswith("ImportError: bsvae_jax runs on Linux and macOS; on Windows, in WSL")
+
+
 def test_what_a_kill_leaves_is_swept(tmp_path):
     """By the next command that takes the folder, or that writes the same file; what a living process writes stays."""
     killed = "import bsvae_jax._io.files as f, os, pathlib, sys\nf.os.fsync = lambda file: os._exit(9)\n"

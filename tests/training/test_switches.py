@@ -182,6 +182,7 @@ def test_a_run_continued_under_another_threefry_is_told(tmp_path, caplog):
         "jax_enable_x64": False,
         "jax_threefry_partitionable": False,
         "jax_default_matmul_precision": None,
+        "jax_disable_jit": False,
     }
     for use in (lambda: bv.fit(SMALL, tmp_path, progress=False), lambda: bv.restore(tmp_path)):
         use()
@@ -189,11 +190,11 @@ def test_a_run_continued_under_another_threefry_is_told(tmp_path, caplog):
         assert "began under other switches of JAX (JAX_THREEFRY_PARTITIONABLE was False and is True)" in warning
 
 
-def test_a_run_that_recorded_no_switches_continues_without_a_word(tmp_path, caplog):
-    bv.fit(SMALL, tmp_path, progress=False)
-    values = json.loads((tmp_path / "config.json").read_text())
-    del values["switches"], values["digest"]
-    (tmp_path / "config.json").write_text(json.dumps(values))
+def test_a_run_that_recorded_no_switches_continues_without_a_word(tmp_path, caplog, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr("bsvae_jax.training.workdir.SWITCHES", ())
+        bv.fit(SMALL, tmp_path, progress=False)
+    assert json.loads((tmp_path / "config.json").read_text())["switches"] == {}
     bv.fit(SMALL, tmp_path, progress=False)
     assert not warnings_of(caplog)
 

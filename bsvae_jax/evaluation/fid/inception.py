@@ -283,7 +283,7 @@ def load_weights(path: str | Path | None = None, sha256: str | None = WEIGHTS.sh
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}; {_how_to_get()}")
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         found = _checked_hash(path, sha256)
         return Weights(from_state_dict(read_state_dict(path), str(path)), found)
     arrays = read_arrays(path, _how_to_get())
