@@ -1,6 +1,7 @@
 """Image files as a source has them, still encoded: a folder, a zip archive. Found and ordered, not decoded."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,7 +11,7 @@ import re
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
@@ -96,10 +97,32 @@ class Files:
             return CorruptImageError(f"{self.root / name} cannot be read ({error}).")
         return Encoded(str(self.root / name), content, None if self.labels is None else self.labels[index])
 
+    def contents(self) -> list[Hashable]:
+        """What tells files apart: equal where their contents are. Most are told apart by their size and a few bytes."""
+        if self.archive is not None:
+            members = map(self.archive.getinfo, self.names)
+            return [(member.file_size, member.CRC) for member in members]
+        paths = [self.root / name for name in self.names]
+        glances = list(map(_glance, paths))
+        often = collections.Counter(glances)
+        return [
+            glance if often[glance] == 1 else (glance, hashlib.sha256(path.read_bytes()).digest())
+            for path, glance in zip(paths, glances, strict=True)
+        ]
+
     def take(self, indices: Sequence[int]) -> "Files":
         """These images only."""
         labels = None if self.labels is None else [self.labels[i] for i in indices]
         return dataclasses.replace(self, names=[self.names[i] for i in indices], labels=labels)
+
+
+def _glance(path: Path) -> tuple[int, bytes]:
+    """The size of a file, and what stands in its middle; of one that cannot be read, nothing: decoding says so."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(size // 2)
+        return size, file.read(64)
+    return 0, os.fsencode(path)
 
 
 class Found(NamedTuple):

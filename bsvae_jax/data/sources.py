@@ -1,8 +1,10 @@
 """How the data sets of the library are read: the digits, MNIST's idx files, arrays, folders and TFDS sets."""
 
 import contextlib
+import hashlib
 import importlib.util
 import re
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +124,9 @@ def read_arrays_file(path: Path, holdout: float, seed: int, levels: int | None) 
         test = images["test"]
         notes.append(f"{len(test):,} for testing {roles['test']!r}")
     else:
-        parts = _holdout(len(train), holdout, seed, str(path))
+        parts = _holdout(
+            [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in train], holdout, seed, str(path)
+        )
         notes.append(f"of which {len(parts[1]):,} are held out for testing")
         labels = {split: labels["train"][part] for split, part in zip(("train", "test"), parts, strict=True) if labels}
         train, test = (train[part] for part in parts)
@@ -198,13 +202,21 @@ def _levels(splits: list[np.ndarray], levels: int | None, path: Path, precision:
 # --- Folders ----------------------------------------------------------------------------------------------------------
 
 
-def _holdout(count: int, share: float, seed: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions for training and for testing, both in order."""
+def _holdout(contents: Sequence[Hashable], share: float, seed: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions for training and for testing, both in order; copies of a training image stay in training."""
+    count = len(contents)
     order = np.random.default_rng(seed).permutation(count)
     held_out = max(1, round(share * count))
     if held_out >= count:
         raise UserError(f"{what} holds {count} images: too few to keep {held_out} for testing.")
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    trained = {contents[index] for index in order[held_out:]}
+    is_copy = np.array([contents[index] in trained for index in order[:held_out]])
+    if is_copy.all():
+        raise UserError(f"{what}: all {held_out} images drawn for testing are copies of training images; give a test set.")
+    if is_copy.any():
+        log.info(f"{what}: {is_copy.sum():,} images drawn for testing are copies of training images, and stay in training.")
+    test = order[:held_out][~is_copy]
+    return np.setdiff1d(order, test), np.sort(test)
 
 
 def folder_recipe(source: Any) -> Recipe:
@@ -221,7 +233,7 @@ def folder_recipe(source: Any) -> Recipe:
     if found.test is not None:
         train, test, division = found.train, found.test, None
     else:
-        positions = _holdout(len(found.train), source.holdout, source.holdout_seed, str(path))
+        positions = _holdout(found.train.contents(), source.holdout, source.holdout_seed, str(path))
         train, test = (found.train.take(part.tolist()) for part in positions)
         division = [source.holdout, source.holdout_seed]
     return Recipe(

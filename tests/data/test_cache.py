@@ -275,6 +275,21 @@ def test_a_flat_folder_is_held_out_in_part(tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "photos", holdout=0.25).test, images.test)
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+def test_copies_of_a_training_image_are_not_held_out(tmp_path, zipped):
+    write_images(tmp_path / "photos", 20)
+    for file in sorted((tmp_path / "photos").iterdir())[:10]:
+        shutil.copy(file, file.with_stem(f"copy_of_{file.stem}"))
+    path = tmp_path / "photos"
+    if zipped:
+        path = Path(shutil.make_archive(str(path), "zip", path))
+    images = load(path, holdout=0.5)
+    train, test = ({image.tobytes() for image in part} for part in (images.train, images.test))
+    assert not train & test
+    assert len(images.train) + len(images.test) == 30
+    assert len(train) + len(test) == 20
+
+
 @pytest.mark.parametrize("test_name", ["test", "val"])
 def test_splits_and_classes_are_folders(tmp_path, test_name):
     written = {

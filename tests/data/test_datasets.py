@@ -221,6 +221,22 @@ def test_holdout_is_disjoint_and_complete(tmp_path, count, holdout, held_out, su
     assert sorted(image.tobytes() for image in [*split.train, *split.test]) == sorted(image.tobytes() for image in images)
 
 
+def test_copies_of_a_training_image_are_not_held_out(tmp_path):
+    images = random_bytes(24, 4, 4)
+    images[4:] = images[np.arange(20) % 4]  # four images, each six times
+    np.save(tmp_path / "copies.npy", images)
+    with pytest.raises(UserError, match="all 2 images drawn for testing are copies of training images; give a test set"):
+        load_arrays(tmp_path / "copies.npy")
+    images = np.concatenate([images[:8], random_bytes(32, 4, 4)])
+    np.save(tmp_path / "some.npy", images)
+    for seed in range(5):
+        split = load_arrays(tmp_path / "some.npy", holdout=0.5, holdout_seed=seed)
+        train, test = ({image.tobytes() for image in part} for part in (split.train, split.test))
+        assert not train & test
+        assert len(split.train) + len(split.test) == 40
+        assert 12 <= len(split.test) <= 20
+
+
 def test_holdout_is_decided_by_its_seed(tmp_path):
     np.save(tmp_path / "own.npy", random_bytes(40, 4, 4))
     one, again, other = (load_arrays(tmp_path / "own.npy", holdout_seed=seed).test for seed in (0, 0, 1))

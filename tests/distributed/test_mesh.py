@@ -272,7 +272,8 @@ def _check_members(execution, decoder_variance, network, images, count):
         chex.assert_trees_all_close(own[2], expected_metrics, rtol=1e-5)
         # As above: 1e-5 of the whole gradient.
         chex.assert_trees_all_close(_gradient(single, expected.replace(params=own[0])), gradient, rtol=1e-5, atol=1e-5 * scale)
-        chex.assert_trees_all_close(own[1], expected.batch_stats, rtol=1e-5, atol=1e-6)
+        # A running mean near 0 is a sum of activations of order 1 that cancel.
+        chex.assert_trees_all_close(own[1], expected.batch_stats, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("decoder_variance", VARIANCES, ids=str)
