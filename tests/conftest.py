@@ -41,6 +41,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forgotten() -> Iterator[None]:
+    """What a file's tests compiled is not kept for the next file's, which would take gigabytes in the end."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder whose files are on the network, and its address."""

@@ -82,7 +82,7 @@ def test_every_command_is_one(parsed_only, monkeypatch, tmp_path):
             assert set(re.findall(r"\[(\w+)\]", arguments[-1])) <= set(extras), command
         elif program in ("python", "python3") and arguments[0] == "-m":
             assert arguments[1] in ("venv", "pytest"), command
-            assert set(arguments[3:]) <= {*markers, "auto"} or arguments[1] == "venv", command
+            assert set(arguments[3:]) <= {*markers, "auto", "loadfile", "--dist", "-n"} or arguments[1] == "venv", command
         else:
             file = ROOT / (arguments[0] if program == "python" else program)
             assert file.is_file(), command

@@ -89,7 +89,9 @@ def _check_against_one_device(run, decoder_variance, network, images, key, devic
         chex.assert_trees_all_close(after.batch_stats, expected.batch_stats, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("decoder_variance", VARIANCES, ids=str)
+@pytest.mark.parametrize(
+    "decoder_variance", [pytest.param(v, marks=() if v == Optimal("batch") else pytest.mark.long) for v in VARIANCES], ids=str
+)
 @pytest.mark.parametrize("run", [_shard_map_step, _pmap_step], ids=["shard_map", "pmap"])
 def test_many_devices_take_the_step_of_one(run, decoder_variance, images, key):
     _check_against_one_device(run, decoder_variance, MLP((8,)), images, key, (1, 2, 4, 8))

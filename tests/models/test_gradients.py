@@ -31,7 +31,11 @@ CASES = {
 
 
 # Without batch statistics, training and evaluation are one function.
-MODES = [(name, train) for name, case in CASES.items() for train in ((False, True) if case[0] is RESIDUAL else (False,))]
+MODES = [
+    pytest.param(name, train, marks=() if name in ("mlp", "mixture", "vamp") else pytest.mark.long)
+    for name, case in CASES.items()
+    for train in ((False, True) if case[0] is RESIDUAL else (False,))
+]
 
 
 @pytest.mark.parametrize(("name", "train"), MODES)

@@ -273,7 +273,7 @@ def test_eight_devices_take_the_step_of_one(prior, network, images, key):
     mesh = data_mesh(8)
     step = parallelize(train_step, mesh, (REPLICATED, SHARDED, REPLICATED, REPLICATED), REPLICATED)
     after, found = step(replicate(many, mesh), images, key, jnp.float32(2.0))
-    chex.assert_trees_all_close(found, metrics, rtol=1e-5)
+    chex.assert_trees_all_close(found, metrics, rtol=1e-5, atol=1e-5)  # a rate near 0 is a difference of nats
     gradients = [
         jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), single.params, own.params) for own in (after, expected)
     ]
