@@ -234,7 +234,7 @@ def test_early_stopping_lets_a_run_go_on_that_improves(whole, tmp_path):
         ({"patience": 0}, "patience must be a whole number >= 1, got 0"),
         ({"patience": 1, "min_improvement": -1.0}, "min_improvement must be a finite number >= 0, got -1.0"),
         ({"patience": 1, "min_improvement": float("nan")}, "min_improvement must be a finite number"),
-        ({"patience": 1, "term": "loss"}, "term must be one of objective, distortion, rate, mse; got 'loss'"),
+        ({"patience": 1, "term": "loss"}, "term must be one of objective, distortion, rate, mse, got 'loss'"),
     ],
 )
 def test_early_stopping_that_makes_no_sense_is_refused(arguments, sentence, unchecked):
