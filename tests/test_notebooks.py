@@ -133,6 +133,7 @@ run_from_start_to_end = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.long
 @run_from_start_to_end
 def test_it_runs(path, tmp_path):
     for cell in _execute(path, tmp_path):

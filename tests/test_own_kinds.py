@@ -52,6 +52,7 @@ def test_the_run_is_that_of_the_file(mine, run):
     np.testing.assert_allclose(terms.distortion, expected, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_the_commands_of_the_readme(mine, run, monkeypatch, capsys):
     """But for training, which the fixture does; on the run of the fixture."""
     monkeypatch.chdir(mine.parent)
@@ -202,6 +203,7 @@ def momentum(tmp_path_factory):
     return file
 
 
+@pytest.mark.long
 def test_an_optimizer_of_ones_own_makes_its_steps(momentum):
     """Two steps by hand, v = 0.9 v + g and p = p - 1e-3 v, with gradients of the objective itself."""
     config = load_config(momentum)
@@ -226,6 +228,7 @@ def momentum_run(momentum):
     return momentum.parent / "run"
 
 
+@pytest.mark.long
 def test_an_optimizer_of_ones_own_is_written_opened_and_resumed(momentum, momentum_run, tmp_path):
     saved = json.loads((momentum_run / "config.json").read_text())["config"]["optimizer"]
     assert (saved["kind"], saved["momentum"], saved["learning_rate"]) == ("momentum:Momentum", 0.8, 2e-3)
@@ -236,6 +239,7 @@ def test_an_optimizer_of_ones_own_is_written_opened_and_resumed(momentum, moment
     assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (momentum_run / "metrics.jsonl").read_text()
 
 
+@pytest.mark.long
 def test_a_sweep_with_an_optimizer_of_ones_own(momentum, momentum_run, tmp_path):
     """Two learning rates in one program; one of them is that of the run."""
     config = bv.restore(momentum_run, config=momentum).config

@@ -130,6 +130,7 @@ def test_a_platform_that_is_absent(error, platform, sentence, monkeypatch):
         jax.config.update("jax_platforms", before)
 
 
+@pytest.mark.long
 def test_a_platform_that_nobody_has(tmp_path):
     result = shell(f'"$PYTHON" -m bsvae_jax sample {tmp_path}', JAX_PLATFORMS="nonsense")
     assert result.returncode == 2

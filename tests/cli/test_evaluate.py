@@ -74,6 +74,7 @@ def cheap_features(monkeypatch, tmp_path):
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_every_number_and_figure(trained, capsys):
     main("evaluate", trained, "--samples", 3)
     table = capsys.readouterr().out
@@ -103,6 +104,7 @@ def test_every_number_and_figure(trained, capsys):
     assert values(trained)["test"]["importance_weighted_bound"] == found["test"]["importance_weighted_bound"]
 
 
+@pytest.mark.long
 def test_an_interrupted_bound_continues(trained, monkeypatch):
     run, images = restore(trained), data.load(restore(trained).config.data)
     monkeypatch.setattr(importance_weighted, "DECODED_AT_ONCE", 8)
@@ -172,6 +174,7 @@ def test_parameters_that_are_not_finite_are_refused(trained):
 # --- FID --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_fid_of_samples_against_the_images(trained, weights, cheap_features, capsys):
     """Against the distances of the same projections, computed here from the images themselves."""
     seen, projection = cheap_features
@@ -213,6 +216,7 @@ def test_the_papers_protocol_stretches_every_sample_and_says_so(trained, weights
     assert "PAPER'S PROTOCOL" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_distances_by_a_network_trained_on_the_classes(trained, capsys, monkeypatch, tmp_path):
     """Against the distances of what `bsvae sample` would draw, by the features of the network that was kept."""
     monkeypatch.setenv("BSVAE_CACHE", str(tmp_path / "cache"))
@@ -255,6 +259,7 @@ def test_interrupted_features_continue(trained, weights, cheap_features, monkeyp
     assert found == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.long
 def test_a_damaged_reference_is_named(trained, weights, cheap_features, tmp_path, capsys):
     command = ("evaluate", trained, "--split", "test", "--fid", 10, "--inception-weights", weights, "--no-figures")
     main(*command)
@@ -263,6 +268,7 @@ def test_a_damaged_reference_is_named(trained, weights, cheap_features, tmp_path
     assert f"{reference} cannot be read as a NumPy file" in refused(capsys, *command)
 
 
+@pytest.mark.long
 def test_the_real_network_runs_over_several_devices(weights):
     """Eight fake devices and one, on four images: the sharded stream gives the features of one device."""
     network = inception.load_weights(weights).network()
@@ -274,6 +280,7 @@ def test_the_real_network_runs_over_several_devices(weights):
 # --- A sweep ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_evaluating_a_sweep_fills_its_table(tmp_path, weights, cheap_features, capsys):
     (tmp_path / "small.py").write_text(CONFIG)
     main("sweep", tmp_path / "small.py", "--workdir", tmp_path / "sweep")

@@ -64,6 +64,7 @@ def test_train_leaves_numbers_and_figures(trained):
             assert len(image.convert("L").getcolors(256)) > 20, f"{name} shows nothing"
 
 
+@pytest.mark.long
 def test_options_reach_the_config(config_file, tmp_path):
     command = ["train", config_file, "--workdir", tmp_path / "run", "--beta", 4, "--decoder-variance", "constant"]
     command += ["--decoder-variance.variance", 0.1, "--optimizer.learning-rate", "3e-4", "--network.hidden", 8, 8]
@@ -74,6 +75,7 @@ def test_options_reach_the_config(config_file, tmp_path):
     assert config.latent_size == 4  # the file's, not the library's default
 
 
+@pytest.mark.long
 def test_evaluate_prints_units_and_standard_errors(trained, capsys):
     before = json.loads((trained / "evaluation.json").read_text())["splits"]
     main.main(["evaluate", str(trained), "--split", "test"])
@@ -115,6 +117,7 @@ def test_help(command, capsys):
     assert len(capsys.readouterr().out) > 300
 
 
+@pytest.mark.long
 def test_the_module_runs_as_a_program(tmp_path):
     command = [sys.executable, "-m", "bsvae_jax", "evaluate", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": "", "JAX_PLATFORMS": "cpu"})
@@ -201,6 +204,7 @@ def test_the_config_file_comes_first(config_file, capsys):
     assert "The config file comes first" in refused(["train", "--beta", "4", config_file], capsys)
 
 
+@pytest.mark.long
 def test_evaluating_one_split_keeps_the_other(trained):
     main.main(["evaluate", str(trained)])
     before = json.loads((trained / "evaluation.json").read_text())
@@ -296,6 +300,7 @@ def test_suffixes_are_compared_without_case(trained, tmp_path):
     assert len(list((tmp_path / "runs.v2").glob("*.png"))) == 3
 
 
+@pytest.mark.long
 def test_where_the_data_lie_is_no_part_of_a_run(config_file, tmp_path, capsys, monkeypatch):
     def commands(*path):
         for command in (["evaluate", "run", "--split", "test", "--no-figures"], ["fit-prior", "run", "--kind", "gaussian"]):
@@ -328,6 +333,7 @@ def test_a_workdir_of_another_config_is_left_alone(trained, config_file, capsys)
     assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_nothing_but_checkpoints_that_do_not_load(config_file, tmp_path, capsys):
     main.main(["train", str(config_file), "--workdir", str(tmp_path / "run")])
     for path in (tmp_path / "run" / "checkpoints").rglob("*"):
@@ -386,6 +392,7 @@ def members(folder):
     return sorted(path.name for path in (folder / "members").iterdir())
 
 
+@pytest.mark.long
 def test_sweep_trains_the_files_grid_and_leaves_the_report(swept):
     assert members(swept) == sorted(
         f"{variance}_beta{beta}_seed{seed}" for variance in ("optimal", "constant-0.1") for beta in (1, 4) for seed in (0, 1)
@@ -395,6 +402,7 @@ def test_sweep_trains_the_files_grid_and_leaves_the_report(swept):
     assert (config.beta, config.seed, config.decoder_variance.floor) == (4.0, 1, 1e-3)
 
 
+@pytest.mark.long
 def test_lists_on_the_command_line_replace_the_files(swept, tmp_path):
     command = ["sweep", swept.parent / "grid.py", "--workdir", tmp_path / "sweep", "--beta", 0.5, "--seeds", 1, "--seed", 7]
     command += ["--decoder-variance", "constant", "optimal", "--decoder-variance.variance", 0.2, 0.3]
@@ -410,6 +418,7 @@ def test_lists_on_the_command_line_replace_the_files(swept, tmp_path):
     assert config.decoder_variance.floor == 1e-3  # the config file's own, for models of its kind
 
 
+@pytest.mark.long
 def test_members_are_runs_like_any_other(swept, capsys):
     member = swept / "members" / "constant-0.1_beta1_seed0"
     before = json.loads((member / "evaluation.json").read_text())["splits"]["test"]["rate"]["value"]
@@ -419,6 +428,7 @@ def test_members_are_runs_like_any_other(swept, capsys):
     assert np.load(swept / "three.npz")["images"].shape == (3, 8, 8, 1)
 
 
+@pytest.mark.long
 def test_report_repeats_what_sweep_wrote(swept, capsys):
     main.main(["report", str(swept)])
     before = (swept / "table.csv").read_bytes()
@@ -467,6 +477,7 @@ def test_folders_that_are_no_sweep(trained, swept, tmp_path, capsys):
     assert "is a sweep, not a run: give one of its members" in refused(["sample", swept], capsys)
 
 
+@pytest.mark.long
 def test_a_diverging_member_is_reported_at_the_end(swept, tmp_path, capsys):
     command = ["sweep", swept.parent / "grid.py", "--workdir", tmp_path / "sweep", "--beta", 1, "--seeds", 1, "--epochs", 3]
     command += ["--learning-rate", 1e-3, 1e30, "--decoder-variance", "optimal"]
@@ -475,6 +486,7 @@ def test_a_diverging_member_is_reported_at_the_end(swept, tmp_path, capsys):
     assert "1 of 2 members finished, 1 diverged" in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["train", "evaluate", "report"])
 def test_a_figure_that_fails_ends_no_command(command, trained, swept, capsys, monkeypatch):
     def fail(*values, **options):

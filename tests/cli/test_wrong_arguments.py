@@ -508,6 +508,7 @@ def test_numbers_of_numpy_and_jax_are_numbers(make):
     assert hash(config) == hash(plain)
 
 
+@pytest.mark.long
 def test_right_arguments_pass(tmp_path):
     """The checks are no stricter than the documentation: lists, NumPy's arrays and numbers, traced arrays, paths as paths."""
     x = [[0.0, 1.0]]

@@ -1021,6 +1021,7 @@ def script(folder: Path, pause: float) -> list[str]:
     return [sys.executable, "-c", SCRIPT.format(root=root, folder=str(folder), pause=pause)]
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_it_continues(tmp_path, own_cache):
     """SIGKILL three times while it decodes; what is done is not done again, and the result is that of one go."""
     arrays = write_images(tmp_path / "photos", 1500, (4, 4, 3))
@@ -1094,6 +1095,7 @@ def test_killed_at_random_moments_while_it_prepares(tmp_path, own_cache, capsys)
         print(f"\nprepare, SIGKILL: {len(lost)} / {len(lost)} kills survived, {cost}")
 
 
+@pytest.mark.long
 def test_two_processes_at_once_make_one_set(tmp_path):
     write_images(tmp_path / "photos", 600, (4, 4, 3))
     processes = [
@@ -1189,6 +1191,7 @@ def test_workers_end_with_their_process(tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_script_without_a_main_guard_may_prepare(tmp_path):
     """`multiprocessing` would import the script in every worker, which would then prepare in turn."""
     write_images(tmp_path / "photos", 1500, (4, 4, 3))

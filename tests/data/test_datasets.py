@@ -792,6 +792,7 @@ def test_nothing_asked_nothing_done(key):
     np.testing.assert_array_equal(data.augment(images, jax.random.split(key, 4), Augmentation()), images)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["rotated", "cropped", "all_at_once"])
 def test_resampling_is_scipys(kind, request):
     """Every pixel of the channels, edges included, at the coordinates that the ramps reveal."""
@@ -890,6 +891,7 @@ def test_values_stay_in_range():
     assert outputs.max() <= 1.0 + 1e-6  # the four weights of one pixel are rounded
 
 
+@pytest.mark.long
 def test_each_image_by_its_own_key(key):
     """The same image and key give the same result in any batch, at any place, jitted or not; other keys give others."""
     images = jnp.asarray(np.random.default_rng(0).uniform(size=(6, 9, 7, 3)), jnp.float32)

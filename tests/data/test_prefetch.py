@@ -185,6 +185,7 @@ def stream_of(path: Path, whole: bool = False) -> list[int]:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.long
 def test_resident_memory_stays_flat(tmp_path):
     """A set of 400 MB through pieces of 3 MB: after its first steps, resident memory grows by less than a third of it.
 
@@ -245,6 +246,7 @@ assert sum(read) == 12 * 8 // 2, read  # its own half, and nothing else
 """
 
 
+@pytest.mark.long
 def test_two_processes_read_their_own_halves_of_the_same_batches(tmp_path, key):
     images = stored(50)
     mapped(tmp_path, images)
@@ -272,6 +274,7 @@ def trained(tmp_path: Path, name: str, **changes) -> fit.FitResult:
     return bv.fit(dataclasses.replace(SMALL, **changes), tmp_path / name, progress=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_streamed_training_is_resident_training(tmp_path, devices):
     """Adam amplifies rounding where a gradient is near 0; 72 steps leave well under 1e-4."""
@@ -286,6 +289,7 @@ def test_streamed_training_is_resident_training(tmp_path, devices):
         assert ours.value == pytest.approx(theirs.value, rel=1e-4)
 
 
+@pytest.mark.long
 def test_streaming_does_not_compile_again(tmp_path):
     counts = []
     original = program.run_streamed_steps
@@ -300,6 +304,7 @@ def test_streaming_does_not_compile_again(tmp_path):
     assert len(counts) == 1  # traced once, whatever is left of an epoch
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("resident_memory", [0.0, 0.5])
 def test_interrupted_inside_an_epoch_it_goes_on_to_the_bit(tmp_path, resident_memory, monkeypatch):
     """Signals after 13, 14 and 40 of 71 steps are answered at the next row of metrics, of 10 steps or the rest of an epoch."""
@@ -336,6 +341,7 @@ class _given:
         return None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "execution", ["loop", *(pytest.param(execution, marks=pytest.mark.slow) for execution in ("scan", "vmap"))]
 )
@@ -352,6 +358,7 @@ def test_a_streamed_sweep_is_a_resident_one(tmp_path, execution):
         chex.assert_trees_all_close(ours.variables, theirs.variables, atol=1e-4)
 
 
+@pytest.mark.long
 def test_evaluation_streams_too(tmp_path):
     resident, streamed = (trained(tmp_path, str(share), epochs=1, resident_memory=share) for share in (0.5, 0.0))
     images = load(Digits())
@@ -360,6 +367,7 @@ def test_evaluation_streams_too(tmp_path):
         assert reports[1]["test"][name].value == pytest.approx(quantity.value, rel=1e-3, abs=1e-3), name
 
 
+@pytest.mark.long
 def test_memory_that_a_streamed_stack_needs_grows_with_its_pieces():
     images = load(Digits())
     config = dataclasses.replace(SMALL, resident_memory=0.0, devices=1)

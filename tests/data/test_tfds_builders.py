@@ -102,6 +102,7 @@ def test_tfds_itself_reads_what_was_written(tmp_path, monkeypatch):
         assert example["label"] == label
 
 
+@pytest.mark.long
 def test_the_real_mnist_bit_for_bit(tmp_path, mnist_folder):
     images = load("mnist", tmp_path, manual_dir=str(mnist_folder))
     for split, part in (("train", "train"), ("test", "t10k")):
@@ -112,6 +113,7 @@ def test_the_real_mnist_bit_for_bit(tmp_path, mnist_folder):
     assert images.fingerprint() == data.load(config.MNIST(str(mnist_folder))).fingerprint()
 
 
+@pytest.mark.long
 def test_a_config_trains_from_published_files_without_tensorflow(tmp_path, monkeypatch):
     """`bsvae train configs/mnist.py`, smaller; TensorFlow is not imported, whether or not it is installed."""
     write_mnist(tmp_path / "files")
@@ -211,6 +213,7 @@ print(images.fingerprint(), len(images.train))
 """
 
 
+@pytest.mark.long
 def test_two_processes_at_once_write_one_set(tmp_path):
     arrays = write_mnist(tmp_path / "files", train=3000)
     code = AT_ONCE.format(root=str(PACKAGE), folder=str(tmp_path / "files"), data_dir=str(tmp_path / "tfds"))

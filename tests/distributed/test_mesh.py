@@ -97,11 +97,13 @@ def test_many_devices_take_the_step_of_one(run, decoder_variance, images, key):
     _check_against_one_device(run, decoder_variance, MLP((8,)), images, key, (1, 2, 4, 8))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decoder_variance", VARIANCES, ids=str)
 def test_the_defaults_of_shard_map_take_the_step_of_one(decoder_variance, images, key):
     _check_against_one_device(_default_shard_map_step, decoder_variance, MLP((8,)), images, key, (2, 4))
 
 
+@pytest.mark.long
 def test_the_defaults_of_shard_map_average_batch_norm_over_devices(images, key):
     _check_against_one_device(_default_shard_map_step, Optimal("batch"), Residual((4,)), images, key, (2, 4))
 
@@ -110,6 +112,7 @@ def test_the_defaults_of_shard_map_average_batch_norm_over_devices(images, key):
 ALIKE = {Constant, Learned, Predicted}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "decoder_variance", [pytest.param(v, marks=pytest.mark.slow if type(v) in ALIKE else ()) for v in VARIANCES], ids=str
 )
@@ -124,6 +127,7 @@ def test_batch_norm_averages_over_any_number_of_devices(run, decoder_variance, i
     _check_against_one_device(run, decoder_variance, Residual((4, 6)), images, key, (1, 2, 4, 8))
 
 
+@pytest.mark.long
 def test_a_variance_per_device_gives_other_gradients(images, key):
     """The silent bug that the test above must be able to see: each device its own variance, gradients averaged."""
     single = _state(Optimal("batch"), MLP((8,)), None)
@@ -145,6 +149,7 @@ def test_a_variance_per_device_gives_other_gradients(images, key):
     assert difference > 0.05 * optax.tree.norm(right)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("network", [Linear(), Residual((4,))], ids=["linear", "residual"])
 def test_a_second_step_compiles_nothing(network, images, key):
     chex.clear_trace_counter()
@@ -278,12 +283,14 @@ def _check_members(execution, decoder_variance, network, images, count):
         chex.assert_trees_all_close(own[1], expected.batch_stats, rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decoder_variance", VARIANCES, ids=str)
 @pytest.mark.parametrize("execution", ["scan", "vmap"])
 def test_members_take_the_step_of_one_model(execution, decoder_variance, images):
     _check_members(execution, decoder_variance, MLP((8,)), images, 3)  # 2 x 4 devices, one slot left over
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [5, 8], ids=["4 x 2 devices", "8 x 1 devices"])
 @pytest.mark.parametrize("decoder_variance", [Constant(0.1), Optimal("batch")], ids=str)
 @pytest.mark.parametrize("execution", ["scan", "vmap"])
@@ -299,11 +306,13 @@ def test_every_number_of_members_and_every_variance(execution, decoder_variance,
     _check_members(execution, decoder_variance, MLP((8,)), images, count)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("execution", ["scan", "vmap"])
 def test_batch_norm_is_each_members_own(execution, images):
     _check_members(execution, Optimal("batch"), Residual((4,)), images, 3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("execution", ["scan", "vmap"])
 def test_new_numbers_compile_nothing(execution, images):
     chex.clear_trace_counter()
@@ -319,6 +328,7 @@ def test_new_numbers_compile_nothing(execution, images):
         np.testing.assert_array_equal(after.step, [1, 1, 1, 1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("execution", ["scan", "vmap"])
 def test_the_learning_rate_is_each_members_own(execution, images, key):
     rates = [0.25, 1.0, 3.0]
@@ -348,6 +358,7 @@ def test_memory_of_a_device_is_a_share_of_what_is_free():
 # --- The rest ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_posterior_noise_does_not_depend_on_the_devices(images, key):
     model = _state(Constant(0.1), Linear(), DATA_AXIS).model
     variables = model.clone(axis_name=None).init(key, images, key)

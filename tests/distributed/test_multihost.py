@@ -87,6 +87,7 @@ def objectives(folder: Path) -> list[float]:
     return [row["objective"] for row in read_metrics(folder)]
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_and_only_one_of_them_writes(tmp_path):
     alone = bv.fit(small(), tmp_path / "alone", progress=False)
     found = outcome(tmp_path, start(tmp_path, [[], []]))
@@ -97,6 +98,7 @@ def test_two_processes_train_as_one_and_only_one_of_them_writes(tmp_path):
     np.testing.assert_allclose(objectives(tmp_path / "run_0"), objectives(tmp_path / "alone"), rtol=1e-6)
 
 
+@pytest.mark.long
 def test_streamed_images_reach_every_process(tmp_path):
     alone = bv.fit(small(), tmp_path / "alone", progress=False)
     found = outcome(tmp_path, start(tmp_path, [["--resident-memory", "0.0"]] * 2))
@@ -135,6 +137,7 @@ def test_a_run_goes_on_with_another_number_of_devices_and_processes(tmp_path):
     np.testing.assert_allclose(objectives(tmp_path / "run_0")[-1], objectives(tmp_path / "alone")[-1], rtol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_process_stops_both_and_saves(tmp_path, asked):
     processes = start(tmp_path, [[], []], epochs=2000)
@@ -167,6 +170,7 @@ def wait_for_a_checkpoint(tmp_path):
         time.sleep(0.2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.faults), 1])
 def test_a_process_that_dies_ends_the_other_within_a_minute(tmp_path, killed):
     """JAX's heartbeat does, with its C++ stack, and the sentence comes from the shell that outlives the process.
@@ -210,6 +214,7 @@ main.main(sys.argv[1:])
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.faults), 1])
 def test_an_error_of_one_process_ends_the_other_within_a_minute(tmp_path, failing):
     processes = start(tmp_path, [[], []], epochs=2000, code={failing: ALONE})
@@ -225,6 +230,7 @@ def test_an_error_of_one_process_ends_the_other_within_a_minute(tmp_path, failin
     assert found[1 - failing][0] not in (0, None)
 
 
+@pytest.mark.long
 def test_processes_with_different_configs_are_told_in_what(tmp_path):
     found = outcome(tmp_path, start(tmp_path, [["--beta", "1"], ["--beta", "2"]]))
     for status, text in found:
@@ -233,6 +239,7 @@ def test_processes_with_different_configs_are_told_in_what(tmp_path):
     assert not (tmp_path / "run_0").exists()
 
 
+@pytest.mark.long
 def test_what_the_writer_refuses_ends_the_others(tmp_path):
     (tmp_path / "run_0").write_text("a file")
     (first, refused), (second, text) = outcome(tmp_path, start(tmp_path, [[], []]))

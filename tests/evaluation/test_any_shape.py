@@ -59,6 +59,7 @@ def folder(tmp_path_factory) -> dict[tuple, Path]:
     return folders
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES)
 def test_evaluation_leaves_out_what_needs_an_image(folder, shape):
     images = Blobs(shape).load()
@@ -95,12 +96,14 @@ def test_the_numbers_of_sequences_are_those_of_numpy(folder):
     assert report["calibrated_elbo"].value == pytest.approx(-(distortion + rate["test"]).mean(), rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [VECTORS, VOLUMES])
 def test_figures_of_a_run(folder, shape):
     names = {path.name for path in draw(restore(folder[shape]), Blobs(shape).load(), folder[shape])}
     assert names == {"training_curves.png", "reconstructions.png", "samples.png", "latent_traversals.png"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES)
 def test_samples_keep_their_range(folder, shape, capsys, tmp_path):
     main("sample", folder[shape], "--count", 3, "--out", tmp_path / "few.npz")
@@ -111,6 +114,7 @@ def test_samples_keep_their_range(folder, shape, capsys, tmp_path):
     assert f"of shape {shape}; give --out" in refused(capsys, "sample", folder[shape], "--out", tmp_path / "few.png")
 
 
+@pytest.mark.long
 def test_a_sweep_of_sequences_is_reported(tmp_path):
     fit_sweep(config_of(SEQUENCES), Sweep((0.5, 1.0), (Optimal(),), 1), tmp_path / "sweep", progress=False)
     (one, _) = sorted((tmp_path / "sweep" / "members").iterdir())
@@ -136,6 +140,7 @@ def test_lines_lie_in_their_boxes_at_one_scale():
     assert axes.texts[0].get_text() == "boxes: -1 to 3"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_figure_takes_any_shape(shape):
     values = np.random.default_rng(0).uniform(size=(6, *shape))

@@ -71,6 +71,7 @@ def test_dead_decoder():
     assert diagnose(scores(mse=0.9 * VARIANCE), Config(), IMAGES) == {}
 
 
+@pytest.mark.long
 def test_a_collapsed_run_says_so_in_its_log_and_its_evaluation(tmp_path, caplog):
     config = Config(network=MLP((16,)), latent_size=4, beta=1000.0, epochs=40, evaluate_every=20, batch_size=500, devices=1)
     bv.fit(config, tmp_path / "run", progress=False)

@@ -137,6 +137,7 @@ def test_squared_mmd_is_the_sum_written_out():
     assert fid.squared_mmd(x, y) == pytest.approx(within_x + within_y - 2 * between, rel=1e-12)
 
 
+@pytest.mark.long
 def test_kernel_distance_is_unbiased_and_its_standard_error_is_honest():
     """300 pairs of sets from one distribution: the mean is 0 within 4 standard errors, and the errors stated are the spread
     found, within 25% (the spread of 300 numbers has a relative error of 4%, the mean of squared errors from 10 blocks 3%)."""
@@ -195,6 +196,7 @@ def test_images_of_another_kind_are_refused(images):
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_weights_load_from_npz(tmp_path):
     arrays = random_weights()
     np.savez(tmp_path / "weights.npz", **arrays, **{"fc.weight": np.zeros((1008, 2048), np.float32)})
@@ -237,6 +239,7 @@ def test_weights_are_hashed_once(tmp_path, monkeypatch, served):
     assert [path.parent.name for path in hashed] == ["cache", "served"]
 
 
+@pytest.mark.long
 def test_weights_of_another_network_are_refused():
     arrays = random_weights()
     name = "Conv2d_1a_3x3.conv.weight"

@@ -62,6 +62,7 @@ def bound(run, images, samples, densities=(FROZEN,), variance=0.02, key=1, devic
     return importance_weighted(*arguments, levels=LEVELS, mesh=mesh, **options)
 
 
+@pytest.mark.long
 def test_the_bound_rises_to_the_exact_log_likelihood(linear):
     images = data.load(linear.config.data).test[:100]
     variance = linear.calibration.variance
@@ -152,6 +153,7 @@ def run_small(model, variables, images, densities, samples, variance=0.3, device
     return importance_weighted(*arguments, levels=LEVELS, mesh=mesh, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dequantized", [False, True])
 @pytest.mark.parametrize(
     ("decoder_variance", "density_variance"),
@@ -171,6 +173,7 @@ def test_the_sum_over_samples(decoder_variance, density_variance, dequantized):
     np.testing.assert_allclose(found.curve[0, [0, 3]], curve, rtol=1e-5, atol=2e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("samples", [1, 5, 64, 65])
 def test_chunks_batches_and_devices_change_nothing(samples, monkeypatch):
     model, variables, images = small(Constant(0.2))

@@ -40,6 +40,7 @@ def features_of(network, images):
     return np.concatenate(list(network.features([images], data_mesh(), 100)))
 
 
+@pytest.mark.long
 def test_features_are_those_of_sums_written_out(network):
     """Correlations by SciPy in float64, a maximum over 2 x 2, and the rest by NumPy, from the parameters."""
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
@@ -70,6 +71,7 @@ def test_it_learns_the_classes(network):
     assert float(network.note.split("tells ")[1].split("%")[0]) > 75, network.note
 
 
+@pytest.mark.long
 def test_it_is_trained_once_and_always_to_the_same(digits, monkeypatch, tmp_path):
     monkeypatch.setattr(lenet, "STEPS", 2)
     sources = []
@@ -80,6 +82,7 @@ def test_it_is_trained_once_and_always_to_the_same(digits, monkeypatch, tmp_path
     assert {lenet.network(digits, progress=False).source, *sources} == {sources[0]}
 
 
+@pytest.mark.long
 def test_distances_grow_with_what_is_wrong(digits, network):
     """Halves of a set are at no distance, within four standard errors; one upside down, blurred or of one class is far."""
     images = as_8_bits(digits.train)[np.random.default_rng(0).permutation(len(digits.train))]
@@ -131,6 +134,7 @@ def test_a_damaged_file_is_named(digits, monkeypatch, tmp_path):
         lenet.network(digits)
 
 
+@pytest.mark.long
 def test_other_labels_are_another_network(digits, monkeypatch, tmp_path):
     monkeypatch.setenv("BSVAE_CACHE", str(tmp_path))
     monkeypatch.setattr(lenet, "STEPS", 2)

@@ -32,6 +32,7 @@ def two_images(shape):
     return x, np.clip(x + deviation * generator.normal(size=x.shape), 0, 1).astype(np.float32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(28, 28, 1), (64, 48, 3)])
 def test_ssim_is_that_of_scikit_image(shape):
     metrics = pytest.importorskip("skimage.metrics")
@@ -85,6 +86,7 @@ def passed():
     return model, variables, images, calibration, results
 
 
+@pytest.mark.long
 def test_the_second_pass_sees_the_same_posterior_samples(passed):
     model, variables, images, _, [(found, scores), (on_eight, _)] = passed
     np.testing.assert_array_equal(found.posterior_mean, scores.posterior_mean)

@@ -86,6 +86,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("layer", "shape", "arguments"), LAYERS.values(), ids=LAYERS)
 def test_bfloat16_gradients_of_biases_and_scales_are_summed_in_float32(layer, shape, arguments):
     # Quarters, which bfloat16 holds exactly. A norm's scale sees what BatchNorm made of x, so x is +-1 in equal shares.

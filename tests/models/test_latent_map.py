@@ -112,6 +112,7 @@ def test_doubling_repeats_rows_and_columns(size, out):
 # --- Shapes and sizes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("shape", "widths", "latent", "expected"),
     [
@@ -144,6 +145,7 @@ def test_a_stage_has_half_the_side_of_the_one_before_rounded_up():
             halved = (halved + 1) // 2
 
 
+@pytest.mark.long
 def test_the_latents_are_the_map_in_row_major_order():
     """What leaves the encoder's last convolution, and what enters the decoder's first."""
     (encoder, e, x), (decoder, d, z) = built()
@@ -188,6 +190,7 @@ def test_parameters_counted_by_hand():
 # --- What must not leak, and what must not matter ---------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_example_sees_itself_only():
     for module, variables, inputs in built():
         apply = jax.jit(module.apply)
@@ -204,6 +207,7 @@ def test_training_and_evaluation_are_the_same_function():
         chex.assert_trees_all_equal(module.apply(variables, inputs, True), module.apply(variables, inputs, False))
 
 
+@pytest.mark.long
 def test_rematerialized_blocks_have_the_same_parameters_values_and_gradients():
     kinds = (
         (SpatialEncoder, {"latent_size": LATENT}, normal(1, BATCH, *SHAPE)),
@@ -225,6 +229,7 @@ def test_rematerialized_blocks_have_the_same_parameters_values_and_gradients():
         assert ["checkpoint" in text or "remat" in text for text in jaxprs] == [False, True]
 
 
+@pytest.mark.long
 def test_bfloat16_computes_with_float32_parameters_and_outputs():
     for (module, made, inputs), (exact_module, variables, _) in zip(built(jnp.bfloat16), built(), strict=True):
         assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype("float32")}
@@ -235,6 +240,7 @@ def test_bfloat16_computes_with_float32_parameters_and_outputs():
         assert 1e-4 < max(errors) < 0.05
 
 
+@pytest.mark.long
 def test_eight_devices_take_the_step_of_one(key):
     """Plain gradient descent, so that the update is the gradient; Adam would hide a factor."""
     config = Config(network=SMALL, latent_size=LATENT, decoder_variance=Optimal("batch"))
@@ -278,6 +284,7 @@ def trained(tmp_path_factory):
     return fit(DIGITS, tmp_path_factory.mktemp("spatial") / "run", progress=False)
 
 
+@pytest.mark.long
 def test_it_learns_the_digits(trained):
     """Sixty steps: well below the squared error of the mean image, which no latent is needed for."""
     images = trained.images.test / 16.0
@@ -287,6 +294,7 @@ def test_it_learns_the_digits(trained):
     assert report["rate"].value > 1.0
 
 
+@pytest.mark.long
 def test_a_run_is_restored_and_samples(trained):
     run = restore(trained.workdir)
     assert run.config == DIGITS
@@ -300,6 +308,7 @@ def test_published_weights_are_refused():
         pytorch.from_state_dict({}, variables, DIGITS, (8, 8, 1), "published.pt")
 
 
+@pytest.mark.long
 def test_a_constant_variance_and_beta_are_one_number_to_the_model(key):
     """The gradient of the objective times v depends on `beta * v` alone: (SSE + D v0)/2 + beta v * rate, up to a constant."""
     images = jax.random.uniform(jax.random.key(7), (4, *SHAPE))

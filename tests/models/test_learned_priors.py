@@ -83,6 +83,7 @@ def test_mixture_log_prob_is_scipys(covariance):
     np.testing.assert_allclose(log_prob(module, variables, z), scipy_log_prob(variables, z), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
 def test_one_component_is_a_gaussian(covariance):
     """At the parameters of N(0, I): its density to 1e-5, and its rate within 4 standard errors of the closed form."""
@@ -101,6 +102,7 @@ def test_one_component_is_a_gaussian(covariance):
     assert abs(rates.mean() - exact) < 4 * error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prior", [Mixture(10), Mixture(10, "full"), Flow(4, 16)], ids=str)
 def test_before_training_a_prior_is_near_the_standard_normal(prior):
     module = prior.build(8)
@@ -116,6 +118,7 @@ def test_before_training_a_prior_is_near_the_standard_normal(prior):
 # --- Flow -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prior", [Flow(4, 8), Mixture(3), Mixture(3, "full")], ids=str)
 def test_the_density_integrates_to_one(prior):
     """Riemann sums over a fine grid in two dimensions; smooth densities that vanish at its ends lose nothing by it."""
@@ -128,6 +131,7 @@ def test_the_density_integrates_to_one(prior):
     assert density.sum() * (axis[1] - axis[0]) ** 2 == pytest.approx(1.0, abs=2e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("latents", [1, 2, 5])
 def test_the_flows_inverse_is_exact(latents):
     module, variables = made(Flow(6, 8), latents, spread=0.3)
@@ -139,6 +143,7 @@ def test_the_flows_inverse_is_exact(latents):
     assert float(jnp.max(jnp.abs(u - z))) > 0.1
 
 
+@pytest.mark.long
 def test_the_flows_determinant_is_that_of_its_jacobian():
     module, variables = made(Flow(4, 8), 5, spread=0.3)
     z = jax.random.normal(jax.random.key(0), (4, 5))
@@ -148,12 +153,14 @@ def test_the_flows_determinant_is_that_of_its_jacobian():
     np.testing.assert_allclose(log_determinant, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_every_latent_of_a_flow_is_changed_and_depends_on_every_other():
     module, variables = made(Flow(4, 8), 5, spread=0.3)
     jacobian = jax.jacfwd(lambda one: module.apply(variables, one[None], method="to_noise")[0][0])(jnp.full(5, 0.3))
     assert np.all(np.abs(jacobian) > 1e-6)
 
 
+@pytest.mark.long
 def test_a_flows_scales_are_bounded():
     module, variables = made(Flow(4, 8), 3, spread=30.0)
     variables["params"]["log_scale"] = jnp.zeros(3)
@@ -161,6 +168,7 @@ def test_a_flows_scales_are_bounded():
     assert np.all(np.abs(log_determinant) <= 4 * 3 * 2.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prior", [Flow(4, 8), Mixture(3), Mixture(3, "full")], ids=str)
 def test_samples_have_the_moments_of_the_density(prior):
     """Mean, covariance and entropy by a grid over the density, in two dimensions, against those of samples."""
@@ -196,6 +204,7 @@ def images():
     return jax.random.uniform(jax.random.key(7), (16, 6, 5, 1)) * jnp.linspace(0.1, 1.0, 16).reshape(-1, 1, 1, 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("network", [Linear(), MLP((8,)), Residual((4,))], ids=str)
 def test_a_vamp_prior_is_the_mixture_of_posteriors_at_its_pseudo_inputs(network, images):
     state = state_of(VampPrior(5), network)
@@ -213,6 +222,7 @@ def test_a_vamp_prior_is_the_mixture_of_posteriors_at_its_pseudo_inputs(network,
     np.testing.assert_allclose(drawn.var(axis=0), variance, rtol=0.05)
 
 
+@pytest.mark.long
 def test_pseudo_inputs_leave_batch_statistics_and_the_batchs_posteriors_alone(images, key):
     """A VampPrior beside the same model without one: nothing but the rate differs; and p(z) does not depend on the batch."""
     state = state_of(VampPrior(5), Residual((4,)))
@@ -229,6 +239,7 @@ def test_pseudo_inputs_leave_batch_statistics_and_the_batchs_posteriors_alone(im
 NETWORKS = [*((prior, MLP((8,))) for prior in LEARNED), (VampPrior(5), Residual((4,)))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("prior", "network"), NETWORKS, ids=str)
 def test_gradients_reach_every_parameter_of_a_prior(prior, network, images, key):
     state = state_of(prior, network, optimizer=optax.sgd(1.0)).replace(learning_rate=jnp.float32(1e-3))
@@ -245,6 +256,7 @@ def test_gradients_reach_every_parameter_of_a_prior(prior, network, images, key)
         assert np.any(moved != 0), name
 
 
+@pytest.mark.long
 def test_the_gradient_is_that_of_finite_differences(images, key):
     """Of the whole objective in the pseudo-inputs and in the encoder, through both of its roles, in float64."""
     with float64():
@@ -265,6 +277,7 @@ def test_the_gradient_is_that_of_finite_differences(images, key):
         np.testing.assert_allclose(analytic, numeric, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("prior", "network"), NETWORKS, ids=str)
 def test_eight_devices_take_the_step_of_one(prior, network, images, key):
     sgd = optax.sgd(1.0)
@@ -282,6 +295,7 @@ def test_eight_devices_take_the_step_of_one(prior, network, images, key):
     chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-5 * scale)
 
 
+@pytest.mark.long
 def test_parameters_of_a_prior_do_not_decay(images, key):
     """At a learning rate whose Adam step is known by its sign: with and without decay, the prior's update is the same."""
     updates = []
@@ -336,6 +350,7 @@ def test_more_pseudo_inputs_than_training_images(tmp_path):
     check_against_data(dataclasses.replace(SMALL, prior=VampPrior(1500)), data.load(SMALL.data))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prior", [VampPrior(5), pytest.param(Flow(3, 8), marks=pytest.mark.slow)], ids=str)
 def test_an_interrupted_run_continues_to_the_same_numbers(prior, tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, prior=prior)
@@ -369,6 +384,7 @@ def test_an_interrupted_run_continues_to_the_same_numbers(prior, tmp_path, monke
     assert found["rate"].value == pytest.approx(expected.report["test"]["rate"].value, rel=1e-5)
 
 
+@pytest.mark.long
 def test_importance_weighting_uses_the_models_prior(tmp_path):
     """With one sample the bound is an ELBO of one sample: calibrated_elbo, up to both samples' noise."""
     config = dataclasses.replace(SMALL, prior=Flow(2, 8), epochs=4)
@@ -378,6 +394,7 @@ def test_importance_weighting_uses_the_models_prior(tmp_path):
     assert abs(one.value - elbo.value) < 4 * np.hypot(one.standard_error, elbo.standard_error)
 
 
+@pytest.mark.long
 def test_the_scale_of_latents_does_not_decide_which_are_active(tmp_path):
     """Encoder and prior shrunk together by 1000 are the same model: as many active latents, the same rates."""
     config = dataclasses.replace(SMALL, network=Linear(), prior=Mixture(2), decoder_variance=Optimal("batch"), epochs=20)
@@ -401,6 +418,7 @@ def test_the_scale_of_latents_does_not_decide_which_are_active(tmp_path):
     assert one.report["test"]["active_units"].value >= 1
 
 
+@pytest.mark.long
 def test_rates_per_latent_bound_what_each_says_of_the_image(tmp_path):
     config = dataclasses.replace(SMALL, prior=Mixture(3), epochs=10)
     images = fit(config, tmp_path, progress=False).images
@@ -447,6 +465,7 @@ def objective_on_clusters(tmp_path_factory):
     return trained
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prior", [Mixture(2), VampPrior(10), Flow(4, 16)], ids=str)
 def test_a_learned_prior_beats_the_standard_normal_on_two_clusters(prior, objective_on_clusters):
     """A code of two clusters has two modes: N(0, I) charges for the gap between them, a learned prior does not.
@@ -470,6 +489,7 @@ def swept(tmp_path_factory):
     return folder, result
 
 
+@pytest.mark.long
 def test_a_sweep_over_priors(swept, tmp_path):
     folder, result = swept
     names = ["", "_vamp-5"]
@@ -562,6 +582,7 @@ def get_sweep():
 """
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("unchecked")
 def test_commands_with_priors(tmp_path, capsys):
     (tmp_path / "small.py").write_text(FILE)

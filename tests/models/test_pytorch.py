@@ -205,6 +205,7 @@ def test_the_files_written_here_are_pytorchs(arrays, save):
 # --- The mapping, index by index --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_axes_and_flattened_maps_are_reordered(tmp_path):
     """Channels first to last, also in the features of dense layers; convolutions at single indices."""
     shape, widths, latent = (5, 12, 2), (3, 4), 2  # the smallest map is 2 x 3 with 4 channels
@@ -252,6 +253,7 @@ def imported(arrays, save, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("unchecked")
 def test_an_imported_run_is_evaluated_and_sampled_like_any_other(imported, capsys):
     run = bv.restore(imported)
@@ -283,6 +285,7 @@ def test_the_run_says_where_it_is_from(imported, capsys):
         assert checkpoints._manager.metadata(0).custom_metadata["imported"] == expected
 
 
+@pytest.mark.long
 def test_training_goes_on_from_imported_weights(save, tmp_path):
     optimizer = Optimizer(learning_rate=1e-30, ema_decay=0.9)
     own = bv.Config(**{**vars(SMALL), "network": Residual((4,)), "optimizer": optimizer})
@@ -300,6 +303,7 @@ def test_training_goes_on_from_imported_weights(save, tmp_path):
     assert "imported" in json.loads((tmp_path / "run" / "config.json").read_text())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_other_precisions_become_float32(dtype, arrays, save, tmp_path):
     given = {name: array if array.dtype == int else array.astype(dtype) for name, array in arrays.items()}
@@ -316,6 +320,7 @@ def with_variance(decoder_variance):
     return bv.Config(**{**vars(SMALL), "decoder_variance": decoder_variance})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variance", [bv.Constant(0.25), bv.Optimal(), bv.Optimal("batch"), bv.Optimal("pixel")], ids=repr)
 def test_variances_without_parameters_take_the_same_file(variance, arrays, save, tmp_path):
     bv.import_torch(save(arrays), with_variance(variance), tmp_path / "run")
@@ -326,6 +331,7 @@ def test_variances_without_parameters_take_the_same_file(variance, arrays, save,
         np.testing.assert_allclose(terms.distortion, 32 * np.log(2 * np.pi * 0.25) + 64 * terms.mse / 0.5, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_a_learned_variance_is_one_number_of_the_file(shape, arrays, save, tmp_path):
     given = arrays | {"log_variance": np.full(shape, -2.5, np.float32)}
@@ -344,6 +350,7 @@ def test_a_learned_variance_that_the_file_lacks(arrays, save, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_predicted_variance_comes_from_further_channels(arrays, save, tmp_path):
     given = random_arrays(published_shapes(DIGITS, WIDTHS, LATENT, out_channels=2))
     predicted = with_variance(bv.Predicted())
@@ -530,6 +537,7 @@ def test_wrong_commands(arguments, sentence, arrays, save, tmp_path, capsys, mon
 # --- Export -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("unchecked")
 def test_exported_weights_make_the_same_model(imported, tmp_path, capsys):
     """Read with the library's own reader and the metadata alone; every output to the bit."""
@@ -558,6 +566,7 @@ def test_exported_weights_make_the_same_model(imported, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, *terms)
 
 
+@pytest.mark.long
 def test_a_trained_run_is_exported_as_it_is_evaluated(tmp_path):
     """The averaged parameters, with the calibrated variance beside them; a dense network has no batch statistics."""
     own = Config(network=MLP((6,)), latent_size=2, epochs=2, batch_size=500, devices=1, optimizer=Optimizer(ema_decay=0.5))
@@ -573,6 +582,7 @@ def test_a_trained_run_is_exported_as_it_is_evaluated(tmp_path):
     assert json.loads(metadata["step"]) == run.step == 6
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_places_for_an_export(imported, tmp_path, capsys):
     def refusal(*arguments):

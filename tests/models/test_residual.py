@@ -457,6 +457,7 @@ def test_any_height_width_and_channels(network, shape, train):
     assert (mean.shape, log_variance.shape, image.shape) == ((2, LATENT), (2, LATENT), (2, *shape))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("network", [*NETWORKS.values(), Spatial(widths=(2,), blocks=1, groups=1)], ids=str)
 def test_a_free_batch_size_can_be_exported(network):
     latent = 30
@@ -515,6 +516,7 @@ def test_parameters_of_the_mnist_network_counted_by_hand():
 # --- bfloat16 and devices ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @every_network
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_bfloat16_computes_with_float32_parameters_statistics_and_outputs(network, train):
@@ -537,6 +539,7 @@ def test_bfloat16_computes_with_float32_parameters_statistics_and_outputs(networ
             assert relative_error(value, expected) < 0.02
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", [0, 1], ids=["encoder", "decoder"])
 def test_batch_statistics_are_those_of_the_global_batch(part):
     devices, network = 4, NETWORKS["residual"]

@@ -36,6 +36,7 @@ def test_convolving_phases_is_convolving_the_joined_map(size, features):
     np.testing.assert_allclose(found, convolution(joined, kernel), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_gradients_of_convolving_phases_are_those_of_the_joined_map():
     joined, kernel, cotangent = float32(2, 6, 8, 5), float32(3, 3, 5, 2), float32(2, 6, 8, 2)
     _, pullback = jax.vjp(convolve_phases, jax.numpy.asarray(phases_of(joined)), jax.numpy.asarray(kernel))

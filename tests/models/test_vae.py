@@ -96,6 +96,7 @@ def numpy_distortion(x, mean, log_variance, model):
 # --- One forward pass -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("network", [Linear(), MLP(hidden=(5,))], ids=str)
 def test_z_is_the_posterior_mean_plus_deviation_times_the_examples_own_noise(network, key):
     model, variables = vae(network)
@@ -216,6 +217,7 @@ def test_a_key_per_example_does_as_the_one_key_does(key):
     assert np.all(np.abs(one.z - swapped.z) > 1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("network", "variance"),
     [("residual", "example"), ("linear", "constant"), ("mlp", "learned"), ("mlp", "predicted"), ("mlp", "example")],
@@ -236,6 +238,7 @@ def test_an_examples_terms_do_not_depend_on_the_others(network, variance, key):
         assert abs(a[1] - b[1]) > 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("many_keys", [False, True], ids=["positions", "keys"])
 def test_z_has_the_moments_of_the_posterior(many_keys):
     """Over positions under one key, and over keys at one position. For N draws of N(m, s^2) the standard errors are
@@ -327,6 +330,7 @@ def test_derivatives_with_respect_to_parameters_images_and_beta(variance, key):
             assert abs(slope) > 1e-2
 
 
+@pytest.mark.long
 @every_network
 def test_gradients_in_training_are_finite_and_reach_every_kernel(network, key):
     model, variables = vae(network)

@@ -73,6 +73,7 @@ def test_a_program_for_this_machine_counts_the_arithmetic_of_its_matrices():
     assert "no published peaks" in aot.describe(compiled)
 
 
+@pytest.mark.long
 def test_gradients_are_reduced_once_over_the_devices_and_by_no_more_bytes_on_more_of_them():
     communicated = {}
     for devices in (1, 2, 8):
@@ -84,6 +85,7 @@ def test_gradients_are_reduced_once_over_the_devices_and_by_no_more_bytes_on_mor
     assert communicated[8] == communicated[2]
 
 
+@pytest.mark.long
 def test_members_spread_over_the_devices_do_not_communicate():
     compiled = aot.compile_training(SMALL, DIGITS, "cpu", devices=8, members=8)
     assert compiled.step.collectives == ()
@@ -136,6 +138,7 @@ def test_one_image_a_step_has_no_half(monkeypatch):
     assert aot.compile_other_batch(dataclasses.replace(SMALL, batch_size=1), DIGITS, "x") is None
 
 
+@pytest.mark.long
 def test_members_and_devices_that_leave_a_batch_no_even_share():
     """5 members on 8 devices: 4 x 2 would halve 15 images, so it is 8 x 1, with three idle slots."""
     config = dataclasses.replace(SMALL, batch_size=15)

@@ -25,6 +25,7 @@ def test_the_time_that_a_device_works_is_that_of_overlapping_kernels_once():
     assert benchmark._covered([(0.0, 2.0), (1.0, 3.0), (1.5, 2.0), (5.0, 6.0)]) == 4.0
 
 
+@pytest.mark.long
 def test_arithmetic_and_images_of_a_stack_are_those_of_its_members(monkeypatch):
     monkeypatch.setattr(benchmark, "matrix_product_ceiling", lambda precision, platform: 1e12)
     images = benchmark.random_images(DataShape((8, 8, 1), 256, "uint8", 16, 1))
@@ -35,6 +36,7 @@ def test_arithmetic_and_images_of_a_stack_are_those_of_its_members(monkeypatch):
         assert stack.step.flops == pytest.approx(3 * one.step.flops, rel=0.1)
 
 
+@pytest.mark.long
 def test_the_table_of_the_paper_takes_its_images_over_the_speed_and_a_missing_row_is_a_failure(tmp_path):
     done, rows = run(tmp_path, "paper-table")
     assert done.returncode == 1

@@ -175,6 +175,7 @@ CONSTANTS = Sweep((0.5, 4.0), (Constant(0.1), Constant(0.4)), 1)
 RATES = Sweep((4.0,), (Optimal(), Learned()), 1, learning_rate=(1e-3, 1e-2, 3e-3))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("grid", "stacks", "execution"),
     [
@@ -209,6 +210,7 @@ def test_every_member_is_the_run_of_its_config_alone(execution, grid, stacks, al
 THREE_FIVE_EIGHT = ((0.5, 1.0, 4.0), 1), ((0.5, 1.0, 2.0, 4.0, 8.0), 1), ((0.5, 4.0), 4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("execution", "betas_and_seeds", "variance", "network", "window"),
     [
@@ -257,6 +259,7 @@ def test_how_members_are_driven_is_chosen_by_what_was_measured():
     assert [choose_execution(config, platform) for config in (BASE, residual) for platform in ("gpu", "tpu")] == ["vmap"] * 4
 
 
+@pytest.mark.long
 def test_that_choice_is_taken_unless_another_is_made(three, trained, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(sweeps, "choose_execution", lambda *arguments: asked.append(arguments) or "loop")
@@ -267,6 +270,7 @@ def test_that_choice_is_taken_unless_another_is_made(three, trained, monkeypatch
         check_same(tmp_path / "sweep" / "members" / name, three / "members" / name)
 
 
+@pytest.mark.long
 def test_what_differs_by_its_value_compiles_nothing(measured, monkeypatch, trained, tmp_path):
     counts = {}
 
@@ -347,6 +351,7 @@ def test_pictures(three):
         assert pictures["latent_rate"].sum() == pytest.approx(evaluation(folder)["splits"]["test"]["rate"]["value"], rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("execution", ["scan", "vmap"])
 def test_galleries_are_what_each_member_draws(execution):
     """Posteriors without noise and decoders that tell: reconstructions are known, samples have the law of the prior."""
@@ -433,6 +438,7 @@ def interrupted(monkeypatch, folder, saves, **settings):
     return {name: saved_steps(folder / "members" / name / "checkpoints") for name in NAMES}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("saves", "steps", "turns"),
     [
@@ -453,6 +459,7 @@ def test_an_interrupted_stack_ends_as_if_it_had_not_been(saves, steps, turns, th
         check_same(tmp_path / "sweep" / "members" / name, three / "members" / name)
 
 
+@pytest.mark.long
 def test_a_kill_between_two_evaluations_trains_nothing_again(three, trained, monkeypatch, tmp_path):
     write, count = workdir.write_evaluation, 0
 
@@ -479,6 +486,7 @@ def test_a_kill_between_two_evaluations_trains_nothing_again(three, trained, mon
         check_same(tmp_path / "sweep" / "members" / name, three / "members" / name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("execution", "at_once"), [("loop", None), ("vmap", 3)])
 def test_another_way_of_computing_continues(execution, at_once, three, monkeypatch, tmp_path):
     interrupted(monkeypatch, tmp_path / "sweep", 4)
@@ -487,6 +495,7 @@ def test_another_way_of_computing_continues(execution, at_once, three, monkeypat
         check_same(tmp_path / "sweep" / "members" / name, three / "members" / name, exact=execution != "vmap")
 
 
+@pytest.mark.long
 def test_a_member_may_be_continued_alone(three, trained, monkeypatch, tmp_path):
     """By `fit`, which draws no pictures: the sweep adds them and leaves the rest."""
     interrupted(monkeypatch, tmp_path / "sweep", 4)
@@ -502,6 +511,7 @@ def test_a_member_may_be_continued_alone(three, trained, monkeypatch, tmp_path):
         np.testing.assert_allclose(pictures[0]["latent_rate"], pictures[1]["latent_rate"], rtol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damaged", [[NAMES[1]], NAMES], ids=["one member", "all members"])
 def test_a_damaged_checkpoint_of_a_stack_is_reported_and_an_earlier_one_used(damaged, three, monkeypatch, tmp_path, caplog):
     left = interrupted(monkeypatch, tmp_path / "sweep", 6)
@@ -520,6 +530,7 @@ def test_a_damaged_checkpoint_of_a_stack_is_reported_and_an_earlier_one_used(dam
         assert 9 in saved_steps(tmp_path / "sweep" / "members" / name / "checkpoints")
 
 
+@pytest.mark.long
 def test_a_member_whose_checkpoints_are_all_damaged_begins_again(three, trained, monkeypatch, tmp_path):
     interrupted(monkeypatch, tmp_path / "sweep", 3)
     for path in (tmp_path / "sweep" / "members" / NAMES[1] / "checkpoints" / "3").rglob("*"):
@@ -543,6 +554,7 @@ run_sweep(BASE, THREE, sys.argv[1])
 """
 
 
+@pytest.mark.long
 def test_a_killed_sweep_ends_as_if_it_had_not_been(three, tmp_path):
     folder = tmp_path / "sweep"
     cache = jax.config.jax_compilation_cache_dir
@@ -567,6 +579,7 @@ def test_a_killed_sweep_ends_as_if_it_had_not_been(three, tmp_path):
 # --- Divergence -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("execution", ["scan", "vmap"])
 def test_a_member_that_diverges_leaves_the_others_alone(execution, alone, trained, tmp_path, caplog):
     grid = Sweep((0.5,), (Optimal(),), 1, learning_rate=(1e-3, 1e30, 1e-2))
@@ -602,6 +615,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(execution, alone, traine
     assert contents(folder) == before
 
 
+@pytest.mark.long
 def test_a_member_that_diverges_late_keeps_its_checkpoint(monkeypatch, three, tmp_path):
     """A loss of NaN from the seventh step on, in one member of three."""
     check = Trainer._check_finite
@@ -644,6 +658,7 @@ def needed(config, members):
     return Program(config, load(config.data), mesh, "scan").needed_bytes(members)
 
 
+@pytest.mark.long
 def test_the_memory_of_a_stack_is_what_it_holds(measured):
     images = 1500 * 64 + 297 * 64  # uint8
     each = needed(BASE, 4) - needed(BASE, 3)
@@ -656,6 +671,7 @@ def test_the_memory_of_a_stack_is_what_it_holds(measured):
     assert images < needed(BASE, 3) - 3 * each < images + 500 * 64 * 4 * 10
 
 
+@pytest.mark.long
 def test_a_planned_stack_fits_as_the_compiler_counts_it(measured, monkeypatch):
     """For every amount of memory, a stack of the planned size needs no more than there is."""
     images = load(BASE.data)
@@ -668,6 +684,7 @@ def test_a_planned_stack_fits_as_the_compiler_counts_it(measured, monkeypatch):
         assert total[size] <= room
 
 
+@pytest.mark.long
 def test_members_that_do_not_fit_take_turns(measured, alone, trained, monkeypatch, tmp_path):
     grid = Sweep((0.5, 1.0, 2.0, 4.0, 8.0), (Optimal(),), 1)
     monkeypatch.setattr(sweeps, "available_bytes", lambda mesh: (needed(BASE, 2) + needed(BASE, 3)) // 2)
@@ -769,6 +786,7 @@ def test_members_that_do_not_fit_into_memory(members, at_once, sentence, room, t
     refused(sentence, tmp_path / "sweep", members_at_once=at_once)
 
 
+@pytest.mark.long
 def test_more_at_once_than_there_are_members_is_no_mistake(three, room, tmp_path):
     room(3.5)
     assert run_sweep(BASE, THREE, tmp_path / "sweep", members_at_once=50).finished == NAMES
@@ -808,6 +826,7 @@ def test_a_folder_that_cannot_be_written(folder):
         run_sweep(BASE, THREE, folder)
 
 
+@pytest.mark.long
 def test_a_second_process_is_kept_out(three):
     with (three / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -842,6 +861,7 @@ def test_a_damaged_record(text, sentence, tmp_path):
         read_sweep(tmp_path / "sweep")
 
 
+@pytest.mark.long
 def test_reading_what_is_no_sweep(alone, tmp_path):
     with pytest.raises(UserError, match=r"is not a sweep: it has no sweep\.json"):
         read_sweep(tmp_path)

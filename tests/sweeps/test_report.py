@@ -52,6 +52,7 @@ def over_seeds(folder: Path, name: str, split: str, key: str) -> list[float]:
 # --- Table ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_table_holds_means_and_deviations_over_seeds(folder):
     rows = list(csv.DictReader(io.StringIO((folder / "table.csv").read_text())))
     assert len(rows) == 2 * len(BETAS) * (1 + len(VARIANCES))
@@ -178,6 +179,7 @@ def test_the_page_needs_nothing_else(folder):
     assert "<td>β-VAE, constant σ² = 0.1</td>" in page
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [3, 13, 40])
 def test_labels_of_points_cover_nothing(count):
     """Two curves that almost coincide, points crowded at one end: no two labels overlap, none leaves the axes or the legend."""
@@ -197,6 +199,7 @@ def test_labels_of_points_cover_nothing(count):
             assert axes.get_window_extent().containsx(box.x1)
 
 
+@pytest.mark.long
 def test_unfinished_and_diverged_members_are_told(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -221,6 +224,7 @@ def test_unfinished_and_diverged_members_are_told(folder, tmp_path):
     assert (row["seeds"], row["diverged"], row["rate_std"]) == ("1", "1", "")
 
 
+@pytest.mark.long
 def test_a_setting_whose_members_all_diverged_keeps_its_row(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -292,6 +296,7 @@ def test_other_models_have_no_theory(folder):
     assert report.compare_with_theory(results.read_results(folder)) is None
 
 
+@pytest.mark.long
 def test_learning_rates_are_told_apart(tmp_path):
     config = dataclasses.replace(BASE, epochs=1, optimizer=Optimizer(1e-3))
     fit_sweep(config, Sweep((1.0,), (Optimal(),), 1, (1e-3, 1e-2)), tmp_path / "rates", progress=False)

@@ -117,6 +117,7 @@ def test_hooks_are_told_what_happens_in_order_in_plain_values(tmp_path):
     assert last[0].keys() == {"objective", "distortion", "rate", "mse", "variance", "gradient_norm"}
 
 
+@pytest.mark.long
 def test_a_run_that_is_continued_tells_what_was_before(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         bv.fit(CONFIG, tmp_path / "run", False, [Stopper(6)])
@@ -149,6 +150,7 @@ def test_what_is_no_callback_is_refused(wrong, tmp_path, unchecked):
 # --- Runs that callbacks stop -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("hook", "step"), [("on_metrics", 3), ("on_evaluation", 6)])
 def test_a_run_that_is_stopped_is_evaluated_saved_and_not_trained_again(hook, step, whole, tmp_path, steps):
     folder = tmp_path / "run"
@@ -172,6 +174,7 @@ def test_a_run_that_is_stopped_is_evaluated_saved_and_not_trained_again(hook, st
     assert ended.report == whole.report
 
 
+@pytest.mark.long
 def test_a_stopped_run_that_lost_its_evaluation_is_evaluated_and_not_trained(tmp_path, steps):
     folder = tmp_path / "run"
     first = bv.fit(CONFIG, folder, False, [Asks("on_evaluation", 1)])
@@ -180,12 +183,14 @@ def test_a_stopped_run_that_lost_its_evaluation_is_evaluated_and_not_trained(tmp
     assert sum(steps) == 6
 
 
+@pytest.mark.long
 def test_to_stop_at_the_last_step_is_to_end(whole, tmp_path):
     result = bv.fit(CONFIG, tmp_path / "run", False, [Asks("on_evaluation", 12)])
     assert not (tmp_path / "run" / "stopped.json").exists()
     assert result.report == whole.report
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("execution", ["scan", "vmap", "loop"])
 def test_one_member_of_a_sweep_stops_and_the_others_go_on(execution, tmp_path, steps):
     asks = Asks("on_metrics", 2, NAMES[1])
@@ -211,6 +216,7 @@ def test_one_member_of_a_sweep_stops_and_the_others_go_on(execution, tmp_path, s
     assert sum(steps) == trained > count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_early_stopping_counts_evaluations_without_improvement(interrupted, tmp_path):
     """The first evaluation improves on nothing; none after it by a million nats. At the third, two in a row have not."""
@@ -224,6 +230,7 @@ def test_early_stopping_counts_evaluations_without_improvement(interrupted, tmp_
     assert [row["step"] for row in read_metrics(tmp_path / "run") if row["split"] == "test"] == [3, 6, 9]
 
 
+@pytest.mark.long
 def test_early_stopping_lets_a_run_go_on_that_improves(whole, tmp_path):
     assert bv.fit(CONFIG, tmp_path / "run", False, [bv.EarlyStopping(1)]).report == whole.report
 
@@ -245,6 +252,7 @@ def test_early_stopping_that_makes_no_sense_is_refused(arguments, sentence, unch
 # --- Callbacks that raise ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("hook", "step"), [("on_steps", 3), ("on_metrics", 3), ("on_evaluation", 6), ("on_checkpoint", 6)])
 def test_a_callback_that_raises_loses_nothing(hook, step, whole, tmp_path):
     folder, recorder = tmp_path / "run", Recorder()
@@ -260,6 +268,7 @@ def test_a_callback_that_raises_loses_nothing(hook, step, whole, tmp_path):
     assert read_metrics(folder) == read_metrics(whole.workdir)
 
 
+@pytest.mark.long
 def test_a_callback_that_raises_at_the_start_or_the_end(whole, tmp_path, steps):
     with pytest.raises(bv.CallbackError, match=r"Raises.on_start raised ValueError: out of paper. Nothing was trained."):
         bv.fit(CONFIG, tmp_path / "run", False, [Raises("on_start")])
@@ -270,6 +279,7 @@ def test_a_callback_that_raises_at_the_start_or_the_end(whole, tmp_path, steps):
     assert sum(steps) == 12
 
 
+@pytest.mark.long
 def test_a_callback_that_raises_in_a_sweep_saves_all_members(tmp_path):
     with pytest.raises(bv.CallbackError, match=r"Raises\.on_metrics raised ValueError"):
         bv.fit_sweep(CONFIG, GRID, tmp_path / "sweep", "scan", progress=False, callbacks=[Raises("on_metrics")])
@@ -288,6 +298,7 @@ def test_a_run_without_progress_says_nothing_but_to_who_listens(tmp_path, capsys
     assert not logging.getLogger("bsvae_jax").handlers
 
 
+@pytest.mark.long
 def test_progress_shows_what_is_logged_once(tmp_path, capsys):
     bv.fit(CONFIG, tmp_path / "run", progress=True)
     out, errors = capsys.readouterr()
@@ -306,6 +317,7 @@ def test_a_rate_of_ten_nats_a_latent_in_the_first_steps_is_told(step, rate, warn
     ]
 
 
+@pytest.mark.long
 def test_every_run_is_watched_at_its_start(tmp_path, caplog, monkeypatch):
     bv.fit(CONFIG, tmp_path / "usual", progress=False)
     assert "training begins badly" not in caplog.text

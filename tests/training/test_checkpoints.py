@@ -25,6 +25,7 @@ def _state(value: float):
     return {"weights": jnp.full((3, 2), value), "step": jnp.int32(value), "empty": {}}
 
 
+@pytest.mark.long
 def test_the_latest_two_and_the_best_are_kept(tmp_path):
     objectives = {1: 5.0, 2: -1.0, 3: 4.0, 4: 0.0, 5: 3.0}
     for part in ((1, 2, 3), (4, 5)):  # the best must survive being opened again
@@ -104,6 +105,7 @@ def test_damage_is_reported_and_passed_over(damaged):
     assert [path.name for path in (damaged.parent / "damaged_checkpoints").iterdir()] == ["2_0"]
 
 
+@pytest.mark.long
 def test_a_damaged_step_asked_for_by_name_is_moved_aside(damaged):
     warnings: list[str] = []
     with Checkpoints(damaged) as checkpoints:
@@ -116,6 +118,7 @@ def test_a_damaged_step_asked_for_by_name_is_moved_aside(damaged):
     assert [path.name for path in (damaged.parent / "damaged_checkpoints").iterdir()] == ["2_0"]
 
 
+@pytest.mark.long
 def test_reading_moves_nothing(damaged):
     with Checkpoints(damaged, read_only=True) as checkpoints:
         with pytest.raises(UserError, match=r"No checkpoint loads: .*checkpoints/2 does not load") as error:
@@ -126,6 +129,7 @@ def test_reading_moves_nothing(damaged):
     assert not (damaged.parent / "damaged_checkpoints").exists()
 
 
+@pytest.mark.long
 def test_nothing_loads(damaged):
     _damage(damaged / "1")
     with Checkpoints(damaged) as checkpoints, pytest.raises(UserError, match=r"No checkpoint loads: .*/2 .*; .*/1 does not"):
@@ -133,6 +137,7 @@ def test_nothing_loads(damaged):
     assert saved_steps(damaged) == [1, 2]  # left for the user to look at
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "read_only",
     [True, False],
@@ -182,6 +187,7 @@ def test_a_step_that_a_run_deletes_while_it_is_read_is_no_damaged_checkpoint(tmp
         Checkpoints(tmp_path / "checkpoints")
 
 
+@pytest.mark.long
 def test_steps_that_a_run_replaces_while_they_are_read_are_looked_for_again(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as writer:
         writer.save(1, _state(1.0), 1.0)
@@ -196,6 +202,7 @@ def test_steps_that_a_run_replaces_while_they_are_read_are_looked_for_again(tmp_
             assert not warnings
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["hidden=[16,16]", "[!a]", "a*b", "a?b", "a b#%20$x"])
 def test_any_character_but_a_backslash_may_be_in_the_path(name, tmp_path, monkeypatch):
     """Orbax merges the files it finds by the unescaped path as a pattern, and without a file says nothing."""
@@ -233,6 +240,7 @@ def _unmerge(step):
     shutil.rmtree(step / "default" / "d")
 
 
+@pytest.mark.long
 def test_arrays_that_were_not_merged_are_rescued_by_the_command_in_the_message(tmp_path):
     folder = tmp_path / "it's" / "checkpoints"
     with Checkpoints(folder) as checkpoints:
@@ -247,6 +255,7 @@ def test_arrays_that_were_not_merged_are_rescued_by_the_command_in_the_message(t
         assert float(checkpoints.restore(_state(0.0))[1]["weights"][0, 0]) == 1.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -286,6 +295,7 @@ def _forbidden(path):
         path.chmod(0o777)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "file", ["default/manifest.ocdbt", "default/d", "default/_METADATA", "_CHECKPOINT_METADATA", "metrics/metrics", "."]
 )
@@ -309,6 +319,7 @@ def test_what_may_not_be_read_is_not_damaged(file):
             assert checkpoints.restore(_state(0.0))[0] == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -336,6 +347,7 @@ def test_what_the_system_does_not_give_is_not_damaged(error, message, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "message"),
     [

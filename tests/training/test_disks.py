@@ -92,6 +92,7 @@ def read_events(path):
     return events
 
 
+@pytest.mark.long
 def test_a_run_leaves_its_metrics_as_events(whole):
     (path,) = (whole / "tensorboard").iterdir()
     first, start, *events = read_events(path)
@@ -113,6 +114,7 @@ def test_a_run_leaves_its_metrics_as_events(whole):
     assert not expected
 
 
+@pytest.mark.long
 def test_events_that_do_not_fit_end_no_run(disk, caplog, whole, monkeypatch):
     """The disk is full for the first row's events, and said to be so once; everything else finds room."""
     write = RecordWriter.write
@@ -132,6 +134,7 @@ def test_events_that_do_not_fit_end_no_run(disk, caplog, whole, monkeypatch):
     assert (disk / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.long
 def test_events_of_a_run_that_is_continued_replace_those_from_there(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
@@ -147,6 +150,7 @@ def test_events_of_a_run_that_is_continued_replace_those_from_there(whole, tmp_p
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("left", [600_000, 8192, 0])
 def test_a_checkpoint_that_finds_no_room_is_an_error_and_leaves_nothing(disk, left):
     state = {"a": np.random.default_rng(0).normal(size=2**17), "b": np.arange(5)}  # a megabyte
@@ -172,6 +176,7 @@ def test_a_checkpoint_that_finds_no_room_is_an_error_and_leaves_nothing(disk, le
     np.testing.assert_array_equal(restored["a"], state["a"])
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written_pauses_saving(disk, whole, monkeypatch, caplog):
     """After the look at the free space; free again before the next checkpoint."""
     save, log = Checkpoints.save, workdir.RunDirectory.log
@@ -198,6 +203,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_pauses_saving(disk, 
     assert (disk / "run" / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
 
 
+@pytest.mark.long
 def test_a_last_checkpoint_that_is_not_written_is_an_error(disk, whole, monkeypatch):
     save = Checkpoints.save
 
@@ -276,6 +282,7 @@ def config_file(tmp_path):
     return path
 
 
+@pytest.mark.long
 def test_training_where_nothing_may_be_written(read_only, config_file, capsys):
     told = refusal(capsys, "train", config_file, "--workdir", read_only / "new")
     assert told.endswith("new cannot be written (Read-only file system); choose another --workdir.")
@@ -293,6 +300,7 @@ def test_samples_and_weights_where_nothing_may_be_written(read_only, whole, caps
     assert "weights.safetensors cannot be written (Read-only file system)" in told
 
 
+@pytest.mark.long
 def test_a_run_that_may_only_be_read_is_restored_and_sampled(read_only, tmp_path, capsys):
     main.main(["sample", str(read_only / "run"), "--count", "3", "--out", str(tmp_path / "samples.npz")])
     assert np.load(tmp_path / "samples.npz")["images"].shape == (3, 8, 8, 1)

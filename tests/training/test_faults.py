@@ -249,6 +249,7 @@ def whole(config, tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("looks", [0, 1, 3, 5, 8, 13, 21])
 def test_stopped_at_any_step_it_ends_as_if_it_had_not_been(looks, config, whole, tmp_path, monkeypatch):
     """In the middle of an epoch and of a row of the metrics as well."""
@@ -321,6 +322,7 @@ def damage(folder, expected, work, count, seed, caplog):
     return outcomes
 
 
+@pytest.mark.long
 def test_damaged_files_of_a_run(whole, tmp_path, caplog):
     outcomes = damage(whole, numbers(whole), tmp_path, 40, 0, caplog)
     assert outcomes["sentence"] > 0
@@ -347,6 +349,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_seen(whole, tmp_path, caplog):
     assert "does not load" in caplog.text
 
 
+@pytest.mark.long
 def test_damaged_metrics_of_a_checkpoint_are_named_and_moved_aside(config, whole, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
@@ -380,6 +383,7 @@ def test_a_disk_without_room_is_refused_before_training(config, tmp_path, monkey
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_pauses_saving_and_keeps_the_run_alive(config, whole, tmp_path, monkeypatch, caplog):
     free = [2**40]
     monkeypatch.setattr(workdir, "free_bytes", lambda folder: free[0])
@@ -399,6 +403,7 @@ def test_a_disk_that_fills_up_pauses_saving_and_keeps_the_run_alive(config, whol
     assert arrays_of(tmp_path / "run")[0] == [12]
 
 
+@pytest.mark.long
 def test_a_disk_that_stays_full_is_an_error_at_the_end(config, tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, "free_bytes", lambda folder: 0)
     with pytest.raises(UserError, match="the end of training could not be saved"):
@@ -441,6 +446,7 @@ def test_a_real_full_disk(tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
+@pytest.mark.long
 def test_a_clock_that_jumps_changes_nothing(config, whole, tmp_path, monkeypatch):
     """An hour back after the first row, two forward after the second."""
     now, offsets = time.time, [0.0]
@@ -481,6 +487,7 @@ def test_a_workdir_that_is_a_url_is_refused(url, config, tmp_path, monkeypatch):
 # --- Numbers that are not finite --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_step_that_is_not_finite_can_be_run_again(tmp_path):
     """The two lines of the message, as they stand there."""
     config = bv.Config(
@@ -501,6 +508,7 @@ def test_a_step_that_is_not_finite_can_be_run_again(tmp_path):
         exec("\n".join(lines), {})
 
 
+@pytest.mark.long
 def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path, caplog):
     """A learning rate that overflows at every second step's gradient is hard to arrange; a batch with infinity is not."""
     import jax.numpy as jnp

@@ -81,6 +81,7 @@ def _linear_config(beta, epochs):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("beta", [pytest.param(0.3, marks=pytest.mark.slow), 1.0, 4.0])
 def test_a_linear_model_lands_on_the_optimum(beta, tmp_path):
     config = _linear_config(beta, epochs=1000)
@@ -94,6 +95,7 @@ def test_a_linear_model_lands_on_the_optimum(beta, tmp_path):
     assert rate == pytest.approx(optimum.rate, rel=0.02)
 
 
+@pytest.mark.long
 def test_a_linear_model_collapses_beyond_the_critical_beta(tmp_path):
     images = load(Digits())
     eigenvalues, _ = _linear_theory(images, 4, 1.0)
@@ -121,6 +123,7 @@ def test_the_linear_mnist_config_lands_on_the_optimum(beta, tmp_path, mnist_fold
         assert rate < 1e-3
 
 
+@pytest.mark.long
 def test_a_learned_variance_converges_to_the_batch_optimal_one(tmp_path):
     # In the same model, at the end of training, the trained number must be close to MSE + v0 of the training set.
     config = dataclasses.replace(
@@ -133,6 +136,7 @@ def test_a_learned_variance_converges_to_the_batch_optimal_one(tmp_path):
     assert learned == pytest.approx(calibration.variance, rel=0.03)
 
 
+@pytest.mark.long
 def test_a_learned_variance_arrives_within_the_digits_own_schedule(tmp_path):
     # Twelve epochs of small batches, 1,200 steps at the digits' rate of 1e-3: at that rate it would end near exp(-0.6) = 0.55.
     config = dataclasses.replace(SMALL, decoder_variance=Learned(), epochs=12, evaluate_every=12, batch_size=15)
@@ -180,6 +184,7 @@ def test_the_update_is_adamw_of_the_gradient(key):
     assert float(metrics.objective) == pytest.approx(float(metrics.distortion + 3.0 * metrics.rate), rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_variance_given_to_the_step_takes_the_place_of_the_models(key):
     images = jax.random.uniform(key, (5, 8, 8, 1))
     states = {
@@ -251,6 +256,7 @@ def test_steps_per_dispatch_is_one_only_for_convolutions_on_cpu():
 # --- fit --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_leaves_its_record(tmp_path):
     fit(SMALL, tmp_path / "run", progress=False)
     rows = read_metrics(tmp_path / "run")
@@ -272,6 +278,7 @@ def test_a_run_leaves_its_record(tmp_path):
     assert restored.calibration is not None
 
 
+@pytest.mark.long
 def test_a_run_ends_with_its_evaluation(tmp_path):
     result = fit(SMALL, tmp_path / "run", progress=False)
     path = tmp_path / "run" / "evaluation.json"
@@ -296,6 +303,7 @@ def test_a_run_ends_with_its_evaluation(tmp_path):
     assert read_calibration(tmp_path / "run").variance == result.report["train"]["calibrated_variance"].value
 
 
+@pytest.mark.long
 def test_calibration_is_the_optimal_variance_of_the_training_set(tmp_path):
     result = fit(SMALL, tmp_path / "run", progress=False)
     run = restore(tmp_path / "run")
@@ -312,6 +320,7 @@ class _Stop(Exception):
     pass
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("network", [MLP((16,)), Residual((4,))], ids=["mlp", "residual"])
 def test_an_interrupted_run_continues_to_the_same_numbers(network, tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, network=network, epochs=3, augmentation=Augmentation(flip=True))
@@ -335,6 +344,7 @@ def test_an_interrupted_run_continues_to_the_same_numbers(network, tmp_path, mon
     assert _rows(tmp_path / "parts") == _rows(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_finished_run_is_not_trained_again(tmp_path):
     first = fit(SMALL, tmp_path / "run", progress=False)
     files = [tmp_path / "run" / name for name in ("metrics.jsonl", "evaluation.json", "calibration.npz")]
@@ -347,6 +357,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert written == [path.stat().st_mtime_ns for path in files[1:]]  # nor evaluated
 
 
+@pytest.mark.long
 def test_devices_and_dispatch_do_not_change_a_run(tmp_path):
     config = dataclasses.replace(SMALL, decoder_variance=Optimal("batch"), augmentation=Augmentation(flip=True))
     runs = {
@@ -360,6 +371,7 @@ def test_devices_and_dispatch_do_not_change_a_run(tmp_path):
             assert ours["objective"] == pytest.approx(theirs["objective"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_evaluation_counts_the_last_partial_batch(tmp_path, key):
     """297 test images in batches of 64 on 4 devices, against one plain pass over all of them."""
     images = load(Digits())
@@ -377,6 +389,7 @@ def test_evaluation_counts_the_last_partial_batch(tmp_path, key):
     np.testing.assert_allclose(scores.model_distortion, 32 * (np.log(2 * np.pi * variance) + 1), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_that_diverges_says_where_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     """The loss turns NaN in the second epoch; the first epoch's checkpoint must be named and still load."""
     schedule = learning_rate_schedule
@@ -401,6 +414,7 @@ def test_a_run_that_diverges_says_where_and_keeps_the_last_checkpoint(tmp_path, 
     assert read_failure(tmp_path / "run") is None
 
 
+@pytest.mark.long
 def test_restore_gives_the_averaged_parameters_and_the_best_step(tmp_path, unchecked):
     result = fit(SMALL, tmp_path / "run", progress=False)
     run = restore(tmp_path / "run")
@@ -410,6 +424,7 @@ def test_restore_gives_the_averaged_parameters_and_the_best_step(tmp_path, unche
         restore(tmp_path / "run", "newest")
 
 
+@pytest.mark.long
 def test_best_is_the_least_held_out_objective(tmp_path):
     """30 training images, 400 epochs: the model overfits, so the end is not the best."""
     images = load(Digits())
@@ -425,6 +440,7 @@ def test_best_is_the_least_held_out_objective(tmp_path):
     assert restore(tmp_path / "run").step == 400
 
 
+@pytest.mark.long
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_path, caplog):
     whole = fit(SMALL, tmp_path / "run", progress=False).state
     newest = tmp_path / "run" / "checkpoints" / "6"
@@ -452,6 +468,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(change, sentenc
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_another_config_or_a_foreign_folder_is_left_alone(tmp_path):
     fit(SMALL, tmp_path / "run", progress=False)
     before = (tmp_path / "run" / "config.json").read_bytes()
@@ -476,6 +493,7 @@ def test_a_second_process_is_kept_out(tmp_path):
         pass  # the lock goes with its holder
 
 
+@pytest.mark.long
 def test_other_data_under_the_same_config_are_refused(tmp_path):
     path = tmp_path / "images.npy"
     np.save(path, np.zeros((20, 4, 4), np.uint8))
@@ -489,6 +507,7 @@ def test_other_data_under_the_same_config_are_refused(tmp_path):
         fit(config, tmp_path / "run", progress=False)
 
 
+@pytest.mark.long
 def test_the_seed_of_a_run_does_not_choose_its_test_images(tmp_path):
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (30, 4, 4), np.uint8))
     config = dataclasses.replace(SMALL, data=Arrays(str(tmp_path / "images.npy")), batch_size=9, latent_size=2, epochs=1)
@@ -498,6 +517,7 @@ def test_the_seed_of_a_run_does_not_choose_its_test_images(tmp_path):
     assert np.abs(weights[0] - weights[1]).max() > 0.1
 
 
+@pytest.mark.long
 def test_a_torn_last_line_of_the_metrics_is_repaired(tmp_path):
     fit(SMALL, tmp_path / "run", progress=False)
     path = tmp_path / "run" / "metrics.jsonl"

@@ -42,6 +42,7 @@ def numpy_norm(x):
     return (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-6)
 
 
+@pytest.mark.long
 def test_a_block_is_its_formula():
     block, rng = Block(width=8, heads=2), np.random.default_rng(0)
     x, condition = rng.normal(size=(3, 5, 8)), rng.normal(size=(3, 8))
@@ -75,6 +76,7 @@ def test_time_features():
     np.testing.assert_allclose(found, [[1, 1, 0, 0], [*np.cos(angles), *np.sin(angles)]], atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_fresh_network_is_the_zero_field():
     network, x = VelocityNetwork(SMALL), jax.random.normal(jax.random.key(0), (3, 4))
     variables = network.init(jax.random.key(1), x, jnp.ones(3))
@@ -90,6 +92,7 @@ def prior_and_parameters(settings, latents, scale):
     return module, random_parameters(made, scale)
 
 
+@pytest.mark.long
 def test_without_a_velocity_it_is_a_gaussian_per_channel():
     module, params = prior_and_parameters(SMALL, 4, 0.0)
     params = {**params, "origin": jnp.array([1.0, -1.0]), "log_scale": jnp.log(jnp.array([2.0, 0.5]))}
@@ -103,6 +106,7 @@ def test_without_a_velocity_it_is_a_gaussian_per_channel():
     np.testing.assert_allclose(drawn.std(axis=0), [2.0, 0.5, 2.0, 0.5], rtol=5 / np.sqrt(2 * 20_000))
 
 
+@pytest.mark.long
 def test_its_density_integrates_to_one():
     """Of one latent, over a grid: independent of how the density was derived."""
     settings = dataclasses.replace(SMALL, rows=1, steps=50)
@@ -115,6 +119,7 @@ def test_its_density_integrates_to_one():
     assert np.max(np.abs(np.exp(np.asarray(log_prob)) - normal)) > 0.05  # it is not the Gaussian it starts from
 
 
+@pytest.mark.long
 def test_the_estimated_density_is_right_on_average_and_an_example_has_its_own_probes(monkeypatch):
     module, params = prior_and_parameters(SMALL, 4, 0.5)
     z = jax.random.normal(jax.random.key(3), (400, 4))
@@ -139,6 +144,7 @@ def run(folder, steps, latents=None, **identity):
     return fit_flow_matching(TINY, latents, latents[:500], jax.random.key(5), steps, folder, identity, progress=False)
 
 
+@pytest.mark.long
 def test_it_learns_a_gaussian(tmp_path):
     found = run(tmp_path, 600)
     fitted = FittedPrior("flow_matching", TINY, found, 2, 0.0)
@@ -152,6 +158,7 @@ def test_it_learns_a_gaussian(tmp_path):
     np.testing.assert_allclose(drawn.mean(axis=0), GAUSSIAN.mean, atol=0.2)
 
 
+@pytest.mark.long
 def test_interrupted_and_continued_it_ends_the_same(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", 120)
     stop = Stop()
@@ -180,6 +187,7 @@ def test_interrupted_and_continued_it_ends_the_same(tmp_path, monkeypatch):
     assert saved == [100, 120, 50, 100, 120]
 
 
+@pytest.mark.long
 def test_any_number_of_devices_trains_the_same(tmp_path, monkeypatch):
     """A few steps: differences of rounding grow with them."""
     results = []

@@ -60,6 +60,7 @@ def banana(seed):
     ), lambda z: stats.norm.logpdf(z[:, 0] / 2) - np.log(2) + stats.norm.logpdf(z[:, 1] - (z[:, 0] / 2) ** 2, 0, 0.5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "truth", "loss"),
     [
@@ -105,6 +106,7 @@ def test_the_scale_of_latents_does_not_matter(kind):
     assert small.held_out - one.held_out == pytest.approx(3 * np.log(1000), abs=0.6 if kind == "flow" else 0.02)
 
 
+@pytest.mark.long
 def test_latents_that_do_not_vary():
     z = np.random.default_rng(0).normal(size=(1000, 3)) * np.array([1.0, 1e-3, 1.0])
     z[:, 2] = z[:, 0]
@@ -129,6 +131,7 @@ def test_what_cannot_be_fitted(kind, components, sentence):
         fit_density(kind, z, z, jax.random.key(0), components)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", FITTED_HERE)
 def test_the_file_keeps_all_of_it(kind, tmp_path):
     z = np.random.default_rng(0).normal(size=(600, 3))
@@ -170,6 +173,7 @@ def run(trained, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fitted_prior_lowers_the_mismatch(kind, run):
     """KL(q(z) || p(z)) of the training and of the test set, before and after, by more than its standard errors."""
@@ -195,6 +199,7 @@ def test_a_fitted_prior_lowers_the_mismatch(kind, run):
         assert "dimension_kl" not in after["test"]
 
 
+@pytest.mark.long
 def test_the_density_of_the_run_is_the_fitted_one(run, monkeypatch):
     monkeypatch.setattr(fitted_prior, "FLOW_EPOCHS", 2)
     fitted = bv.fit_prior(run, "flow")
@@ -213,6 +218,7 @@ def test_the_density_of_the_run_is_the_fitted_one(run, monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.long
 def test_it_takes_the_place_of_a_learned_prior(tmp_path):
     config = dataclasses.replace(CONFIG, prior=configs.VampPrior(10), epochs=2, evaluate_every=2)
     fit(config, tmp_path, progress=False)
@@ -223,6 +229,7 @@ def test_it_takes_the_place_of_a_learned_prior(tmp_path):
     assert fitted.held_out > fitted.held_out_before
 
 
+@pytest.mark.long
 def test_the_same_fit_is_not_repeated_and_another_not_lost(run, capsys):
     first = fit_prior(run, "mixture", 3, seed=1)
     content = (run / "prior.npz").read_bytes()
@@ -267,6 +274,7 @@ def test_devices_do_not_change_a_fit(run, monkeypatch):
 # --- The commands -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("unchecked")
 def test_the_commands(run, capsys, tmp_path):
     main("fit-prior", run, "--kind", "mixture", "--components", 4)
@@ -332,6 +340,7 @@ def test_runs_without_a_prior_to_use(run, tmp_path, capsys):
     assert "has no checkpoint yet" in refused(capsys, "fit-prior", tmp_path / "untrained")
 
 
+@pytest.mark.long
 def test_an_unfinished_run(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, epochs=3, evaluate_every=1)
     save = Trainer._evaluate_and_save
@@ -347,6 +356,7 @@ def test_an_unfinished_run(tmp_path, monkeypatch):
         fit_prior(tmp_path / "cut")
 
 
+@pytest.mark.long
 def test_a_prior_of_other_parameters(run, tmp_path):
     fit_prior(run, "gaussian")
     for change, sentence in (

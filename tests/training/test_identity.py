@@ -43,6 +43,7 @@ def replace(run, other, name):
     (shutil.copytree if path.suffix == "" else shutil.copy)(other / name, path)
 
 
+@pytest.mark.long
 def test_sound_runs_are_opened(runs):
     assert identity(runs[0]) != identity(runs[1])
     assert [read_info(run).config.beta for run in runs] == [1.0, 4.0]
@@ -50,6 +51,7 @@ def test_sound_runs_are_opened(runs):
     assert len(read_results(runs[0].parents[1]).members) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "use"),
     [
@@ -68,6 +70,7 @@ def test_files_of_another_run(name, use, runs):
     assert before == {path: path.read_bytes() for path in before}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", [3, 12])
 def test_a_checkpoint_of_another_step(step, runs):
     checkpoints = runs[0] / "checkpoints"

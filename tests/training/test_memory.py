@@ -37,6 +37,7 @@ def assert_close(found, expected, tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variance", [Optimal("batch"), Optimal("pixel"), Learned(), Predicted(), Constant(0.3)])
 @pytest.mark.parametrize(("parts", "devices"), [(4, 1), (2, 4)])
 def test_accumulation_gives_the_gradients_of_the_whole_batch(variance, parts, devices):
@@ -48,6 +49,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(variance, parts, de
     assert_close(found_metrics, metrics, 1e-5)
 
 
+@pytest.mark.long
 def test_averaging_the_gradients_of_parts_would_be_seen():
     """The test above can fail: with a shared variance, the average over parts of gradients is another vector."""
     config = dataclasses.replace(SMALL, decoder_variance=Optimal("batch"))
@@ -66,6 +68,7 @@ def test_averaging_the_gradients_of_parts_would_be_seen():
     assert max(jax.tree.leaves(difference)) > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulation_with_batch_norm_is_the_same_on_any_number_of_devices(devices):
     """A part holds the same examples wherever it is computed, so its batch statistics are the same."""
@@ -75,6 +78,7 @@ def test_accumulation_with_batch_norm_is_the_same_on_any_number_of_devices(devic
     assert_close(found[1], expected[1], 1e-5)
 
 
+@pytest.mark.long
 def test_rematerialization_changes_no_number():
     config = dataclasses.replace(SMALL, network=Residual((4, 6)))
     expected, found = one_step(config, 1), one_step(dataclasses.replace(config, rematerialize=True), 1)
@@ -96,6 +100,7 @@ def kept_for_the_backward_pass(config):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.long
 def test_accumulation_saves_memory():
     config = dataclasses.replace(SMALL, network=Residual((8,)), batch_size=64)
     whole = kept_for_the_backward_pass(config)
