@@ -185,7 +185,7 @@ def test_a_process_that_dies_ends_the_other_within_a_minute(tmp_path, killed):
     seconds = time.monotonic() - begun
     print(f"the other process ended after {seconds:.1f} s with status {status}")
     assert seconds < 60
-    if status == 2:
+    if status in (1, 2):  # 1 where the end of its own process is not waited for
         assert text.strip().splitlines()[-1].startswith("error: The connection to another process is closed")
         return
     assert status == -signal.SIGABRT, text
