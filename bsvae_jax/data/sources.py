@@ -233,7 +233,7 @@ def folder_recipe(source: Any) -> Recipe:
     if found.test is not None:
         train, test, division = found.train, found.test, None
     else:
-        positions = _holdout(found.train.contents(), source.holdout, source.holdout_seed, str(path))
+        positions = _holdout(found.train.contents(), source.holdout, source.holdout_seed, printable(str(path)))
         train, test = (found.train.take(part.tolist()) for part in positions)
         division = [source.holdout, source.holdout_seed]
     return Recipe(
