@@ -66,6 +66,7 @@ def test_the_table_holds_means_and_deviations_over_seeds(folder):
     assert (row["seeds"], row["diverged"], float(row["learning_rate"])) == ("2", "0", 1e-2)
 
 
+@pytest.mark.long
 def test_every_member_is_listed(folder):
     rows = list(csv.DictReader(io.StringIO((folder / "members.csv").read_text())))
     assert len(rows) == 2 * SEEDS * len(BETAS) * (1 + len(VARIANCES))
@@ -73,6 +74,7 @@ def test_every_member_is_listed(folder):
         assert float(row["rate"]) == quantity(folder, row["name"], row["split"], "rate")
 
 
+@pytest.mark.long
 def test_markdown_has_a_line_per_setting_and_split(folder):
     lines = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert len(lines) == 2 * (2 + len(BETAS) * (1 + len(VARIANCES)))
@@ -99,6 +101,7 @@ def test_a_deviation_is_shown_to_two_digits_and_the_mean_to_the_same_place(mean,
 # --- Curves -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_four_readings_are_those_of_the_paper(folder):
     """SSE + b KL with b = 2 v beta: read with 1/2, with b/2, with the optimum, and BS-VAE as trained."""
     own, optimal, half, by_beta = report.readings(results.read_results(folder), "test")
@@ -119,6 +122,7 @@ def test_the_four_readings_are_those_of_the_paper(folder):
     assert optimal.y_deviation[index] == pytest.approx(np.std(profile, ddof=1))
 
 
+@pytest.mark.long
 def test_the_reference_is_shannons_function_of_the_training_data(folder):
     images = load(BASE.data)
     flat = images.train.reshape(len(images.train), -1) / 16
@@ -137,6 +141,7 @@ def test_the_reference_is_shannons_function_of_the_training_data(folder):
         assert rate == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.long
 def test_cells_of_equal_beta_times_variance_agree_in_training(folder):
     """What the paper says of the constant model: beta and sigma^2 act through their product alone."""
     found = results.read_results(folder)
@@ -162,6 +167,7 @@ def test_disagreement_is_the_spread_over_the_mean():
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_page_needs_nothing_else(folder):
     page = (folder / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
@@ -236,6 +242,7 @@ def test_a_setting_whose_members_all_diverged_keeps_its_row(folder, tmp_path):
     assert "| 0.5 | 0 (2 diverged) | n/a |" in (copy / "table.md").read_text()
 
 
+@pytest.mark.long
 def test_what_is_no_sweep_or_has_no_result_is_refused(tmp_path, folder):
     with pytest.raises(UserError, match=r"is not a sweep: it has no sweep\.json"):
         report.write_report(tmp_path)
@@ -251,6 +258,7 @@ def test_what_is_no_sweep_or_has_no_result_is_refused(tmp_path, folder):
         report.write_report(empty)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["evaluation.json", "pictures.npz", "config.json", "failure.json"])
 def test_a_damaged_file_of_a_member_is_named(folder, tmp_path, name):
     copy = tmp_path / "copy"
@@ -292,6 +300,7 @@ def test_linear_members_lie_on_the_optimum(tmp_path):
     assert "linear_theory" in report.draw(results.read_results(tmp_path / "linear"))
 
 
+@pytest.mark.long
 def test_other_models_have_no_theory(folder):
     assert report.compare_with_theory(results.read_results(folder)) is None
 

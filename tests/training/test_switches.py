@@ -145,6 +145,7 @@ def flow_matching_parts():
     return params, losses, module.apply(variables, make_key(2), 5, method="sample")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", DRAWS)
 def test_draws_are_the_same_in_double_precision(name):
     expected = DRAWS[name]()
