@@ -23,6 +23,8 @@ QUERIES = 2000
 """Samples at which the densities are evaluated, at most."""
 ENTRIES = 2**23
 """Numbers of one device call, about; bounds the memory."""
+RISE = 0.1
+"""Nats by which I(x; z) may grow from half the images to all of them, and count as known."""
 
 
 class AggregatePosterior(NamedTuple):
@@ -107,3 +109,17 @@ def split_rate(densities: AggregatePosterior) -> RateSplit:
         None if marginals is None else densities.log_aggregate - densities.log_marginals.sum(axis=1),
         None if marginals is None else densities.log_marginals - marginals,
     )
+
+
+def rate_and_half_information(
+    z: np.ndarray, mean: np.ndarray, log_variance: np.ndarray, log_prior: np.ndarray, factorized_normal_prior: bool
+) -> tuple[RateSplit, float]:
+    """The parts of the rate of N images, and I(x; z) of every other image alone, nats; arguments as for `aggregate_posterior`.
+
+    Narrow posteriors that hardly overlap are no picture of q(z): I(x; z) then rises with N, at last as log N does.
+    """
+    whole, half = (
+        split_rate(aggregate_posterior(z[every], mean[every], log_variance[every], log_prior[every], factorized_normal_prior))
+        for every in (slice(None), slice(None, None, 2))
+    )
+    return whole, float(half.mutual_information.mean())

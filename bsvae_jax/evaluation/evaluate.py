@@ -37,8 +37,6 @@ from bsvae_jax.random import make_key
 PAPER_SAMPLES = 25_600
 """Images drawn for FID by the code of Kim & Lee (2024)."""
 
-RISE = 0.1
-"""Nats by which I(x; z) may grow from half the images to all of them, and count as known."""
 BOUND_SALT = 0x65760003
 """Folded into a split's key for its importance samples."""
 FID_SALT = 0x65760004
@@ -85,8 +83,8 @@ class SplitEvaluation(NamedTuple):
     scores: SplitScores
     details: details.Details
     rate: aggregate_posterior.RateSplit
-    half_information: np.ndarray
-    """`rate.mutual_information` of every other image."""
+    half_information: float
+    """I(x; z) of every other image, nats."""
     bound: ImportanceScores | None
     densities: tuple[Density, ...]
 
@@ -238,14 +236,10 @@ def _evaluate_split(
             progress=bar.update,
         )
     normal = isinstance(run.model.prior, StandardNormal)
-
-    def rate_of(every: slice) -> aggregate_posterior.RateSplit:
-        arrays = found.z[every], found.posterior_mean[every], found.posterior_log_variance[every], found.log_prior[every]
-        return aggregate_posterior.split_rate(aggregate_posterior.aggregate_posterior(*arrays, normal))
-
-    rate, of_half = rate_of(slice(None)), rate_of(slice(None, None, 2)).mutual_information
+    posteriors = found.z, found.posterior_mean, found.posterior_log_variance, found.log_prior
+    rate, half_information = aggregate_posterior.rate_and_half_information(*posteriors, normal)
     if samples is None:
-        return SplitEvaluation(scores, found, rate, of_half, None, ())
+        return SplitEvaluation(scores, found, rate, half_information, None, ())
     wanted = [Density(frozen=True, dequantized=False), Density(frozen=True, dequantized=True)]
     if importance_weighted.has_own_density(run.model):
         wanted += [Density(frozen=False, dequantized=False), Density(frozen=False, dequantized=True)]
@@ -271,7 +265,7 @@ def _evaluate_split(
             keep=file.write,
         )
     file.remove()
-    return SplitEvaluation(scores, found, rate, of_half, bound, tuple(wanted))
+    return SplitEvaluation(scores, found, rate, half_information, bound, tuple(wanted))
 
 
 _OF_THE_PRIOR = (
@@ -306,9 +300,8 @@ def beside(before: Report, after: Report, fitted: str) -> Report:
 def _quantities(parts: SplitEvaluation, images: ImageSet, samples: int | None) -> dict[str, Quantity]:
     """What a split's details and bounds amount to."""
     rate = parts.rate
-    most, half = math.log(len(parts.details.z)), float(parts.half_information.mean())
-    # N narrow posteriors that hardly overlap are no picture of q(z): then I(x; z) rises with N, at last as log N does.
-    saturated = float(rate.mutual_information.mean()) - half > RISE
+    most, half = math.log(len(parts.details.z)), parts.half_information
+    saturated = float(rate.mutual_information.mean()) - half > aggregate_posterior.RISE
     limit = f" <= log N = {most:.2f}; {half:.2f} of half the images"
     limit += ", SATURATED: more images would raise it" if saturated else ""
     limited = "; too high, see mutual_information" if saturated else ""

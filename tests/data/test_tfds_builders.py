@@ -495,7 +495,7 @@ def test_prepare_says_how_to_train(tmp_path, monkeypatch, capsys):
 def test_prepare_skips_what_it_is_told_to(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     for number in range(20):
-        Image.fromarray(pixels(6, 5, 3)).save(tmp_path / "photos" / f"{number}.png")
+        Image.fromarray(pixels(6, 5, 3) // (number + 1)).save(tmp_path / "photos" / f"{number}.png")
     (tmp_path / "photos" / "3.png").write_bytes(b"nonsense")
     with pytest.raises(SystemExit) as exit_:
         prepare(tmp_path / "photos")

@@ -5,7 +5,7 @@ import pytest
 from scipy import special, stats
 
 from bsvae_jax.evaluation import aggregate_posterior as aggregate
-from bsvae_jax.evaluation.aggregate_posterior import aggregate_posterior, split_rate
+from bsvae_jax.evaluation.aggregate_posterior import aggregate_posterior, rate_and_half_information, split_rate
 
 
 def gaussian_posteriors(count, seed=0):
@@ -80,6 +80,15 @@ def test_posteriors_that_do_not_overlap_tell_which_image_it_was():
     mean = 100.0 * np.arange(50.0)[:, None]
     found = split_rate(aggregate_posterior(mean, mean, np.full((50, 1), -4.0), np.zeros(50), True))
     np.testing.assert_allclose(found.mutual_information, np.log(50), rtol=1e-6)
+
+
+def test_information_that_rises_with_the_number_of_images_is_seen():
+    """Posteriors apart: log N of N images. On one point: 0 of any number."""
+    mean, wide = 100.0 * np.arange(50.0)[:, None], np.zeros((50, 1))
+    whole, half = rate_and_half_information(mean, mean, np.full((50, 1), -4.0), np.zeros(50), True)
+    assert whole.mutual_information.mean() - half == pytest.approx(np.log(2), rel=1e-5)
+    whole, half = rate_and_half_information(wide, wide, wide, np.zeros(50), True)
+    assert whole.mutual_information.mean() - half == pytest.approx(0.0, abs=1e-6)
 
 
 def test_collapsed_posteriors_tell_nothing():
