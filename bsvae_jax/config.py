@@ -20,8 +20,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import optax
-
 from bsvae_jax._io.files import as_path
 from bsvae_jax.data.augmentation import Augmentation
 from bsvae_jax.data.datasets import MNIST, TFDS, Arrays, Dataset, Digits, Folder
@@ -39,6 +37,7 @@ from bsvae_jax.objective import Constant, DecoderVariance, Kind, Learned, Optima
 class Optimizer(Kind):
     """AdamW and its schedule, in steps of the whole run. A class of your own replaces AdamW in `build` and keeps the rest.
 
+    >>> import optax
     >>> @dataclass(frozen=True)
     ... class Lion(Optimizer):
     ...     b1: float = 0.9
@@ -69,14 +68,16 @@ class Optimizer(Kind):
     skip_nonfinite: int = 0
     """Steps in a row that may be left out because loss or gradient is not finite; one more stops the run. 0: the first does."""
 
-    def build(self, schedule: optax.Schedule, mask: Callable[[Any], Any] | None) -> optax.GradientTransformation:
-        """What makes updates of gradients, which are clipped before where asked for.
+    def build(self, schedule: Callable[[Any], Any], mask: Callable[[Any], Any] | None) -> Any:
+        """What makes updates of gradients, which are clipped before where asked for: an `optax.GradientTransformation`.
 
         Args:
           schedule: learning rate by step, with a peak of 1: the updates are multiplied by `learning_rate` afterwards, so that
             members of a sweep that differ in it share one program.
           mask: gives True for each parameter that may decay, as `optax.adamw` takes it; those of a prior may not. None: all.
         """
+        import optax  # only what trains needs it: a wrong option is answered without
+
         return optax.adamw(schedule, weight_decay=self.weight_decay, mask=mask)
 
     def __post_init__(self) -> None:
