@@ -203,7 +203,7 @@ def _levels(splits: list[np.ndarray], levels: int | None, path: Path, precision:
 
 
 def _holdout(contents: Sequence[Hashable], share: float, seed: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions for training and for testing, both in order; copies of a training image stay in training."""
+    """Positions for training and for testing, both in order; copies of a training image stay in training, if not all are."""
     count = len(contents)
     order = np.random.default_rng(seed).permutation(count)
     held_out = max(1, round(share * count))
@@ -212,7 +212,10 @@ def _holdout(contents: Sequence[Hashable], share: float, seed: int, what: str) -
     trained = {contents[index] for index in order[held_out:]}
     is_copy = np.array([contents[index] in trained for index in order[:held_out]])
     if is_copy.all():
-        raise UserError(f"{what}: all {held_out} images drawn for testing are copies of training images; give a test set.")
+        log.warning(
+            f"{what}: all {held_out} images drawn for testing are copies of training images, and say nothing of new ones."
+        )
+        is_copy[:] = False
     if is_copy.any():
         log.info(f"{what}: {is_copy.sum():,} images drawn for testing are copies of training images, and stay in training.")
     test = order[:held_out][~is_copy]
