@@ -124,9 +124,8 @@ def read_arrays_file(path: Path, holdout: float, seed: int, levels: int | None) 
         test = images["test"]
         notes.append(f"{len(test):,} for testing {roles['test']!r}")
     else:
-        parts = _holdout(
-            [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in train], holdout, seed, str(path)
-        )
+        contents = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in train]
+        parts = _holdout(contents, holdout, seed, printable(str(path)))
         notes.append(f"of which {len(parts[1]):,} are held out for testing")
         labels = {split: labels["train"][part] for split, part in zip(("train", "test"), parts, strict=True) if labels}
         train, test = (train[part] for part in parts)
