@@ -32,7 +32,7 @@ from bsvae_jax.evaluation.scores import SplitScores
 from bsvae_jax.random import make_key
 from bsvae_jax.sweeps.gallery import PICTURES, Gallery, draw_members
 from bsvae_jax.sweeps.grid import GridMember, Sweep, base_config
-from bsvae_jax.training.callbacks import Callback, Callbacks, Progress, StartWatch, TensorBoard
+from bsvae_jax.training.callbacks import Callback, Callbacks, with_own
 from bsvae_jax.training.checkpoints import DamagedCheckpointError, check_place, saved_steps
 from bsvae_jax.training.identity import EDITED, write_run_arrays
 from bsvae_jax.training.program import Program, program_config
@@ -153,7 +153,7 @@ def fit_sweep(
         total = steps_through(config.epochs, len(images.train), config.batch_size) * config.batch_size
         done = sum(max(directory.saved_steps(member), default=0) for member in todo) * config.batch_size
         with ProgressBar(total * len(todo), done, progress) as bar:
-            every = [TensorBoard(), StartWatch(), Progress(bar), *callbacks]
+            every = with_own(callbacks, bar)
             for program, own in programs.items():
                 _train_all(directory, program, images, execution, own, sizes[program], bar, every, stop)
         finished = [member.name for member in members if directory.is_finished(member)]

@@ -367,3 +367,8 @@ def named_values(row: Mapping[str, Any]) -> dict[str, float]:
     """
     terms = {name: value for name, value in row.items() if name not in ("step", "epoch", "split") and value is not None}
     return {f"{row['split']}/{name}": value for name, value in terms.items()}
+
+
+def with_own(callbacks: Sequence[Callback], bar: ProgressBar) -> list[Callback]:
+    """Those that every run has, before those of the user."""
+    return [TensorBoard(), StartWatch(), Progress(bar), *callbacks]

@@ -18,7 +18,7 @@ from bsvae_jax.distributed.mesh import data_mesh, describe_devices
 from bsvae_jax.distributed.preemption import stop_on_signals
 from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.evaluation.metrics import Report
-from bsvae_jax.training.callbacks import Callback, Callbacks, Progress, StartWatch, TensorBoard
+from bsvae_jax.training.callbacks import Callback, Callbacks, with_own
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.state import check_against_data
 from bsvae_jax.training.step import TrainState
@@ -116,5 +116,5 @@ def _fit(config: Config, folder: Path, progress: bool, callbacks: Sequence[Callb
         done = max(run.saved_steps(), default=0)
         with ProgressBar(program.total * config.batch_size, done * config.batch_size, progress and primary) as bar:
             member = Member(config, run)
-            state = Trainer(program, [member], [TensorBoard(), StartWatch(), Progress(bar), *callbacks], stop).train()
+            state = Trainer(program, [member], with_own(callbacks, bar), stop).train()
         return FitResult(state, images, run.folder, member.report or {})
