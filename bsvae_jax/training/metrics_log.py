@@ -20,12 +20,12 @@ def incomplete_epochs(rows: Sequence[Mapping[str, Any]], config: Config, images:
       images: trained on.
       step: that the run has come to.
     """
-    found = {(row["step"], row["split"]) for row in rows}
+    found = {(row["step"], row["split"] == "train") for row in rows}
     incomplete = []
     for epoch in range(1, config.epochs + 1):
         end = steps_through(epoch, images, config.batch_size)
-        due = ["train"] + ["test"] * (epoch % config.evaluate_every == 0 or epoch == config.epochs)
-        if end <= step and not all((end, split) in found for split in due):
+        evaluated = epoch % config.evaluate_every == 0 or epoch == config.epochs
+        if end <= step and not ((end, True) in found and ((end, False) in found or not evaluated)):
             incomplete.append(epoch)
     return incomplete
 

@@ -646,12 +646,13 @@ def test_how_images_are_divided(tmp_path, layout, packed):
             find_images(path)
         return
     found = find_images(path)
-    assert sorted(found.train.names) == sorted(train)
-    assert (found.test and sorted(found.test.names)) == (test and sorted(test))
+    found_train, found_test = found.splits["train"], found.splits.get("test")
+    assert sorted(found_train.names) == sorted(train)
+    assert (found_test and sorted(found_test.names)) == (test and sorted(test))
     assert found.classes == classes
     assert re.search(said, found.division), found.division
     found.division.encode()  # can be printed
-    for split in (found.train, found.test):
+    for split in (found_train, found_test):
         contents = [] if split is None else split.read(0, len(split))
         assert all(encoded.content for encoded in contents)
         for encoded in contents if classes else []:
