@@ -31,7 +31,7 @@ from bsvae_jax._io.terminal import log
 from bsvae_jax.data._workers import Decoders
 from bsvae_jax.data.decoding import CorruptImageError, Header, read_header
 from bsvae_jax.data.image_files import Encoded
-from bsvae_jax.data.image_set import ImageSet
+from bsvae_jax.data.image_set import SPLITS, ImageSet
 from bsvae_jax.data.recipe import FORMAT, Recipe
 from bsvae_jax.errors import UserError
 
@@ -117,7 +117,7 @@ def _starts(sizes: dict[str, int]) -> dict[str, int]:
 
 def _image_set(manifest: dict[str, Any], images: np.ndarray, labels: np.ndarray | None = None) -> ImageSet:
     """The splits of a manifest, which lie one after the other."""
-    sizes = manifest["splits"]
+    sizes = {split: manifest["splits"][split] for split in SPLITS if split in manifest["splits"]}
     rows = {split: slice(first, first + sizes[split]) for split, first in _starts(sizes).items()}
     known = {split: labels[where] for split, where in rows.items()} if labels is not None else {}
     held_out = {split: None if (of == -1).all() else of for split, of in known.items()}
