@@ -243,7 +243,7 @@ def folder_recipe(source: Any) -> Recipe:
     return Recipe(
         printable(path.resolve().stem),
         {"files": found.stamp, **division},
-        splits,
+        {split: splits[split] for split in SPLITS if split in splits},
         Preprocessing(source.crop, source.size, source.channels),
         found.classes,
     )

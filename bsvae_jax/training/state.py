@@ -15,6 +15,7 @@ from bsvae_jax import config as configs
 from bsvae_jax.config import Config, is_builtin
 from bsvae_jax.data import DataShape, ImageSet
 from bsvae_jax.data.image_set import is_image, to_unit_interval
+from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.vae import VAE, build_vae
 from bsvae_jax.random import make_key
@@ -145,10 +146,17 @@ def check_against_data(config: Config, images: ImageSet) -> None:
     """What only config and data together can show to be wrong.
 
     Raises:
-      UserError: a batch larger than the training set, more latents than pixels, or more pseudo-inputs than training images.
+      UserError: a batch larger than the training set, a warm-up longer than the run, more latents than pixels, or more
+        pseudo-inputs than training images.
     """
     if config.batch_size > len(images.train):
         raise UserError(f"batch_size {config.batch_size} exceeds the {len(images.train)} training images of {images.name}.")
+    total = steps_through(config.epochs, len(images.train), config.batch_size)
+    if config.optimizer.warmup_steps >= total:
+        raise UserError(
+            f"optimizer.warmup_steps {config.optimizer.warmup_steps} must be fewer than the {total} steps of the whole run; "
+            "train for more epochs, or warm up for fewer steps."
+        )
     config.prior.check(len(images.train))
     check_against_shape(config, images.shape)
 

@@ -76,15 +76,19 @@ def in_torch(folder: str, seed: int, epochs: int) -> dict[tuple[str, int], tuple
     return found
 
 
+SIDES = {"here": here, "PyTorch": in_torch}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of the four MNIST files")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     arguments = parser.parse_args()
     print("| side | split | step | objective | rate |", "| --- | --- | ---: | ---: | ---: |", sep="\n", flush=True)
-    for side, train in (("here", here), ("PyTorch", in_torch)):
-        runs = [train(str(arguments.folder), seed, arguments.epochs) for seed in range(arguments.seeds)]
+    for side in arguments.sides:
+        runs = [SIDES[side](str(arguments.folder), seed, arguments.epochs) for seed in range(arguments.seeds)]
         for split, step in runs[0]:
             values = np.array([run[split, step] for run in runs])
             errors = values.std(0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.full(2, math.nan)

@@ -576,6 +576,17 @@ def test_tfds_bit_for_bit_without_tensorflow(tmp_path):
     assert "tensorflow" not in sys.modules
 
 
+def test_tfds_own_validation_split(tmp_path):
+    splits = {name: random_bytes(count, 6, 6, 3, seed=count) for name, count in (("train", 9), ("validation", 4), ("test", 3))}
+    prepare_tfds(tmp_path, image_and_label(), **{name: labeled(images) for name, images in splits.items()})
+    images = load_tfds(tmp_path, validation="own")
+    for name in images.splits:
+        np.testing.assert_array_equal(getattr(images, name), splits[name][getattr(images, f"{name}_labels")])
+    assert load_tfds(tmp_path).validation is None
+    share = load_tfds(tmp_path, validation=0.2)
+    assert (len(share.train), len(share.validation), len(share.test)) == (7, 2, 3)
+
+
 def test_tfds_slices_and_sets_without_labels(tmp_path):
     """Many stock sets have neither a test split nor labels; TFDS's own slices cut a hold-out."""
     images = random_bytes(10, 6, 6, 3)
