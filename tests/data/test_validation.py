@@ -19,7 +19,6 @@ from bsvae_jax.sweeps.report import best_beta
 from bsvae_jax.sweeps.results import MemberResult, SweepResults
 from bsvae_jax.training.workdir import read_evaluation
 
-
 WARMED = Optimizer(warmup_steps=10, schedule="cosine")
 
 
