@@ -26,7 +26,7 @@ th, td { padding: .3rem .4rem; border-bottom: 1px solid #ddd; text-align: right;
 th { border-bottom: 2px solid #888; vertical-align: bottom; cursor: pointer; }
 th[aria-sort=ascending]::after { content: " ▲"; } th[aria-sort=descending]::after { content: " ▼"; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-.members td { text-align: left; white-space: normal; }
+.members :is(th, td) { text-align: left; }
 pre { overflow-x: auto; background: #f5f5f5; padding: .6rem; font-size: .8rem; }
 @media (max-width: 40rem) { th:first-child, td:first-child { max-width: 8.5rem; white-space: normal; } }
 """

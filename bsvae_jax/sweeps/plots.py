@@ -59,8 +59,9 @@ def _draw(axes: Any, curves: Sequence[Curve], lines: Sequence[Line] = (), joined
         collapsed = np.array(curve.collapsed or np.zeros(len(curve.x)), bool)
         axes.plot(curve.x, np.where(collapsed, np.nan, curve.y), label=curve.label, **style)
         axes.plot(curve.x[collapsed], curve.y[collapsed], "x", color=COLORS[family], markersize=6)
-        bars = [np.where((own > 0) & ~collapsed, own, np.nan) for own in (curve.y_deviation, curve.x_deviation)]
-        # Above the markers, which would hide the short ones.
+        # Above the markers, which would hide the short ones; without those that are rounding.
+        pairs = ((curve.y, curve.y_deviation), (curve.x, curve.x_deviation))
+        bars = [np.where((own > 1e-9 * np.abs(values)) & ~collapsed, own, np.nan) for values, own in pairs]
         axes.errorbar(curve.x, curve.y, *bars, fmt="none", ecolor="black", elinewidth=0.8, capsize=2, capthick=0.8, zorder=3)
     for line, dashes in zip(lines, ("--", ":", "-."), strict=False):
         axes.plot(line.x, line.y, color="black", linestyle=dashes, linewidth=1.0, label=line.label, zorder=0)

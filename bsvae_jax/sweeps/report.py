@@ -139,7 +139,7 @@ def _rate_distortion(results: SweepResults) -> Picture:
     for prior in dict.fromkeys(family.prior for family in found):
         cells += collapse_constants([family for family in found if family.prior == prior])
     at_rate = {float(member_values(own, "rate", split).mean()): (beta, _collapsed(own)) for beta, own in cells}
-    curves = [_hinted(curve, *zip(*(at_rate[x] for x in curve.x.tolist()), strict=True)) for curve in readings(results, split)]
+    curves = [_hinted(curve, "distortion", [at_rate[x] for x in curve.x.tolist()]) for curve in readings(results, split)]
     errors = [
         _hinted(
             as_curve(
@@ -147,8 +147,8 @@ def _rate_distortion(results: SweepResults) -> Picture:
                 [(member_values(own, "rate", split), member_values(own, "mse", split)) for own in family.members],
                 beta_names(family.betas.tolist()),
             ),
-            family.betas.tolist(),
-            [_collapsed(own) for own in family.members],
+            "mean squared error",
+            [(beta, _collapsed(own)) for beta, own in points_of(family)],
         )
         for family in found
     ]
@@ -176,15 +176,14 @@ def _rate_distortion(results: SweepResults) -> Picture:
     return Picture(figure, alt, caption, plots.places(figure, (curves, errors)))
 
 
-def _hinted(curve: Curve, betas: Sequence[float], collapsed: Sequence[bool]) -> Curve:
-    """The curve with what a page says of its points, and the collapsed ones marked."""
-    hints = [
-        f"{curve.label}, β = {beta:g}: rate {display(x, dx)}, {display(y, dy)}" + (", collapsed" if gone else "")
-        for beta, gone, x, dx, y, dy in zip(
-            betas, collapsed, curve.x, curve.x_deviation, curve.y, curve.y_deviation, strict=True
-        )
-    ]
-    return curve._replace(hints=hints, collapsed=collapsed)
+def _hinted(curve: Curve, quantity: str, points: Sequence[tuple[float, bool]]) -> Curve:
+    """The curve with what a page says of its points, and the collapsed ones marked; `points`: beta, and whether it is one."""
+    hints = []
+    for index, (beta, collapsed) in enumerate(points):
+        rate = display(curve.x[index], curve.x_deviation[index] or math.nan)
+        other = display(curve.y[index], curve.y_deviation[index] or math.nan)
+        hints.append(f"{curve.label}, β = {beta:g}: rate {rate}, {quantity} {other}" + (", collapsed" if collapsed else ""))
+    return curve._replace(hints=hints, collapsed=[collapsed for _, collapsed in points])
 
 
 def _metrics(results: SweepResults) -> Picture:
