@@ -1,6 +1,6 @@
 """Sweeps: many members, trained a stack at a time, each in a folder that is a run like any other.
 
-sweep.json         the base config, the data and the spectrum of its covariance
+sweep.json         the base config, the data and the spectrum of its covariance; when, by which command and on what it was begun
 members/NAME/      a run (see `rundir`) of one decoder variance, beta and seed, and its pictures.npz
 
 A stack is only a way of computing: how members are grouped may change from one call to the next, and any member may be

@@ -124,7 +124,7 @@ def _name_points(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
 
 PLACES = [
     (distance * across, distance * up)
-    for distance in (6, 10, 15, 21)
+    for distance in (6, 10, 15)
     for across, up in ((1, 1), (-1, -1), (1, 0), (0, 1), (0, -1), (-1, 0), (1, -1), (-1, 1))  # most curves fall
 ]
 """Points from a marker to its label, in the order in which they are tried."""
@@ -156,7 +156,7 @@ def rate_distortion(
       nats: reference lines for the left panel.
       errors: reference lines for the right panel.
     """
-    figure = new_figure(11.0, 4.8)
+    figure = new_figure(11.0, 5.6)
     left, right = figure.subplots(1, 2)
     _draw(left, readings, nats, joined=False)
     left.set_ylabel("distortion −log p(x|z) [nats per image]")
@@ -165,7 +165,10 @@ def rate_distortion(
     right.set_yscale("log")
     for axes in (left, right):
         axes.set_xlabel("rate KL(q(z|x) ‖ p(z)) [nats per image]")
-        axes.legend(fontsize=8)
+        names = axes.get_legend_handles_labels()[1]
+        columns = 2 if max(map(len, names)) < 40 else 1
+        # Below: any place inside may hold points and their bars.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, fontsize=8)
     for axes, curves in ((left, readings), (right, squared_errors)):
         _name_points(figure, axes, curves)
     return figure

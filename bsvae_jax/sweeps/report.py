@@ -158,15 +158,15 @@ def _rate_distortion(results: SweepResults) -> Picture:
         rates, mse = reference
         variance = mse + quantization_variance(1.0 / (results.info.levels - 1))
         pixels = math.prod(results.info.image_shape)
-        label = "Gaussian of the data's covariance, Shannon's R(D)"
+        label = "Shannon's R(D) of a Gaussian"
         nats = [Line(label, rates, 0.5 * pixels * (np.log(2 * np.pi * variance) + 1))]
         squares = [Line(label, rates, mse)]
     caption = (
         f"Rate and distortion on {results.info.data_name}, test set, mean over seeds; black bars of one standard deviation. "
-        "Left: a β-VAE with a constant variance has another likelihood under each reading of its "
-        "σ²; BS-VAE has one. Right: squared error, for which no reading is needed. The "
-        "dashed line is the best that any model could do on Gaussian data of the same covariance, with one variance for all "
-        "images; structure beyond the covariance and a variance per image may pass below it."
+        "Left: a β-VAE with a constant variance has another likelihood under each reading of its σ²; BS-VAE has one. Right: "
+        "squared error, for which no reading is needed. The dashed line, Shannon's R(D), is the best that any model could do "
+        "on Gaussian data of the same covariance, with one variance for all images; structure beyond the covariance and a "
+        "variance per image may pass below it."
     )
     alt = (
         f"Two panels: distortion in nats and mean squared error against the rate, a point for each β of {len(curves)} readings "

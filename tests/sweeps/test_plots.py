@@ -64,6 +64,16 @@ def test_no_label_covers_a_line_a_point_or_another_label(figure, dpi):
         assert not box.count_overlaps(boxes[:index])
 
 
+def test_the_legends_cover_no_data(figure):
+    figure.canvas.draw()
+    for axes in figure.axes:
+        legend = axes.get_legend().get_window_extent()
+        assert not legend.overlaps(axes.get_window_extent())
+        assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= legend.y0
+    assert not figure.axes[0].get_legend().get_window_extent().overlaps(figure.axes[1].get_legend().get_window_extent())
+
+
 def test_collapsed_models_are_marked_and_no_line_leads_to_them(figure):
     for axes in figure.axes:
         dashed = [line for line in axes.lines if line.get_linestyle() != "None"]
