@@ -47,7 +47,7 @@ BOUND_LABELS = {
 
 
 def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -> list[Path]:
-    """All figures of an evaluation, as PNG files in `workdir/figures`."""
+    """All figures of an evaluation, in `workdir/figures`: the PNG files; a PDF lies beside each."""
     title = title_of(run, images)
     drawn: dict[str, Any] = {
         "interpolations": _interpolations(run, images, title),
@@ -66,11 +66,7 @@ def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -
             names = [BOUND_LABELS[bound_name(density)] for density in parts.densities]
             curves = dict(zip(names, parts.bound.curve, strict=True))
             drawn[f"likelihood_{split}"] = diagnostic_plots.likelihood_curves(curves, own)
-    paths = []
-    for name, figure in drawn.items():
-        paths.append(workdir / "figures" / f"{name}.png")
-        plots.save(figure, paths[-1])
-    return paths
+    return plots.save_all(drawn, workdir / "figures")
 
 
 def draw_fitted(run: Restored, fitted: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -> Path:
@@ -105,8 +101,7 @@ def draw_fitted(run: Restored, fitted: Restored, images: ImageSet, evaluated: Ev
     reach = np.quantile(together, 0.002, axis=0) - 0.5, np.quantile(together, 0.998, axis=0) + 0.5
     title = title_of(run, images)
     figure = diagnostic_plots.prior_and_posterior(points, pictures, reach, f"Latents and what they decode to: {title}")
-    path = workdir / "figures" / "fitted_prior.png"
-    plots.save(figure, path)
+    (path,) = plots.save_all({"fitted_prior": figure}, workdir / "figures")
     return path
 
 

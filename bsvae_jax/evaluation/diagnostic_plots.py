@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from bsvae_jax.evaluation.plots import cell_size, drawn_as_lines, literal, new_figure, show_examples
+from bsvae_jax.evaluation.plots import cell_size, centers, drawn_as_lines, literal, new_figure, show_examples
 
 COLORS = ("#4477aa", "#cc3311", "#228833", "#aa3377", "#997700", "#009988")
 
@@ -175,7 +175,8 @@ def rate_decomposition(
     left.axvline(
         most_information, color="black", linestyle=":", label=f"log N = {most_information:.2f}: most I(x; z) of the set"
     )
-    left.legend(loc="lower right")
+    left.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0))  # above: any place inside may hold a bar
+    left.set_axisbelow(True)
     left.set_xlabel("nats per image")
     order = np.argsort(-next(iter(latents.values())))
     for (name, per_latent), color, marker in zip(latents.items(), COLORS, "osd^", strict=False):
@@ -202,7 +203,7 @@ def prior_and_posterior(
     figure = new_figure(4.0 * len(points), 8.2, title)
     above, below = figure.subplots(2, len(points), squeeze=False)
     for axes, (name, own), color in zip(above, points.items(), COLORS, strict=False):
-        axes.scatter(own[:, 0], own[:, 1], s=8 if len(own) < 500 else 4, alpha=0.5, color=color, linewidths=0)
+        axes.scatter(own[:, 0], own[:, 1], s=8 if len(own) < 500 else 4, alpha=0.5, color=color, linewidths=0, rasterized=True)
         axes.set_xlim(reach[0][0], reach[1][0])
         axes.set_ylim(reach[0][1], reach[1][1])
         axes.set_title(name)
@@ -222,8 +223,8 @@ def interpolations(rows: np.ndarray, labels: Sequence[str], title: str) -> Figur
     figure = new_figure(1.4 + 0.6 * steps, 0.8 + 0.6 * count * height / width, title)
     axes = figure.subplots()
     show_examples(axes, rows.reshape(-1, *rows.shape[2:]), steps)
-    axes.set_yticks([(height + 1) * (i + 0.5) for i in range(count)], labels)
-    axes.set_xticks([(width + 1) * 0.5, (width + 1) * (steps - 0.5)], ["from", "to"])
+    axes.set_yticks(centers(height, count), labels)
+    axes.set_xticks(centers(width, steps)[[0, -1]], ["from", "to"])
     axes.tick_params(length=0)
     return figure
 
@@ -245,7 +246,7 @@ def nearest_neighbors(samples: np.ndarray, nearest: np.ndarray, distances: Mappi
     for start in range(0, len(samples), columns):
         rows += [samples[start : start + columns], nearest[start : start + columns]]
     show_examples(axes, np.concatenate(rows), columns)
-    axes.set_yticks([(height + 1) * (i + 0.5) for i in range(len(rows))], ["sample", "nearest"] * (len(rows) // 2))
+    axes.set_yticks(centers(height, len(rows)), ["sample", "nearest"] * (len(rows) // 2))
     axes.tick_params(length=0)
     spread = figure.add_subplot(grid[1])
     edges = np.linspace(0, max(values.max() for values in distances.values()) * 1.05, 40)
@@ -287,7 +288,7 @@ def latent_space(
             own = points[classes == number]
             color = colors(number if len(names) <= 10 else number / (len(names) - 1))
             size = float(np.clip(6000 / len(points), 3, 20))
-            drawn.append(axes.scatter(own[:, 0], own[:, 1], s=size, color=color, alpha=0.6, linewidths=0))
+            drawn.append(axes.scatter(own[:, 0], own[:, 1], s=size, color=color, alpha=0.6, linewidths=0, rasterized=True))
         axes.set_title(literal(name), fontsize=9)
         axes.set_xlabel(f"first principal axis of the posterior means ({shares[0]:.0%})", fontsize=8)
         axes.set_ylabel(f"second ({shares[1]:.0%})", fontsize=8)

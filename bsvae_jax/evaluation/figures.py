@@ -27,7 +27,11 @@ def title_of(run: Restored, images: ImageSet) -> str:
 
 
 def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
-    """Training curves, held-out reconstructions, prior samples and latent traversals, as PNG files in `workdir/figures`."""
+    """Training curves, held-out reconstructions, prior samples and latent traversals, in `workdir/figures`.
+
+    Returns:
+      The PNG files; a PDF lies beside each.
+    """
     key = make_key(run.config.seed)
     apply = jax.jit(run.model.apply, static_argnames=("method", "count"))
     x = to_unit_interval(jnp.asarray(images.test[:512]), images.levels)
@@ -65,8 +69,4 @@ def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
             unit,
         ),
     }
-    paths = []
-    for name, figure in drawn.items():
-        paths.append(workdir / "figures" / f"{name}.png")
-        plots.save(figure, paths[-1])
-    return paths
+    return plots.save_all(drawn, workdir / "figures")

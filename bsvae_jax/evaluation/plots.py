@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -57,6 +57,27 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with any_letters():
         figure.savefig(path, dpi=150, format="png")
+
+
+def save_all(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write each figure as `NAME.png`, to look at, and `NAME.pdf`, for a paper: in vectors, its title a property of the file.
+
+    Pixels stay pixels in a PDF, and so do the points of large scatter plots. The figures are left without titles.
+
+    Returns:
+      The PNG files.
+    """
+    paths = [folder / f"{name}.png" for name in figures]
+    for figure, path in zip(figures.values(), paths, strict=True):
+        save(figure, path)
+        title = figure.get_suptitle()
+        figure.suptitle("")
+        figure.set_layout_engine("none")  # what was found for the PNG stays
+        # Publishers refuse matplotlib's usual fonts of type 3; a date would make every file another.
+        with any_letters(), rc_context({"pdf.fonttype": 42}):
+            metadata = {"Title": title, "CreationDate": None}
+            figure.savefig(path.with_suffix(".pdf"), dpi=150, bbox_inches="tight", pad_inches=0.02, metadata=metadata)
+    return paths
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
@@ -110,12 +131,13 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def show_image(axes: Any, canvas: np.ndarray) -> None:
-    """Show one image [H, W, C] in [0, 1] without ticks or frame."""
-    channels = canvas.shape[-1]
+    """Show one image [H, W, C] in [0, 1] without ticks or frame; its upper left corner is at (0, 0)."""
+    height, width, channels = canvas.shape
+    extent = (0, width, height, 0)
     if channels in (3, 4):
-        axes.imshow(canvas, interpolation="nearest")
+        axes.imshow(canvas, interpolation="nearest", extent=extent)
     else:
-        axes.imshow(canvas.mean(axis=-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(canvas.mean(axis=-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -131,6 +153,11 @@ def cell_size(shape: tuple[int, ...]) -> tuple[int, int]:
     """Height and width of one example in `show_examples`, without the space of 1 between two."""
     height, width = LINE_CELL if drawn_as_lines(shape) else shape[-3:-1]
     return height, width
+
+
+def centers(size: int, count: int) -> np.ndarray:
+    """Centers of `count` rows of cells of this height, or columns of this width, in `show_examples`."""
+    return (size + 1) * np.arange(count) + size / 2
 
 
 def show_examples(axes: Any, examples: np.ndarray, columns: int) -> None:
@@ -233,7 +260,7 @@ def reconstructions(originals: np.ndarray, means: np.ndarray, title: str, column
     for row, axes in enumerate(np.atleast_1d(figure.subplots(rows, 1))):
         part = slice(row * columns, (row + 1) * columns)
         show_examples(axes, np.concatenate([originals[part], means[part]]), len(originals[part]))
-        axes.set_yticks([height / 2, 1.5 * height + 1], ["original", "mean"])
+        axes.set_yticks(centers(height, 2), ["original", "mean"])
         axes.tick_params(axis="y", length=0)
     return figure
 
@@ -250,8 +277,8 @@ def latent_traversals(
     figure = new_figure(1.2 + 0.55 * steps, 0.9 + 0.55 * latents * height / width, title)
     axes = figure.subplots()
     show_examples(axes, images.reshape(-1, *images.shape[2:]), steps)
-    axes.set_yticks([(height + 1) * (i + 0.5) for i in range(latents)], labels)
-    axes.set_xticks([(width + 1) * (i + 0.5) for i in range(steps)], [f"{value:g}" for value in values])
+    axes.set_yticks(centers(height, latents), labels)
+    axes.set_xticks(centers(width, steps), [f"{value:g}" for value in values])
     axes.tick_params(length=0)
     axes.set_xlabel(f"value of the latent [{unit}]")
     return figure

@@ -1,6 +1,6 @@
 """Sweeps: many members, trained a stack at a time, each in a folder that is a run like any other.
 
-sweep.json         the base config, the data and the spectrum of its covariance
+sweep.json         the base config, the data and the spectrum of its covariance; when, by which command and on what it was begun
 members/NAME/      a run (see `rundir`) of one decoder variance, beta and seed, and its pictures.npz
 
 A stack is only a way of computing: how members are grouped may change from one call to the next, and any member may be
@@ -9,7 +9,11 @@ continued by `bsvae train` instead.
 
 import contextlib
 import functools
+import shlex
+import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -138,7 +142,7 @@ def fit_sweep(
     images = load(config.data)
     for member in members:
         check_against_data(member.config, images)
-    directory = _SweepDirectory(folder, config, images, members)
+    directory = _SweepDirectory(folder, config, images, members, describe_devices(devices))
     todo = [member for member in members if not directory.is_done(member)]
     programs: dict[Config, list[GridMember]] = {}
     for member in todo:
@@ -298,13 +302,13 @@ def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray, imag
 class _SweepDirectory:
     """The folder of a sweep while it trains."""
 
-    def __init__(self, folder: Path, config: Config, images: ImageSet, members: Sequence[GridMember]):
-        """Looks at the folder, and writes nothing before it is entered.
+    def __init__(self, folder: Path, config: Config, images: ImageSet, members: Sequence[GridMember], devices: str = ""):
+        """Looks at the folder, and writes nothing before it is entered; `devices` are noted there.
 
         Raises:
           UserError: it holds another sweep or something else.
         """
-        self.folder, self._config, self._images = folder, config, images
+        self.folder, self._config, self._images, self._devices = folder, config, images, devices
         check_place(folder, "choose another --workdir")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
@@ -335,6 +339,7 @@ class _SweepDirectory:
                 "covariance_eigenvalues": None if spectrum is None else spectrum.tolist(),
             },
             "members": members,
+            "calls": [call._asdict() for call in [*(before.calls if before else ()), Call.now(self._devices)]],
         }
 
     def __enter__(self) -> "_SweepDirectory":
@@ -387,6 +392,22 @@ class _SweepDirectory:
         return self.is_finished(member) or self.failure(member) is not None
 
 
+class Call(NamedTuple):
+    """A call that added members to a sweep, for people to read."""
+
+    date: str
+    command: str
+    devices: str
+    versions: str
+
+    @classmethod
+    def now(cls, devices: str) -> "Call":
+        """The one of this process."""
+        command = shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
+        versions = f"bsvae_jax {version('bsvae_jax')}, JAX {version('jax')}"
+        return cls(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", command, devices, versions)
+
+
 class SweepInfo(NamedTuple):
     """What `sweep.json` says."""
 
@@ -400,6 +421,8 @@ class SweepInfo(NamedTuple):
     """Of the covariance of the training images in [0, 1], largest first; None for large images."""
     members: list[str]
     """Names of all members ever asked for."""
+    calls: tuple[Call, ...] = ()
+    """Of the oldest versions none were noted."""
 
 
 def read_sweep(folder: Path) -> SweepInfo:
@@ -419,4 +442,5 @@ def read_sweep(folder: Path) -> SweepInfo:
         spectrum = data["covariance_eigenvalues"]
         eigenvalues = None if spectrum is None else np.asarray(spectrum, np.float64)
         members = [str(name) for name in values["members"]]
-        return SweepInfo(config, str(data["name"]), str(data["fingerprint"]), shape, levels, eigenvalues, members)
+        calls = tuple(Call(*(str(call[name]) for name in Call._fields)) for call in values.get("calls", ()))
+        return SweepInfo(config, str(data["name"]), str(data["fingerprint"]), shape, levels, eigenvalues, members, calls)

@@ -1,4 +1,7 @@
-"""Figures of a sweep from arrays: curves over beta, rate-distortion curves, grids. Imports nothing but `figures`."""
+"""Figures of a sweep from arrays: curves over beta, rate-distortion points, grids. Imports nothing but `evaluation.plots`.
+
+They have no titles: what a figure shows is for its caption to say.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,11 +11,15 @@ from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from matplotlib.transforms import Bbox
 
-from bsvae_jax.evaluation.plots import any_letters, cell_size, drawn_as_lines, new_figure, show_examples
+from bsvae_jax.evaluation.plots import any_letters, cell_size, centers, drawn_as_lines, new_figure, show_examples
 
 COLORS = ("#cc3311", "#4477aa", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#555555", "#ee7733")
 MARKERS = "osD^vP*X"
+COLLAPSED = "collapsed: no active latent"
+LINEAR_BELOW = 0.01
+"""Nats of a latent below which its axis is linear: it says nothing, and the decades of its noise would fill the figure."""
 
 
 class Curve(NamedTuple):
@@ -28,6 +35,10 @@ class Curve(NamedTuple):
     family: int | None = None
     """Curves of one family share a color; None: a color of its own."""
     dashed: bool = False
+    collapsed: Sequence[bool] = ()
+    """Which points are of models without an active latent; they are marked, and no line leads to them."""
+    hints: Sequence[str] = ()
+    """What a page says of each point when it is pointed at."""
 
 
 class Line(NamedTuple):
@@ -41,47 +52,82 @@ class Line(NamedTuple):
 def _draw(axes: Any, curves: Sequence[Curve], lines: Sequence[Line] = (), joined: bool = True) -> None:
     for index, curve in enumerate(curves):
         family = (index if curve.family is None else curve.family) % 8
-        style = dict(color=COLORS[family], marker=MARKERS[family], markersize=4, linewidth=1.2, capsize=2)
-        if not joined:
-            style["linestyle"] = "none"
+        style: dict[str, Any] = dict(color=COLORS[family], marker=MARKERS[family], markersize=6, linewidth=1.2)
+        style["linestyle"] = ("--" if curve.dashed else "-") if joined else "none"
         if curve.dashed:
-            style |= dict(linestyle="--", markerfacecolor="white")
-        axes.errorbar(curve.x, curve.y, curve.y_deviation, curve.x_deviation, label=curve.label, **style)
+            style["markerfacecolor"] = "white"
+        collapsed = np.array(curve.collapsed or np.zeros(len(curve.x)), bool)
+        axes.plot(curve.x, np.where(collapsed, np.nan, curve.y), label=curve.label, **style)
+        axes.plot(curve.x[collapsed], curve.y[collapsed], "x", color=COLORS[family], markersize=6)
+        # Above the markers, which would hide the short ones; without those that are rounding.
+        pairs = ((curve.y, curve.y_deviation), (curve.x, curve.x_deviation))
+        bars = [np.where((own > 1e-9 * np.abs(values)) & ~collapsed, own, np.nan) for values, own in pairs]
+        axes.errorbar(curve.x, curve.y, *bars, fmt="none", ecolor="black", elinewidth=0.8, capsize=2, capthick=0.8, zorder=3)
     for line, dashes in zip(lines, ("--", ":", "-."), strict=False):
         axes.plot(line.x, line.y, color="black", linestyle=dashes, linewidth=1.0, label=line.label, zorder=0)
+    if any(any(curve.collapsed) for curve in curves):
+        axes.plot([], [], "x", color="black", label=COLLAPSED)
     axes.grid(alpha=0.3)
+
+
+def _obstacles(axes: Any) -> tuple[list[Any], list[Bbox]]:
+    """What a label must not cover, in pixels: the paths of lines and of error bars, and boxes around markers and legend."""
+    paths, boxes = [], []
+    for line in axes.lines:
+        path = line.get_path().transformed(line.get_transform())
+        reach = line.get_markersize() / 2 * axes.figure.dpi / 72
+        if line.get_linestyle() != "None":
+            paths.append(path)
+        if line.get_marker() != "None":
+            boxes += [Bbox(np.stack([place - reach, place + reach])) for place in path.vertices if np.isfinite(place).all()]
+    for bars in axes.collections:
+        paths += [path.transformed(bars.get_transform()) for path in bars.get_paths()]
+    if (legend := axes.get_legend()) is not None:
+        boxes.append(legend.get_window_extent())
+    return paths, boxes
 
 
 def _name_points(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
     """Write the names beside their points; call once the figure is complete, since the places depend on all that is there.
 
-    Points too close together share one label. A label goes to the first side of its point where it covers no other label, and
-    is left out where there is none.
+    Points too close together share one label. A label goes to the nearest place where it covers no line, no marker and no
+    other label, and is left out where there is none.
     """
     with any_letters():
         figure.draw_without_rendering()  # places axes and legend
-    inside, legend = axes.get_window_extent(), axes.get_legend()
-    taken = [] if legend is None else [legend.get_window_extent()]
+    inside, (paths, taken) = axes.get_window_extent(), _obstacles(axes)
     for index, curve in enumerate(curves):
         color = COLORS[(index if curve.family is None else curve.family) % 8]
         for (x, y), name in _groups(axes, curve):
-            for across, up in ((1, 1), (-1, -1), (1, -1), (-1, 1)):  # most curves fall
+            for across, up in PLACES:
                 text = axes.annotate(
                     name,
                     (x, y),
-                    xytext=(5 * across, 5 * up),
+                    xytext=(across, up),
                     textcoords="offset points",
-                    ha="left" if across > 0 else "right",
-                    va="bottom" if up > 0 else "top",
+                    ha="center" if across == 0 else "left" if across > 0 else "right",
+                    va="center" if up == 0 else "bottom" if up > 0 else "top",
                     fontsize=7,
                     color=color,
                 )
-                box = text.get_window_extent()
+                box = text.get_window_extent().padded(2)  # letters differ a little in size between resolutions
                 fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-                if fits and not box.count_overlaps(taken):
+                if (
+                    fits
+                    and not box.count_overlaps(taken)
+                    and not any(path.intersects_bbox(box, filled=False) for path in paths)
+                ):
                     taken.append(box)
                     break
                 text.remove()
+
+
+PLACES = [
+    (distance * across, distance * up)
+    for distance in (6, 10, 15)
+    for across, up in ((1, 1), (-1, -1), (1, 0), (0, 1), (0, -1), (-1, 0), (1, -1), (-1, 1))  # most curves fall
+]
+"""Points from a marker to its label, in the order in which they are tried."""
 
 
 def _groups(axes: Any, curve: Curve) -> list[tuple[tuple[float, float], str]]:
@@ -100,30 +146,42 @@ def _groups(axes: Any, curve: Curve) -> list[tuple[tuple[float, float], str]]:
 
 
 def rate_distortion(
-    readings: Sequence[Curve], squared_errors: Sequence[Curve], nats: Sequence[Line], errors: Sequence[Line], title: str
+    readings: Sequence[Curve], squared_errors: Sequence[Curve], nats: Sequence[Line], errors: Sequence[Line]
 ) -> Figure:
-    """Distortion in nats (left) and mean squared error (right) against the rate.
+    """Distortion in nats (left) and mean squared error (right) against the rate; nothing joins the points.
 
     Args:
       readings: distortion against rate, a curve per reading of a model.
       squared_errors: mean squared error against rate, a curve per model; this axis needs no decoder variance.
       nats: reference lines for the left panel.
       errors: reference lines for the right panel.
-      title: of the figure.
     """
-    figure = new_figure(11.0, 4.8, title)
+    figure = new_figure(11.0, 5.6)
     left, right = figure.subplots(1, 2)
-    _draw(left, readings, nats)
+    _draw(left, readings, nats, joined=False)
     left.set_ylabel("distortion −log p(x|z) [nats per image]")
-    _draw(right, squared_errors, errors)
+    _draw(right, squared_errors, errors, joined=False)
     right.set_ylabel("mean squared error [intensity²]")
     right.set_yscale("log")
     for axes in (left, right):
         axes.set_xlabel("rate KL(q(z|x) ‖ p(z)) [nats per image]")
-        axes.legend(fontsize=8)
+        names = axes.get_legend_handles_labels()[1]
+        columns = 2 if max(map(len, names)) < 40 else 1
+        # Below: any place inside may hold points and their bars.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, fontsize=8)
     for axes, curves in ((left, readings), (right, squared_errors)):
         _name_points(figure, axes, curves)
     return figure
+
+
+def places(figure: Figure, panels: Sequence[Sequence[Curve]]) -> list[tuple[float, float, str]]:
+    """`(from the left, from the top, hint)` of every point of a figure's first panels, in percent of its width and height."""
+    found = []
+    for axes, curves in zip(figure.axes, panels, strict=False):
+        for curve in curves:
+            pixels = axes.transData.transform(np.stack([curve.x, curve.y], axis=1)) / figure.bbox.size
+            found += [(100 * x, 100 * (1 - y), hint) for (x, y), hint in zip(pixels.tolist(), curve.hints, strict=True)]
+    return found
 
 
 def _beta_axis(axes: Any, betas: np.ndarray) -> None:
@@ -143,11 +201,11 @@ def _beta_axis(axes: Any, betas: np.ndarray) -> None:
     axes.set_xlabel("β")
 
 
-def metrics_against_beta(panels: Mapping[str, Sequence[Curve]], title: str) -> Figure:
+def metrics_against_beta(panels: Mapping[str, Sequence[Curve]]) -> Figure:
     """One panel per metric, its label the key; a curve per model and split."""
     columns = 3
     rows = -(-len(panels) // columns)
-    figure = new_figure(11.0, 0.6 + 2.7 * rows, title)
+    figure = new_figure(11.0, 0.6 + 2.7 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (label, curves) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, curves)
@@ -165,9 +223,7 @@ def metrics_against_beta(panels: Mapping[str, Sequence[Curve]], title: str) -> F
     return figure
 
 
-def pictures_by_beta(
-    originals: np.ndarray, reconstructions: np.ndarray, samples: np.ndarray, betas: Sequence[str], title: str
-) -> Figure:
+def pictures_by_beta(originals: np.ndarray, reconstructions: np.ndarray, samples: np.ndarray, betas: Sequence[str]) -> Figure:
     """A row per beta: reconstructions of the originals at the left, samples of the prior at the right.
 
     Args:
@@ -175,49 +231,48 @@ def pictures_by_beta(
       reconstructions: [betas, n, H, W, C].
       samples: [betas, n, H, W, C].
       betas: labels of the rows.
-      title: of the figure.
     """
     count = len(originals)
     height, width = cell_size(originals.shape[1:])
-    figure = new_figure(11.0, 0.8 + (len(betas) + 1) * 4.9 / count * height / width, title)
+    figure = new_figure(11.0, 0.5 + (len(betas) + 1) * 4.9 / count * height / width)
     left, right = figure.subplots(1, 2)
     rows = np.concatenate([originals[None], reconstructions])
     show_examples(left, rows.reshape(-1, *originals.shape[1:]), count)
     blank = np.full_like(originals, np.nan if drawn_as_lines(originals.shape[1:]) else 1.0)
     show_examples(right, np.concatenate([blank[None], samples]).reshape(-1, *originals.shape[1:]), count)
-    centers = [(height + 1) * (row + 0.5) for row in range(len(betas) + 1)]
-    left.set_yticks(centers, ["original", *betas])
-    right.set_yticks(centers[1:], betas)
+    middles = centers(height, len(betas) + 1)
+    left.set_yticks(middles, ["original", *betas])
+    right.set_yticks(middles[1:], betas)
     for axes, name in ((left, "held-out images and reconstructions"), (right, "samples of the prior")):
         axes.tick_params(length=0)
         axes.set_title(name, fontsize=10)
     return figure
 
 
-def latent_rates(rates: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> Figure:
+def latent_rates(rates: Mapping[str, tuple[np.ndarray, np.ndarray, Sequence[bool]]]) -> Figure:
     """Rate of each latent against beta, latents in the order of their rate; a panel per model.
 
     Args:
-      rates: model to (betas [n], rates [n, L] in nats).
-      title: of the figure.
+      rates: model to (betas [n], rates [n, L] in nats, which of the n have collapsed).
     """
-    figure = new_figure(1.5 + 4.2 * len(rates), 4.2, title)
+    figure = new_figure(1.5 + 4.2 * len(rates), 4.2)
     panels = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
-    latents = max(values.shape[1] for _, values in rates.values())
+    latents = max(values.shape[1] for _, values, _ in rates.values())
     colors = colormaps["viridis"](np.linspace(0, 0.95, latents))
-    floor = 1e-3
-    for axes, (model, (betas, values)) in zip(panels, rates.items(), strict=True):
-        for latent in range(values.shape[1]):
-            axes.plot(
-                betas, np.maximum(values[:, latent], floor), color=colors[latent], linewidth=1.0, marker=".", markersize=4
-            )
-        _beta_axis(axes, np.asarray(betas))
-        axes.set_yscale("log")
+    for axes, (model, (betas, values, collapsed)) in zip(panels, rates.items(), strict=True):
+        gone = np.asarray(collapsed, bool)
+        for color, own in zip(colors, values.T, strict=False):
+            axes.plot(betas, np.where(gone, np.nan, own), color=color, linewidth=1.0, marker=".", markersize=4)
+        axes.plot(betas[gone], values[gone].mean(axis=1), "x", color="black", markersize=6, label=COLLAPSED)
+        _beta_axis(axes, betas)
+        axes.set_yscale("symlog", linthresh=LINEAR_BELOW, linscale=0.5)
         axes.set_title(model, fontsize=10)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel(f"rate of a latent [nats per image], at least {floor:g}")
-    ends = [panels[-1].lines[0], panels[-1].lines[-1]]
-    panels[-1].legend(ends, ["most informative latent", f"least informative of {latents}"], fontsize=8)
+    panels[0].set_ylim(bottom=-0.1 * LINEAR_BELOW)
+    panels[0].set_ylabel(f"rate of a latent [nats], linear below {LINEAR_BELOW:g}")
+    lines = panels[-1].lines
+    names = ["most informative latent", f"least informative of {latents}", COLLAPSED]
+    figure.legend([lines[0], lines[-2], lines[-1]], names, loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -227,7 +282,6 @@ def beta_variance_grid(
     values: Mapping[str, np.ndarray],
     others: Mapping[str, Mapping[str, np.ndarray]],
     collapse: Sequence[Curve],
-    title: str,
 ) -> Figure:
     """Heat maps over beta and the constant variance, with rows for models that have no such variance, and rate against
     beta * variance.
@@ -238,9 +292,8 @@ def beta_variance_grid(
       values: label to [variances, betas] of the constant model; NaN where nothing was trained.
       others: model to label to [betas].
       collapse: rate against beta * variance.
-      title: of the figure.
     """
-    figure = new_figure(5.0 * (len(values) + 1), 1.6 + 0.55 * (len(variances) + len(others)) + 1.4, title)
+    figure = new_figure(5.0 * (len(values) + 1), 1.6 + 0.55 * (len(variances) + len(others)) + 1.4)
     panels = figure.subplots(1, len(values) + 1)
     for axes, (label, grid) in zip(panels, values.items(), strict=False):
         rows = np.vstack([grid, *(other[label][None] for other in others.values())])
@@ -265,7 +318,7 @@ def beta_variance_grid(
         axes.axhline(len(variances) - 0.5, color="white", linewidth=3)
         axes.set_xlabel("β")
         axes.set_ylabel("constant decoder variance σ²")
-    _draw(panels[-1], collapse)
+    _draw(panels[-1], collapse, joined=False)
     panels[-1].set_xscale("log")
     panels[-1].set_xlabel("β · σ² (σ² of training for the optimal variance)")
     panels[-1].set_ylabel("rate [nats per image]")
@@ -274,7 +327,7 @@ def beta_variance_grid(
 
 
 def linear_theory(
-    measured: Sequence[Curve], lines: Sequence[Line], deviations: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str
+    measured: Sequence[Curve], lines: Sequence[Line], deviations: Mapping[str, tuple[np.ndarray, np.ndarray]]
 ) -> Figure:
     """Trained linear models on the rate-distortion function (left) and their relative deviation from theory (right).
 
@@ -282,9 +335,8 @@ def linear_theory(
       measured: mean squared error against rate.
       lines: theory.
       deviations: quantity to (betas, |measured / theory - 1|).
-      title: of the figure.
     """
-    figure = new_figure(11.0, 4.5, title)
+    figure = new_figure(11.0, 4.5)
     left, right = figure.subplots(1, 2)
     _draw(left, measured, lines, joined=False)
     left.set_xlabel("rate [nats per image]")

@@ -1,17 +1,15 @@
 """The report of a sweep: table, figures and one self-contained page, from the files in its folder alone."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from bsvae_jax import theory
 from bsvae_jax._io.files import as_path, write_atomically
 from bsvae_jax.config import StandardNormal
-from bsvae_jax.evaluation.plots import drawn_as_lines, save
+from bsvae_jax.evaluation.plots import drawn_as_lines, save_all
 from bsvae_jax.objective import Constant, quantization_variance
 from bsvae_jax.sweeps import plots
 from bsvae_jax.sweeps.curves import (
@@ -26,14 +24,16 @@ from bsvae_jax.sweeps.curves import (
     readings,
     shannon,
 )
-from bsvae_jax.sweeps.page import page
+from bsvae_jax.sweeps.page import Picture, page
 from bsvae_jax.sweeps.plots import Curve, Line
 from bsvae_jax.sweeps.results import (
     HEADINGS,
     SPLITS,
+    MemberResult,
     SweepResults,
     as_csv,
     as_markdown,
+    collapse_constants,
     display,
     families,
     mean_and_deviation,
@@ -43,20 +43,13 @@ from bsvae_jax.sweeps.results import (
 )
 
 
-class Picture(NamedTuple):
-    """A figure with what it shows."""
-
-    figure: Figure
-    caption: str
-
-
 def write_report(folder: str | Path) -> list[Path]:
-    """Write `table.csv`, `table.md`, `members.csv`, `figures/*.png` and `report.html` into a sweep's folder.
+    """Write `table.csv`, `table.md`, `members.csv`, `figures/*.png`, `figures/*.pdf` and `report.html` into a sweep's folder.
 
     Works on what has finished so far and says what has not.
 
     Returns:
-      The files written.
+      The files written; a PDF lies beside each PNG.
 
     >>> write_report("nowhere")
     Traceback (most recent call last):
@@ -78,14 +71,11 @@ def write_report(folder: str | Path) -> list[Path]:
         paths.append(folder / name)
         write_atomically(paths[-1], text.encode())
     pictures = draw(results)
-    for name, picture in pictures.items():
-        paths.append(folder / "figures" / f"{name}.png")
-        save(picture.figure, paths[-1])
-    images = {name: (folder / "figures" / f"{name}.png").read_bytes() for name in pictures}
-    captions = {name: picture.caption for name, picture in pictures.items()}
-    paths.append(folder / "report.html")
+    files = save_all({name: picture.figure for name, picture in pictures.items()}, folder / "figures")
+    images = {file.stem: file.read_bytes() for file in files}
+    paths += [*files, folder / "report.html"]
     sentences = [status(results), *best_beta(results), *findings(results)]
-    write_atomically(paths[-1], page(results, sentences, images, captions).encode())
+    write_atomically(paths[-1], page(results, sentences, pictures, images).encode())
     return paths
 
 
@@ -120,27 +110,50 @@ def best_beta(results: SweepResults) -> list[str]:
 
 
 def findings(results: SweepResults) -> list[str]:
-    """A sentence per ailment: which members have it."""
-    found: dict[str, list[str]] = {}
-    for member in results.members:
-        for name in member.findings:
-            found.setdefault(name, []).append(member.name)
-    return [f"{name.capitalize()} in {len(own)} members: {', '.join(own)}." for name, own in found.items()]
+    """A sentence per ailment: how many members have it, and at which beta of which model."""
+    sentences = []
+    for name in dict.fromkeys(name for member in results.members for name in member.findings):
+        models, total = [], 0
+        for family in families(results):
+            betas = []
+            for beta, own in points_of(family):
+                count = sum(name in member.findings for member in own)
+                total += count
+                if count:
+                    betas.append(f"{beta:g}" + (f" ({count} of {len(own)} seeds)" if count < len(own) else ""))
+            if betas:
+                models.append(f"{family.label} at β = {' and '.join(filter(None, [', '.join(betas[:-1]), betas[-1]]))}")
+        sentences.append(f"{name.capitalize()} in {total} of {len(results.members)} members: {'; '.join(models)}.")
+    return sentences
+
+
+def _collapsed(members: Sequence[MemberResult]) -> bool:
+    """Whether no seed of a setting has an active latent."""
+    return all("posterior collapse" in member.findings for member in members)
 
 
 # --- Curves -----------------------------------------------------------------------------------------------------------
 
 
 def _rate_distortion(results: SweepResults) -> Picture:
-    split = "test"
-    curves = readings(results, split)
+    split, found = "test", families(results)
+    # What `readings` draws: every model as it is, and the constant ones as SSE + beta * KL. Their rates tell them apart.
+    cells = [cell for family in found if not isinstance(family.decoder_variance, Constant) for cell in points_of(family)]
+    for prior in dict.fromkeys(family.prior for family in found):
+        cells += collapse_constants([family for family in found if family.prior == prior])
+    at_rate = {float(member_values(own, "rate", split).mean()): (beta, _collapsed(own)) for beta, own in cells}
+    curves = [_hinted(curve, "distortion", [at_rate[x] for x in curve.x.tolist()]) for curve in readings(results, split)]
     errors = [
-        as_curve(
-            family.label,
-            [(member_values(own, "rate", split), member_values(own, "mse", split)) for own in family.members],
-            beta_names(family.betas.tolist()) if index == 0 else (),
+        _hinted(
+            as_curve(
+                family.label,
+                [(member_values(own, "rate", split), member_values(own, "mse", split)) for own in family.members],
+                beta_names(family.betas.tolist()),
+            ),
+            "mean squared error",
+            [(beta, _collapsed(own)) for beta, own in points_of(family)],
         )
-        for index, family in enumerate(families(results))
+        for family in found
     ]
     reference = shannon(results, max(float(curve.x.max()) for curve in curves))
     nats, squares = [], []
@@ -148,18 +161,32 @@ def _rate_distortion(results: SweepResults) -> Picture:
         rates, mse = reference
         variance = mse + quantization_variance(1.0 / (results.info.levels - 1))
         pixels = math.prod(results.info.image_shape)
-        label = "Gaussian of the data's covariance, Shannon's R(D)"
+        label = "Shannon's R(D) of a Gaussian"
         nats = [Line(label, rates, 0.5 * pixels * (np.log(2 * np.pi * variance) + 1))]
         squares = [Line(label, rates, mse)]
     caption = (
-        "Test set, mean over seeds, bars of one standard deviation. Left: a β-VAE with a constant variance has another "
-        "likelihood under each reading of its σ²; BS-VAE has one. Right: squared error, for which no reading is needed. The "
-        "dashed line is the best that any model could do on Gaussian data of the same covariance, with one variance for all "
-        "images; structure beyond the covariance and a variance per image may pass below it. Lines between points guide the "
-        "eye only."
+        f"Rate and distortion on {results.info.data_name}, test set, mean over seeds; black bars of one standard deviation. "
+        "Left: a β-VAE with a constant variance has another likelihood under each reading of its σ²; BS-VAE has one. Right: "
+        "squared error, for which no reading is needed. The dashed line, Shannon's R(D), is the best that any model could do "
+        "on Gaussian data of the same covariance, with one variance for all images; structure beyond the covariance and a "
+        "variance per image may pass below it."
     )
-    title = f"Rate and distortion on {results.info.data_name}, test set"
-    return Picture(plots.rate_distortion(curves, errors, nats, squares, title), caption)
+    alt = (
+        f"Two panels: distortion in nats and mean squared error against the rate, a point for each β of {len(curves)} readings "
+        f"and of {len(errors)} models, beside Shannon's bound where it is known."
+    )
+    figure = plots.rate_distortion(curves, errors, nats, squares)
+    return Picture(figure, alt, caption, plots.places(figure, (curves, errors)))
+
+
+def _hinted(curve: Curve, quantity: str, points: Sequence[tuple[float, bool]]) -> Curve:
+    """The curve with what a page says of its points, and the collapsed ones marked; `points`: beta, and whether it is one."""
+    hints = []
+    for index, (beta, collapsed) in enumerate(points):
+        rate = display(curve.x[index], curve.x_deviation[index] or math.nan)
+        other = display(curve.y[index], curve.y_deviation[index] or math.nan)
+        hints.append(f"{curve.label}, β = {beta:g}: rate {rate}, {quantity} {other}" + (", collapsed" if collapsed else ""))
+    return curve._replace(hints=hints, collapsed=[collapsed for _, collapsed in points])
 
 
 def _metrics(results: SweepResults) -> Picture:
@@ -169,15 +196,17 @@ def _metrics(results: SweepResults) -> Picture:
             as_curve(
                 f"{family.label}, {'test' if split == 'test' else 'training'}",
                 [(np.full(len(own), beta), member_values(own, quantity, split)) for beta, own in points_of(family)],
-            )._replace(family=index, dashed=split == "train")
+            )._replace(family=index, dashed=split == "train", collapsed=[_collapsed(own) for own in family.members])
             for index, family in enumerate(families(results))
             for split in SPLITS
         ]
     caption = (
-        "Every quantity of the table against β. Objective and distortion are each model's own and cannot be compared between "
-        "models; profile and calibrated likelihood can, each among its kind."
+        f"Every quantity of the table against β on {results.info.data_name}. Objective and distortion are each model's own and "
+        "cannot be compared between models; profile and calibrated likelihood can, each among its kind. Lines between points "
+        "guide the eye only."
     )
-    return Picture(plots.metrics_against_beta(panels, f"Metrics against β on {results.info.data_name}"), caption)
+    alt = f"{len(panels)} panels, a quantity of the table each, against β: a line per model and split."
+    return Picture(plots.metrics_against_beta(panels), alt, caption)
 
 
 def _as_shown(values: np.ndarray, originals: np.ndarray) -> np.ndarray:
@@ -199,12 +228,11 @@ def _galleries(results: SweepResults) -> dict[str, Picture]:
             for name in ("originals", "reconstructions", "samples")
         }
         labels = [f"β = {beta:g}" for beta in family.betas]
-        figure = plots.pictures_by_beta(
-            pictures["originals"][0], pictures["reconstructions"], pictures["samples"], labels, family.label
-        )
+        figure = plots.pictures_by_beta(pictures["originals"][0], pictures["reconstructions"], pictures["samples"], labels)
+        alt = f"{family.label}: originals, and a row of reconstructions and samples for each of {len(labels)} β."
         caption = f"{family.label}: one posterior sample per held-out example (left), samples of the prior (right), first seed."
         caption += " Middle slices." if len(results.info.image_shape) > 3 else ""
-        drawn[f"pictures_{family.name}"] = Picture(figure, caption)
+        drawn[f"pictures_{family.name}"] = Picture(figure, alt, caption)
     return drawn
 
 
@@ -214,16 +242,18 @@ def _latent_rates(results: SweepResults) -> Picture:
         sorted_rates = [
             np.mean([np.sort(member.pictures["latent_rate"])[::-1] for member in own], axis=0) for own in family.members
         ]
-        rates[family.label] = (family.betas, np.stack(sorted_rates))
+        rates[family.label] = (family.betas, np.stack(sorted_rates), [_collapsed(own) for own in family.members])
     caption = (
-        "Rate of each latent on the test set, sorted within a model and averaged over seeds: how many latents β leaves active."
+        f"Rate of each latent on the test set of {results.info.data_name}, sorted within a model and averaged over seeds: how "
+        "many latents β leaves active."
     )
+    alt = f"A panel for each of {len(rates)} models: the rates of its latents, sorted, against β."
     if any(not isinstance(family.prior, StandardNormal) for family in families(results)):
         caption += (
             " The rate of a prior that is not standard normal does not fall into latents; there it is KL(q(z|x) ‖ N) with the "
             "mean and variance that each latent has over the set, which bounds what it says of the image from above."
         )
-    return Picture(plots.latent_rates(rates, f"Rate per latent on {results.info.data_name}"), caption)
+    return Picture(plots.latent_rates(rates), alt, caption)
 
 
 # --- The grid of beta and sigma^2 -------------------------------------------------------------------------------------
@@ -252,16 +282,19 @@ def _beta_variance(results: SweepResults) -> dict[str, Picture]:
                 for quantity, name in quantities.items()
             }
         rates_of = [member_values(own, "rate", "test") for _, own in positive]
-        collapse.append(as_curve(label, list(zip(products, rates_of, strict=True))))
+        curve = as_curve(label, list(zip(products, rates_of, strict=True)))
+        collapse.append(curve._replace(collapsed=[_collapsed(own) for _, own in positive]))
     worst, count = largest_disagreement(betas, variances, rates)
-    caption = "A constant σ² and β act through their product alone: cells of equal β·σ² agree along the diagonals. "
+    caption = (
+        f"β against σ² on the test set of {results.info.data_name}. A constant σ² and β act through their product alone: cells "
+        "of equal β·σ² agree along the diagonals. "
+    )
     if count:
         caption += f"In the {count} groups of equal β·σ² the rates differ by at most {100 * worst:.2g}%. "
     caption += "The optimal variance has no such trade: β alone decides, and σ² follows the data."
-    figure = plots.beta_variance_grid(
-        betas, variances, values, others, collapse, f"β against σ² on {results.info.data_name}, test set"
-    )
-    return {"beta_variance": Picture(figure, caption)}
+    figure = plots.beta_variance_grid(betas, variances, values, others, collapse)
+    alt = f"Tables of rate and error over {len(betas)} β and {len(variances)} constant σ², and the rate against β·σ²."
+    return {"beta_variance": Picture(figure, alt, caption)}
 
 
 # --- Linear models against theory -------------------------------------------------------------------------------------
@@ -296,16 +329,16 @@ def _linear_theory(results: SweepResults) -> dict[str, Picture]:
         [curve],
         lines,
         {"rate": (betas[live], deviations["rate"]), "mean squared error": (betas[live], deviations["mse"])},
-        f"Linear models on {results.info.data_name}, training set, against the exact optimum",
     )
-    caption = "Linear members with one optimal variance against theory. "
+    caption = f"Linear members with one optimal variance on {results.info.data_name}, training set, against the exact optimum. "
+    alt = "Left: trained linear models on the rate-distortion curves of theory. Right: their deviation from it against β."
     if live.any():
         caption += (
             f"Largest deviation where theory has an active latent ({int(live.sum())} of {len(betas)} β): rate "
             f"{100 * deviations['rate'].max():.2g}%, mean squared error {100 * deviations['mse'].max():.2g}%; objective "
             f"{np.abs(measured['objective'] - expected['objective']).max():.2g} nats over all β."
         )
-    return {"linear_theory": Picture(figure, caption)}
+    return {"linear_theory": Picture(figure, alt, caption)}
 
 
 def draw(results: SweepResults) -> dict[str, Picture]:

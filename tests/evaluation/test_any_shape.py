@@ -153,7 +153,7 @@ def test_every_figure_takes_any_shape(shape):
         diagnostic_plots.nearest_neighbors(values, values, {"samples": rows}, "near"),
         diagnostic_plots.variance_maps(values[0], values[1], values[2], "maps"),
         diagnostic_plots.variance_by_difficulty(rows, rows, rows, 1.0, values, values, "difficulty"),
-        sweep_plots.pictures_by_beta(values, values[None], values[None], ["β = 1"], "sweep"),
+        sweep_plots.pictures_by_beta(values, values[None], values[None], ["β = 1"]),
     ]
     for figure in figures:
         figure.canvas.draw()

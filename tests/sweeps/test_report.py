@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import html
 import io
 import json
 import math
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -170,8 +172,16 @@ def test_disagreement_is_the_spread_over_the_mean():
 @pytest.mark.long
 def test_the_page_needs_nothing_else(folder):
     page = (folder / "report.html").read_text()
-    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    assert not re.findall(r"src=\"(?!data:)", page)
     assert "http" not in page
+    links = [unquote(link) for link in re.findall(r"href=\"(.*?)\"", page)]
+    assert all((folder / link).exists() for link in links)
+    members = {f"members/{path.name}/" for path in (folder / "members").iterdir()}
+    assert len(members) == SEEDS * len(BETAS) * (1 + len(VARIANCES))
+    assert {"table.csv", "members.csv", "figures/metrics.pdf", *members} <= set(links)
+    (call,) = json.loads((folder / "sweep.json").read_text())["calls"]
+    for noted in call.values():
+        assert noted in html.unescape(page)
     figures = sorted((folder / "figures").glob("*.png"))
     assert page.count("data:image/png;base64,") == len(figures)
     assert {"rate_distortion", "metrics", "latent_rates", "beta_variance", "pictures_optimal", "pictures_constant-0.5"} <= {
@@ -194,7 +204,7 @@ def test_labels_of_points_cover_nothing(count):
     names, none = tuple(f"β={value:.3g}" for value in beta), np.zeros(count)
     curves = [Curve(f"curve {i}", rate * (1 + 0.02 * i), 100.0 / (2.0 + rate) + i, none, none, names) for i in (0, 1)]
     squared = [curve._replace(y=0.01 * np.exp(-rate / 20)) for curve in curves]
-    figure = rate_distortion(curves, squared, [], [], "crowded")
+    figure = rate_distortion(curves, squared, [], [])
     figure.canvas.draw()
     for axes in figure.axes:
         boxes = [text.get_window_extent() for text in axes.texts]

@@ -1,0 +1,136 @@
+"""Figures of a sweep as they are drawn: labels that cover nothing, collapsed models, error bars, latents that say nothing."""
+
+import numpy as np
+import pytest
+
+from bsvae_jax.sweeps import plots
+from bsvae_jax.sweeps.plots import COLORS, Curve, Line
+
+BETAS = (0.01, 0.1, 1.0, 10.0, 100.0)
+# Measured on the digits, three seeds: BS-VAE, and SSE + beta * KL read with the optimal variance, 1/2 and beta/2.
+RATES = np.array([[84.65, 59.11, 28.76, 0.190, 0.0002], *[[33.32, 9.634, 0.336, 0.0003, 0.0002]] * 3])
+DISTORTIONS = np.array(
+    [
+        [-71.39, -70.62, -62.65, 5.209, 7.191],
+        [-60.92, -33.62, 4.04, 7.074, 7.075],
+        [37.26, 38.05, 41.06, 41.41, 41.41],
+        [-47.66, -22.82, 41.06, 110.8, 184.0],
+    ]
+)
+ERRORS = np.array([[0.00723, 0.00739, 0.00921, 0.07214, 0.07483], [0.00953, 0.0219, 0.0688, 0.07431, 0.07431]])
+COLLAPSED = [[False] * 4 + [True], *[[False] * 3 + [True] * 2] * 3]
+NAMES = tuple(f"β={beta:g}" for beta in BETAS)
+
+
+def curves(values, named):
+    deviation = np.full(len(BETAS), 0.3)
+    return [
+        Curve(f"model {i}", RATES[i], y, deviation, 0.01 * np.abs(y), NAMES if i < named else (), None, False, COLLAPSED[i])
+        for i, y in enumerate(values)
+    ]
+
+
+@pytest.fixture
+def figure():
+    rates = np.linspace(0.0, 88.0, 100)
+    nats = Line("Shannon", rates, 10.0 - 137.0 * (rates / 88.0) ** 0.5)
+    errors = Line("Shannon", rates, 0.07 * np.exp(-rates / 19.5))
+    return plots.rate_distortion(curves(DISTORTIONS, 1), curves(ERRORS, 2), [nats], [errors])
+
+
+def pixels_of(figure):
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+
+
+@pytest.mark.parametrize("dpi", [72, 100, 150])
+def test_no_label_covers_a_line_a_point_or_another_label(figure, dpi):
+    """Where a label is, there is nothing but paper once all labels are gone."""
+    figure.set_dpi(dpi)
+    figure.canvas.draw()
+    texts = [text for axes in figure.axes for text in axes.texts]
+    boxes = [text.get_window_extent() for text in texts]
+    said = " ".join(text.get_text() for text in texts)
+    assert all(f"{beta:g}" in said for beta in BETAS)
+    assert [text.get_text() for text in texts].count("β=1") == 2  # in both panels
+    for text in texts:
+        text.set_visible(False)
+    for axes in figure.axes:
+        axes.grid(False)
+    paper = pixels_of(figure)
+    for index, box in enumerate(boxes):
+        top, bottom = len(paper) - round(box.y1), len(paper) - round(box.y0)
+        assert (paper[top:bottom, round(box.x0) : round(box.x1)] == 255).all(), texts[index].get_text()
+        assert not box.count_overlaps(boxes[:index])
+
+
+def test_the_legends_cover_no_data(figure):
+    figure.canvas.draw()
+    for axes in figure.axes:
+        legend = axes.get_legend().get_window_extent()
+        assert not legend.overlaps(axes.get_window_extent())
+        assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= legend.y0
+    assert not figure.axes[0].get_legend().get_window_extent().overlaps(figure.axes[1].get_legend().get_window_extent())
+
+
+def test_collapsed_models_are_marked_and_no_line_leads_to_them(figure):
+    for axes in figure.axes:
+        dashed = [line for line in axes.lines if line.get_linestyle() != "None"]
+        assert [line.get_label() for line in dashed] == ["Shannon"]  # no line between the points
+        crosses = [line for line in axes.lines if line.get_marker() == "x" and len(line.get_xdata())]
+        assert [line.get_xdata().tolist() for line in crosses] == [[0.0002], *[[0.0003, 0.0002]] * (len(crosses) - 1)]
+        assert plots.COLLAPSED in [text.get_text() for text in axes.get_legend().get_texts()]
+    over_beta = [curve._replace(x=np.array(BETAS)) for curve in curves(ERRORS, 0)]
+    (axes,) = plots.metrics_against_beta({"error": over_beta}).axes[:1]
+    for line, collapsed in zip([line for line in axes.lines if line.get_linestyle() == "-"], COLLAPSED, strict=False):
+        assert np.isnan(line.get_ydata()).tolist() == collapsed
+
+
+def test_without_collapse_nothing_is_said_of_it():
+    whole = [curve._replace(collapsed=()) for curve in curves(DISTORTIONS, 0)]
+    figure = plots.rate_distortion(whole, whole, [], [])
+    assert plots.COLLAPSED not in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_error_bars_are_seen_on_their_markers(figure):
+    """Black on every marker of a model that has not collapsed, also of a bar shorter than it; none without a deviation."""
+    zero = [curve._replace(x_deviation=0 * curve.x, y_deviation=1e-16 * np.abs(curve.y)) for curve in curves(DISTORTIONS, 0)]
+    for drawn, seen in ((figure, True), (plots.rate_distortion(zero, zero, [], []), False)):
+        pixels, axes = pixels_of(drawn), drawn.axes[0]
+        for curve in curves(DISTORTIONS, 0):
+            for x, y in axes.transData.transform(np.stack([curve.x, curve.y], axis=1)[:2]).round().astype(int):
+                around = pixels[len(pixels) - y - 3 : len(pixels) - y + 4, x - 3 : x + 4]
+                assert (around.max(axis=-1) < 60).any() == seen
+
+
+def test_places_are_those_of_the_markers(figure):
+    hinted = [curve._replace(hints=[f"{curve.label} {name}" for name in NAMES]) for curve in curves(DISTORTIONS, 0)]
+    places = plots.places(figure, [hinted])
+    assert [hint for *_, hint in places[:6]] == [*(f"model 0 {name}" for name in NAMES), "model 1 β=0.01"]
+    figure.set_dpi(150)
+    pixels = pixels_of(figure)
+    for index, (left, top, _) in enumerate(places):
+        x, y = round(left / 100 * pixels.shape[1]), round(top / 100 * pixels.shape[0])
+        color = [int(COLORS[index // 5][i : i + 2], 16) for i in (1, 3, 5)]
+        around = pixels[y - 5 : y + 6, x - 5 : x + 6]
+        covered = index % 5 >= 2 and index >= 5  # another model's marker may lie there
+        assert covered or (np.abs(around - color).max(axis=-1) < 12).any()
+
+
+def test_latents_that_say_little_are_told_apart_and_collapse_is_marked():
+    """Rates far below a thousandth of a nat have places of their own, between 0 and the least decade."""
+    betas, values = np.array(BETAS[:4]), np.array([[5.0, 4.0], [2.0, 0.3], [4e-3, 2e-4], [0.0, 0.0]])
+    figure = plots.latent_rates({"model": (betas, values, [False] * 3 + [True])})
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    drawn = np.array([line.get_ydata() for line in axes.lines[:2]])
+    np.testing.assert_array_equal(drawn, np.where([False] * 3 + [True], np.nan, values.T))
+    places = axes.transData.transform([(1.0, y) for y in (0.0, 2e-4, 4e-3, 0.3)])[:, 1]
+    assert axes.get_window_extent().y0 < places[0] < places[1] < places[2] - 5 < places[3] - 5
+    assert axes.lines[2].get_xdata().tolist() == [10.0]
+    assert "linear below 0.01" in axes.get_ylabel()
+
+
+def test_figures_for_a_paper_have_no_title(figure):
+    assert figure.get_suptitle() == ""
