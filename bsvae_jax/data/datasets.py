@@ -207,7 +207,7 @@ class TFDS(Dataset):
 
 @dataclass(frozen=True)
 class Folder(Dataset):
-    """Images of one's own: a folder, or a .zip, of image files.
+    """Images of one's own: a folder or an archive (.zip, .tar, .tar.gz) of image files.
 
     Folders named train and test in it are those splits, by any usual name (Training, eval, test_set; validation where there is
     no test); else a share is held out. Folders of the training images are classes. Transparent images are laid on white.
@@ -217,7 +217,7 @@ class Folder(Dataset):
     """
 
     path: str = ""
-    """The folder or .zip."""
+    """The folder or archive."""
     holdout: float = 0.1
     """Share of the images kept for testing, at random, where there is no folder test."""
     holdout_seed: int = 0

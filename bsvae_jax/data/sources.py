@@ -229,7 +229,7 @@ def folder_recipe(source: Any) -> Recipe:
     """
     path = Path(source.path)
     if not source.path:
-        raise UserError("data.path must name a folder, or a .zip, of images.")
+        raise UserError("data.path must name a folder, .zip or .tar of images.")
     found = find_images(path)
     log.info(found.division)
     if found.test is not None:
@@ -239,7 +239,7 @@ def folder_recipe(source: Any) -> Recipe:
         train, test = (found.train.take(part.tolist()) for part in positions)
         division = [source.holdout, source.holdout_seed]
     return Recipe(
-        printable(path.resolve().stem),
+        printable(path.resolve().stem).removesuffix(".tar"),
         {"files": found.stamp, "holdout": division},
         {"train": train, "test": test},
         Preprocessing(source.crop, source.size, source.channels),
