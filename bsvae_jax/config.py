@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from bsvae_jax._io.files import as_path
 from bsvae_jax.data.augmentation import Augmentation
-from bsvae_jax.data.datasets import MNIST, TFDS, Arrays, Dataset, Digits, Folder
+from bsvae_jax.data.datasets import MNIST, TFDS, Arrays, Dataset, Digits, Folder, check_validation
 from bsvae_jax.errors import UserError, as_number, check_choice, check_count, check_flag, check_kind, check_number, nearest
 from bsvae_jax.models.latent_map import Spatial
 from bsvae_jax.models.linear import Linear
@@ -150,6 +150,7 @@ class Config:
             object.__setattr__(self, own.name, _plain(getattr(self, own.name)))
         for name, base in KINDS.items():
             check_kind_of(name, getattr(self, name), base)
+        check_validation(self.data)
         check_kind("augmentation", self.augmentation, Augmentation)
         check_count("latent_size", self.latent_size)
         if isinstance(self.prior, FlowMatching):

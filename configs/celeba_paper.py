@@ -19,7 +19,7 @@ from bsvae_jax.objective import PAPER_FLOOR, Optimal
 def get_config() -> Config:
     """The experiment."""
     return Config(
-        data=TFDS(name="celeb_a", crop=148, size=64),
+        data=TFDS(name="celeb_a", crop=148, size=64, validation="own"),
         augmentation=Augmentation(flip=True),
         network=Residual(widths=(32, 64, 128, 256)),
         latent_size=64,

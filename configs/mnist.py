@@ -26,7 +26,7 @@ from bsvae_jax.objective import Optimal
 def get_config() -> Config:
     """The experiment."""
     return Config(
-        data=TFDS(name="mnist"),
+        data=TFDS(name="mnist", validation=0.1),
         network=Residual(widths=(32, 64, 128)),
         latent_size=32,
         decoder_variance=Optimal(over="example"),

@@ -25,7 +25,7 @@ from bsvae_jax.objective import PAPER_FLOOR, Constant, Optimal
 def get_config() -> Config:
     """The experiment."""
     return Config(
-        data=TFDS(name="mnist"),
+        data=TFDS(name="mnist", validation=0.1),
         augmentation=Augmentation(rotation_degrees=10.0, crop_scale=(0.9, 1.0), crop_ratio=(0.9, 1.1)),
         network=Residual(widths=(32, 64, 128)),
         latent_size=32,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def evaluate(
     run: Merged[Run],
     data: Data,
-    split: tuple[Literal["train", "test"], ...] = ("train", "test"),
+    split: tuple[Literal["train", "test", "validation"], ...] | None = None,
     samples: int | None = None,
     bound_images: int | None = None,
     fid: int | None = None,
@@ -39,7 +39,7 @@ def evaluate(
     Args:
       run: A trained run or a sweep.
       data: The data that the run was trained on.
-      split: Splits to evaluate.
+      split: Splits to evaluate; all that the data have if not given.
       samples: Importance samples per image for a tighter bound of log p(x), 1 to 5,000; no such bound if not given.
       bound_images: Take that bound of the first so many images only.
       fid: Compute FID and KID with so many samples of the prior against the images of each split; 10,000 is usual.
@@ -56,8 +56,8 @@ def evaluate(
     from bsvae_jax.evaluation.fid.inception import load_weights
     from bsvae_jax.evaluation.importance_weighted import check_samples
 
-    if not split:
-        raise UserError("--split needs at least one of train and test.")
+    if split == ():
+        raise UserError("--split needs at least one of train, test and validation.")
     if samples is not None:
         check_samples(samples)
     if protocol == "paper" and fid is None:
@@ -95,7 +95,7 @@ def evaluate(
 def _evaluate_run(
     run: Run,
     load: "Callable[[Dataset], ImageSet]",
-    split: tuple[str, ...],
+    split: tuple[str, ...] | None,
     samples: int | None,
     bound_images: int | None,
     fid: "Fid | None",

@@ -61,7 +61,7 @@ def prepare(
         sources.prepare_tfds(chosen)
     recipe = chosen.recipe()
     images = prepared(recipe, skip_corrupt)
-    print(f"{len(images.train):,} training and {len(images.test):,} test images {images.image_shape}: {recipe.folder()}")
+    print(f"{images.sizes()}: {recipe.folder()}")
     options = [
         f"--data.{field.name.replace('_', '-')} {getattr(chosen, field.name)}"
         for field in dataclasses.fields(chosen)

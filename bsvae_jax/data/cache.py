@@ -32,7 +32,7 @@ from bsvae_jax.data._workers import Decoders
 from bsvae_jax.data.decoding import CorruptImageError, Header, read_header
 from bsvae_jax.data.image_files import Encoded
 from bsvae_jax.data.image_set import ImageSet
-from bsvae_jax.data.recipe import FORMAT, SPLITS, Recipe
+from bsvae_jax.data.recipe import FORMAT, Recipe
 from bsvae_jax.errors import UserError
 
 CHUNK = 256
@@ -107,17 +107,31 @@ def _map(folder: Path, manifest: dict[str, Any]) -> ImageSet:
         log.info(f"{manifest['name']}: {count:,} images {note}")
     images = np.load(folder / "images.npy", mmap_mode="r")
     labels = np.load(folder / "labels.npy") if "labels.npy" in manifest["files"] else None
-    count = manifest["splits"]["train"]
-    test_labels = None if labels is None or (labels[count:] == -1).all() else labels[count:]
+    return _image_set(manifest, images, labels)
+
+
+def _starts(sizes: dict[str, int]) -> dict[str, int]:
+    """Where each split begins, of `sizes` in this order."""
+    return dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+
+
+def _image_set(manifest: dict[str, Any], images: np.ndarray, labels: np.ndarray | None = None) -> ImageSet:
+    """The splits of a manifest, which lie one after the other."""
+    sizes = manifest["splits"]
+    rows = {split: slice(first, first + sizes[split]) for split, first in _starts(sizes).items()}
+    known = {split: labels[where] for split, where in rows.items()} if labels is not None else {}
+    held_out = {split: None if (of == -1).all() else of for split, of in known.items()}
     return ImageSet(
         manifest["name"],
-        images[:count],
-        images[count:],
+        images[rows["train"]],
+        images[rows["test"]],
         256,
-        None if labels is None else labels[:count],
-        test_labels,
+        known.get("train"),
+        held_out.get("test"),
         tuple(manifest["label_names"]),
-        manifest["fingerprint"],
+        manifest.get("fingerprint"),
+        validation=images[rows["validation"]] if "validation" in rows else None,
+        validation_labels=held_out.get("validation"),
     )
 
 
@@ -175,12 +189,12 @@ class _Preparation:
         self.recipe, self.folder, self.skip_corrupt, self.progress = recipe, folder, skip_corrupt, progress
         self.unfinished = folder.with_name(f".{folder.name}.unfinished")
         self.threads = os.cpu_count() or 1
-        sizes = [len(recipe.splits[split]) for split in SPLITS]
-        self.count = sum(sizes)
+        self.starts = _starts({split: len(files) for split, files in recipe.splits.items()})
+        self.count = sum(map(len, recipe.splits.values()))
         self.chunks = [
-            _Chunk(split, start, min(start + CHUNK, size), first + start)
-            for split, size, first in zip(SPLITS, sizes, (0, sizes[0]), strict=True)
-            for start in range(0, size, CHUNK)
+            _Chunk(split, start, min(start + CHUNK, len(files)), self.starts[split] + start)
+            for split, files in recipe.splits.items()
+            for start in range(0, len(files), CHUNK)
         ]
 
     def run(self) -> dict[str, Any]:
@@ -391,9 +405,9 @@ class _Preparation:
     # The end
 
     def _finish(self, corrupt: dict[int, str], notes: dict[str, int]) -> dict[str, Any]:
-        train = len(self.recipe.splits["train"])
         kept = np.setdiff1d(np.arange(self.count), list(corrupt))
-        splits = {"train": int((kept < train).sum()), "test": int((kept >= train).sum())}
+        ends = {split: first + len(self.recipe.splits[split]) for split, first in self.starts.items()}
+        splits = {split: int(((kept >= first) & (kept < ends[split])).sum()) for split, first in self.starts.items()}
         if 0 in splits.values():
             raise UserError(f"{self.recipe.name}: of one split no image is left; corrupt: {next(iter(corrupt.values()))}")
         source = self.unfinished
@@ -407,7 +421,7 @@ class _Preparation:
                     target[start : start + CHUNK] = array[kept[start : start + CHUNK]]
         # Nothing is forced to the disk: what a power cut tears is found out by its hash, and made again.
         images = np.load(source / "images.npy", mmap_mode="r")
-        whole = ImageSet(self.recipe.name, images[: splits["train"]], images[splits["train"] :])
+        whole = _image_set({**self.recipe.manifest(), "splits": splits}, images)
         with concurrent.futures.ThreadPoolExecutor(1) as beside:
             fingerprint = beside.submit(whole.fingerprint)
             files = {}

@@ -10,11 +10,12 @@ import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from bsvae_jax._io.terminal import messages_shown
+from bsvae_jax.data.holdout import hold_out_validation
 from bsvae_jax.data.image_set import DataShape, ImageSet
 from bsvae_jax.data.recipe import Recipe
 from bsvae_jax.errors import UserError, as_number, check_count, check_kind, check_number, check_path, shown
@@ -46,6 +47,11 @@ class Dataset(Kind, abc.ABC):
     >>> load(Waves()).image_shape
     (64, 3)
     """
+
+    validation: float | Literal["own"] | None = dataclasses.field(default=None, kw_only=True)
+    """Share of the training images that is held out, by which the best checkpoint, early stopping and the best beta are chosen;
+    own: the set's own images for it, of a folder, an array or a TFDS split named validation; None: they are chosen on the test
+    images."""
 
     @abc.abstractmethod
     def load(self) -> ImageSet:
@@ -136,7 +142,8 @@ class Arrays(Dataset):
         """Read the file."""
         from bsvae_jax.data import sources
 
-        return sources.read_arrays_file(Path(self.path), self.holdout, self.holdout_seed, self.levels)
+        own = self.validation == "own"
+        return sources.read_arrays_file(Path(self.path), self.holdout, self.holdout_seed, self.levels, own)
 
 
 def _check_preprocessing(source: "TFDS | Folder") -> None:
@@ -197,7 +204,7 @@ class TFDS(Dataset):
 
     def shape(self) -> DataShape:
         """Of the sets whose sizes are known without reading them, else of the images."""
-        if self.name not in PUBLISHED or (self.train_split, self.test_split) != ("train", "test"):
+        if self.name not in PUBLISHED or (self.train_split, self.test_split) != ("train", "test") or self.validation == "own":
             return self.load().shape
         (height, width, channels), train, test = PUBLISHED[self.name]
         side = self.size or self.crop
@@ -252,20 +259,21 @@ def moved(source: Dataset, path: str | Path) -> Dataset:
     """The same data, whose files lie at `path` now.
 
     >>> moved(MNIST(), "elsewhere")
-    MNIST(folder='elsewhere')
+    MNIST(validation=None, folder='elsewhere')
 
     Raises:
       UserError: data without files.
     """
     if not source.locations:
         raise UserError(f"The data of the kind {type(source).__name__} are read from no file; leave out --data.path.")
-    return dataclasses.replace(source, **{source.locations[0]: os.fspath(path)})
+    place: dict[str, Any] = {source.locations[0]: os.fspath(path)}
+    return dataclasses.replace(source, **place)
 
 
 def with_absolute_paths(source: Dataset) -> Dataset:
     """The same data, found from any working directory."""
     paths = {name: getattr(source, name) for name in source.locations}
-    local = {
+    local: dict[str, Any] = {
         name: os.path.abspath(path) for name, path in paths.items() if isinstance(path, str) and path and "://" not in path
     }
     return dataclasses.replace(source, **local) if local else source
@@ -286,11 +294,30 @@ def load(source: Dataset, progress: bool = True) -> ImageSet:
       UserError: a file is missing, truncated or not what it should be; a set cannot be prepared; images of a wrong kind.
     """
     check_kind_of("source", source, Dataset)
+    check_validation(source)
     loads: Any = source.load
     with messages_shown(progress):
         images = loads(progress) if "progress" in inspect.signature(loads).parameters else loads()
     check_kind(f"what load of {type(source).__name__} returns", images, ImageSet, "bsvae_jax.data.ImageSet(name, train, test)")
-    return images
+    if source.validation is None or images.validation is not None:
+        return images
+    if source.validation == "own":
+        raise UserError(
+            f"{images.name} has no images of its own for validation, which data.validation 'own' asks for; give a share of the "
+            "training images in its place, such as 0.1."
+        )
+    return hold_out_validation(images, source.validation)
+
+
+def check_validation(source: Dataset) -> None:
+    """Raise a UserError unless `validation` of a data set is a share, 'own' or None."""
+    share = source.validation
+    if share is None or share == "own":
+        return
+    remedy = "a share of the training images above 0 and up to 0.9, 'own' for those that the set has, or None for none"
+    if isinstance(share, str):
+        raise UserError(f"data.validation must be {remedy}; got {share!r}.")
+    check_number(f"data.validation ({remedy})", share, low=0.0, high=0.9, open_low=True)
 
 
 def shape_of(source: Dataset, image_shape: tuple[int, ...] | None = None, images: int | None = None) -> DataShape:
@@ -316,4 +343,8 @@ def shape_of(source: Dataset, image_shape: tuple[int, ...] | None = None, images
         return DataShape(image_shape, 256, np.dtype(np.uint8), 60_000 if images is None else images, 0)
     if images is not None:
         raise UserError("A number of images is for an image shape; give --image-shape HEIGHT WIDTH CHANNELS as well.")
-    return source.shape()
+    shape = source.shape()
+    if isinstance(source.validation, float) and not shape.validation:
+        held_out = max(1, round(source.validation * shape.train))
+        return shape._replace(train=shape.train - held_out, validation=held_out)
+    return shape

@@ -18,6 +18,7 @@ import numpy as np
 
 from bsvae_jax.data.archives import DAMAGED_TAR, Archive, member_path, open_archive
 from bsvae_jax.data.decoding import CorruptImageError
+from bsvae_jax.data.image_set import SPLITS
 from bsvae_jax.errors import UserError
 
 SUFFIXES = (
@@ -126,9 +127,8 @@ def _glance(path: Path) -> tuple[int, bytes]:
 class Found(NamedTuple):
     """The images of a folder or archive."""
 
-    train: Files
-    test: Files | None
-    """None where no folder says what is held out."""
+    splits: dict[str, Files]
+    """train, test where a folder says what is held out, and validation where it is there and asked for."""
     classes: tuple[str, ...]
     """Their folders, if the images lie in several; else empty."""
     stamp: str
@@ -137,11 +137,12 @@ class Found(NamedTuple):
     """A sentence: which images are trained on, which are held out, and what was left out."""
 
 
-def find_images(path: Path) -> Found:
+def find_images(path: Path, own_validation: bool = False) -> Found:
     """Look through a folder, or an archive (`.zip`, `.tar`, `.tar.gz` and the like), for image files.
 
     Folders `train` and `test` are splits, by any usual name and in letters of any case, wherever they lie; without a test
-    folder one of validation images takes its place. Folders of the training images are their classes.
+    folder one of validation images takes its place, unless `own_validation` asks for it. Folders of the training images are
+    their classes.
 
     Raises:
       UserError: neither, an empty or damaged one, a name that leads out of an archive, or folders of which some look like
@@ -160,13 +161,13 @@ def find_images(path: Path) -> Found:
         raise UserError(f"{path} holds no images (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp){others}.")
     lines = "\n".join(f"{name} {entries[name]}" for name in names)
     stamp = hashlib.sha256(lines.encode(errors="surrogatepass")).hexdigest()  # names need not be UTF-8
-    divided, left_out = _divide(names, path)
+    divided, left_out = _divide(names, path, own_validation)
     if links and (again := _seen_twice([name for split in divided.values() for name in split], links, path.resolve())):
         left_out.append(f"{_count(len(again))} to which links lead again ({min(again)!r} first)")
         divided = {split: {name: rest for name, rest in of.items() if name not in again} for split, of in divided.items()}
         if not all(divided.values()):
             raise UserError(f"{path} has links by which training images and test images are the same; give others for testing.")
-    train, test = divided["train"], divided.get("test", {})
+    train, held_out = divided["train"], {split: names for split, names in divided.items() if split != "train"}
     notes = []
     folders = _folders(train.values())
     counts = collections.Counter(folders)
@@ -187,11 +188,12 @@ def find_images(path: Path) -> Found:
         )
     numbers = {name: number for number, name in enumerate(classes)}
     labels = [numbers[folder] for folder in folders] if labeled else None
-    test_labels = None
-    if labeled and test:
-        test_labels = [numbers.get(folder, -1) for folder in _folders(test.values())]
-        if without := test_labels.count(-1):
-            notes.append(f"{'all' if without == len(test) else f'{without:,}'} test images lie in no class folder of training")
+    held_out_labels: dict[str, list[int]] = {}
+    for split, chosen in held_out.items() if labeled else ():
+        held_out_labels[split] = [numbers.get(folder, -1) for folder in _folders(chosen.values())]
+        if without := held_out_labels[split].count(-1):
+            count = "all" if without == len(chosen) else f"{without:,}"
+            notes.append(f"{count} {split} images lie in no class folder of training")
 
     def files(chosen: Iterable[str], labels: list[int] | None) -> Files:
         return Files(path, [members.get(name, name) for name in chosen], labels, archive)
@@ -200,12 +202,19 @@ def find_images(path: Path) -> Found:
     if kinds:
         shown = [f"{count:,} {suffix!a}".replace("'", "") for suffix, count in kinds.most_common(5)]
         left_out.append(f"other files ({', '.join(shown)}{', ...' if len(kinds) > 5 else ''})")
-    said = [f"{_count(len(train))}{' for training' if test else ''}{_within(train)}"]
-    said.append(f"{_count(len(test))} for testing{_within(test)}" if test else "of which a share is held out at random")
+    said = [f"{_count(len(train))}{' for training' if held_out else ''}{_within(train)}"]
+    for split in SPLITS:
+        if split in held_out:
+            purpose = "testing" if split == "test" else split
+            said.append(f"{_count(len(held_out[split]))} for {purpose}{_within(held_out[split])}")
+    if "test" not in held_out:
+        said.append("of which a share is held out at random")
     said += notes
     division = f"{printable(path.name)}: {', '.join(said)}{'; left out: ' if left_out else ''}{', '.join(left_out)}."
     label_names = tuple(map(printable, classes))
-    return Found(files(train, labels), files(test, test_labels) if test else None, label_names, stamp, division)
+    splits = {"train": files(train, labels)}
+    splits |= {split: files(held_out[split], held_out_labels.get(split)) for split in SPLITS if split in held_out}
+    return Found(splits, label_names, stamp, division)
 
 
 def printable(name: str) -> str:
@@ -240,7 +249,7 @@ def _within(split: Iterable[str]) -> str:
     return f" in {_listed(folders)}" if folders else ""
 
 
-def _divide(names: list[str], path: Path) -> tuple[dict[str, dict[str, tuple[str, ...]]], list[str]]:
+def _divide(names: list[str], path: Path, own_validation: bool) -> tuple[dict[str, dict[str, tuple[str, ...]]], list[str]]:
     """The names of the training images and of the held-out ones, each with its folders but that of the split; what is left out.
 
     Raises:
@@ -278,14 +287,18 @@ def _divide(names: list[str], path: Path) -> tuple[dict[str, dict[str, tuple[str
         raise UserError(f"{path} has a folder {_listed(found)} beside {shown}, but no '{lacks}'. {remedy}")
     left_out = []
     held_out = "test" if "test" in splits else "val"
-    if held_out == "test" and "val" in splits:
+    if own_validation and "val" in splits:
+        used = {"train": "train", "test": "test", "val": "validation"}
+    else:
+        used = {"train": "train", held_out: "test"}
+    if "val" in splits and "val" not in used:
         left_out.append(f"{_count(len(splits['val']))}{_within(splits['val'])}, apart from those for testing")
     for place, several in spellings.items():
-        if len(several) > 1 and place[-1] in ("train", held_out):
+        if len(several) > 1 and place[-1] in used:
             raise UserError(f"{path} has several folders of one split, {_listed(several)}; keep one of them, or make them one.")
     if beside:
         left_out.append(f"{_count(len(beside))} beside those folders ({min(beside)!r} first)")
-    return {"train": splits["train"], "test": splits[held_out]}, left_out
+    return {role: splits[kind] for kind, role in used.items() if kind in splits}, left_out
 
 
 def _folders(rests: Iterable[tuple[str, ...]]) -> list[str]:

@@ -14,6 +14,9 @@ from jaxtyping import Array, Float
 from bsvae_jax import theory
 from bsvae_jax.errors import UserError, check_count, check_kind
 
+SPLITS = ("train", "test", "validation")
+"""In this order; the last is not always there."""
+
 ROUNDING = 1e-6
 """By how much floats may leave [0, 1]; they are clipped."""
 
@@ -53,6 +56,8 @@ class DataShape(NamedTuple):
     """Training images."""
     test: int
     """Held-out images."""
+    validation: int = 0
+    """Images for validation."""
 
     @property
     def bin_width(self) -> float:
@@ -66,13 +71,13 @@ class DataShape(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Both splits, as stored."""
-        return (self.train + self.test) * self.image_bytes
+        """All splits, as stored."""
+        return (self.train + self.test + self.validation) * self.image_bytes
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Training and test images.
+    """Training and test images, and where choices are not to be made on the test images, those for validation.
 
     >>> blank = np.zeros((5, 8, 8, 1), np.uint8)
     >>> images = ImageSet("blank", train=blank, test=blank[:1], levels=17)
@@ -98,9 +103,13 @@ class ImageSet:
     """Names of the classes or of the attributes, where the source has them."""
     known_fingerprint: str | None = None
     """The value of `fingerprint()`, where it is known already."""
+    validation: np.ndarray | None = None
+    """Held-out images on which the best checkpoint and the best beta are chosen; None: they are chosen on the test images."""
+    validation_labels: np.ndarray | None = None
+    """The same of the images for validation; -1: none."""
 
     def __post_init__(self) -> None:
-        for name in ("train", "test"):
+        for name in self.splits:
             images = getattr(self, name)
             check_kind(name, images, np.ndarray, "data.check_images makes one of your own images")
             if images.ndim < 2 or 0 in images.shape:
@@ -111,10 +120,20 @@ class ImageSet:
                 raise UserError(
                     f"{name} must be uint8 or float32 (images: in [0, 1]), got {images.dtype}; see data.check_images."
                 )
-        if self.train.shape[1:] != self.test.shape[1:] or self.train.dtype != self.test.dtype:
-            one, other = (f"{images.dtype} of shape {images.shape[1:]}" for images in (self.train, self.test))
-            raise UserError(f"train and test must be images of one kind, got {one} and {other}.")
+            if images.shape[1:] != self.train.shape[1:] or images.dtype != self.train.dtype:
+                one, other = (f"{of.dtype} of shape {of.shape[1:]}" for of in (self.train, images))
+                raise UserError(f"train and {name} must be images of one kind, got {one} and {other}.")
         check_count("levels", self.levels, low=2)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits: train, test, and validation where there is one."""
+        return SPLITS[:2] if self.validation is None else SPLITS
+
+    @property
+    def choosing_split(self) -> str:
+        """The split on which choices are made: validation, or test where there is none."""
+        return self.splits[-1]
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -124,10 +143,16 @@ class ImageSet:
     @property
     def shape(self) -> DataShape:
         """Sizes and kind of the images."""
-        return DataShape(self.image_shape, self.levels, self.train.dtype, len(self.train), len(self.test))
+        validation = 0 if self.validation is None else len(self.validation)
+        return DataShape(self.image_shape, self.levels, self.train.dtype, len(self.train), len(self.test), validation)
+
+    def sizes(self) -> str:
+        """How many images there are, and of which shape, for messages: 60,000 training and 10,000 test images (28, 28, 1)."""
+        kept = "" if self.validation is None else f", {len(self.validation):,} validation"
+        return f"{len(self.train):,} training{kept} and {len(self.test):,} test images {self.image_shape}"
 
     def fingerprint(self) -> str:
-        """Hash of the training and test images: their values, shapes and type."""
+        """Hash of the images of all splits: their values, shapes and type."""
         return self._fingerprint
 
     @functools.cached_property
@@ -135,7 +160,7 @@ class ImageSet:
         if self.known_fingerprint is not None:
             return self.known_fingerprint
         digest = hashlib.blake2b(digest_size=16)
-        for images in (self.train, self.test):
+        for images in self._images():
             digest.update(f"{images.shape} {images.dtype} {self.levels};".encode())
             for block in _blocks(images):
                 digest.update(np.ascontiguousarray(block).data)
@@ -156,7 +181,10 @@ class ImageSet:
         """Whether the examples are images [H, W, C] in [0, 1], which PSNR, SSIM, FID and 8-bit files suppose."""
         if not is_image(self.image_shape) or self.train.dtype == np.uint8:
             return is_image(self.image_shape)
-        return all(block.min() >= 0 and block.max() <= 1 for split in (self.train, self.test) for block in _blocks(split))
+        return all(block.min() >= 0 and block.max() <= 1 for split in self._images() for block in _blocks(split))
+
+    def _images(self) -> list[np.ndarray]:
+        return [getattr(self, split) for split in self.splits]
 
     def as_shown(self, values: np.ndarray) -> np.ndarray:
         """Values [..., *image_shape] as figures take them, black and white at 0 and 1.

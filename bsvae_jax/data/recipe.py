@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,17 +17,14 @@ FORMAT = 2
 """Version of the layout of a prepared set."""
 
 
-SPLITS = ("train", "test")
-
-
 class Recipe(NamedTuple):
     """A set of encoded images and what is to be done to them."""
 
     name: str
     source: dict[str, Any]
     """JSON values that are others where the images, or the way they are divided, are others."""
-    splits: dict[str, EncodedImages]
-    """Of `SPLITS`."""
+    splits: Mapping[str, EncodedImages]
+    """Of training, test and, where there is one, validation, in this order."""
     preprocessing: Preprocessing
     label_names: tuple[str, ...] = ()
     """Of classes or attributes; empty: no names."""

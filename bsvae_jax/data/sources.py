@@ -1,10 +1,8 @@
 """How the data sets of the library are read: the digits, MNIST's idx files, arrays, folders and TFDS sets."""
 
 import contextlib
-import hashlib
 import importlib.util
 import re
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ from bsvae_jax._io.files import DAMAGE, read_arrays
 from bsvae_jax._io.terminal import log
 from bsvae_jax.data.cache import Recipe
 from bsvae_jax.data.decoding import CorruptImageError, Header, Preprocessing
+from bsvae_jax.data.holdout import VALIDATION_SEED, contents_of, hold_out
 from bsvae_jax.data.idx import read_pair
 from bsvae_jax.data.image_files import Encoded, EncodedImages, find_images, printable
-from bsvae_jax.data.image_set import ImageSet, check_images, distinct_values, on_grid
+from bsvae_jax.data.image_set import SPLITS, ImageSet, check_images, distinct_values, on_grid
 from bsvae_jax.errors import UserError, nearest
 
 _UNREADABLE: tuple[type[Exception], ...] = (IndexError, *DAMAGE)
@@ -72,8 +71,11 @@ _BARE = {"train": ("images", "imgs", "x", "data", "arr_0"), "train labels": ("la
 """Names of the only images and labels of a file."""
 
 
-def _roles(names: list[str]) -> dict[str, str]:
-    """Which arrays of an `.npz` are what, by their names: 'train', 'test', 'val', 'train labels', ..."""
+def _roles(names: list[str], own_validation: bool) -> dict[str, str]:
+    """Which arrays of an `.npz` are what, by their names: 'train', 'test', 'validation', 'train labels', ...
+
+    Those for validation take the place of a missing 'test', or are left out, unless `own_validation` asks for them.
+    """
     roles: dict[str, str] = {}
     plain = {name: name.casefold().replace("-", "_") for name in names}
     for name in sorted(names, key=lambda name: plain[name] not in ("train", "test", "val")):  # these first
@@ -86,14 +88,16 @@ def _roles(names: list[str]) -> dict[str, str]:
             named = {text: name for name, text in plain.items()}
             if match_name := next((named[text] for text in bare if text in named), None):
                 roles[role] = match_name
+    if own_validation:
+        return {role.replace("val", "validation"): name for role, name in roles.items()}
     if "test" not in roles and "val" in roles:
         roles.pop("test labels", None)
         roles |= {role.replace("val", "test"): name for role, name in roles.items() if role.startswith("val")}
     return {role: name for role, name in roles.items() if not role.startswith("val")}
 
 
-def read_arrays_file(path: Path, holdout: float, seed: int, levels: int | None) -> ImageSet:
-    """Arrays of a `.npz` or `.npy` file."""
+def read_arrays_file(path: Path, holdout: float, seed: int, levels: int | None, own_validation: bool = False) -> ImageSet:
+    """Arrays of a `.npz` or `.npy` file; with its own images for validation, where they are asked for."""
     if not path.is_file():
         raise UserError(f"There is no file {str(path)!r}; data.path must name a .npz or .npy of images.")
     remedy = "data.path must name a .npz or .npy of images"
@@ -102,8 +106,8 @@ def read_arrays_file(path: Path, holdout: float, seed: int, levels: int | None) 
 
     def choose(names: list[str]) -> list[str]:  # others may be large, or objects
         held.extend(names)
-        roles.update(_roles(names))
-        return [roles[split] for split in ("train", "test") if split in roles]
+        roles.update(_roles(names, own_validation))
+        return [roles[split] for split in SPLITS if split in roles]
 
     arrays = read_arrays(path, remedy, choose)
     if "" in arrays:
@@ -111,34 +115,43 @@ def read_arrays_file(path: Path, holdout: float, seed: int, levels: int | None) 
     if "train" not in roles:
         found = ", ".join(held) or "nothing"
         raise UserError(f"{path} needs an array 'train' (and may have 'test'); it holds {found}{nearest('train', held)}.")
-    what = {
-        split: f"{roles[split]!r} in {path}" if roles[split] else str(path) for split in ("train", "test") if split in roles
-    }
+    what = {split: f"{roles[split]!r} in {path}" if roles[split] else str(path) for split in SPLITS if split in roles}
     images = {split: check_images(arrays[roles[split]], what[split]) for split in what}
     floats: list[Any] = [np.float32, *(array.dtype for array in arrays.values() if array.dtype.kind == "f")]
     precision = max(float(np.finfo(kind).eps) for kind in floats)
-    train = images["train"]
+    train, validation = images["train"], images.get("validation")
     labels, names = _labels(path, roles, {split: len(of) for split, of in images.items()})
     notes = [f"{len(train):,} images{' ' * bool(roles['train'])}{roles['train'] and repr(roles['train'])}"]
     if "test" in images:
         test = images["test"]
         notes.append(f"{len(test):,} for testing {roles['test']!r}")
     else:
-        contents = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in train]
-        parts = _holdout(contents, holdout, seed, printable(str(path)))
+        parts = hold_out(contents_of(train), holdout, seed, printable(str(path)), "testing")
         notes.append(f"of which {len(parts[1]):,} are held out for testing")
-        labels = {split: labels["train"][part] for split, part in zip(("train", "test"), parts, strict=True) if labels}
+        labels |= {split: labels["train"][part] for split, part in zip(("train", "test"), parts, strict=True) if labels}
         train, test = (train[part] for part in parts)
-    if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
-        raise UserError(
-            f"{path}: training images {train.shape[1:]} {train.dtype} and test images {test.shape[1:]} {test.dtype} differ."
-        )
+    if validation is not None:
+        notes.append(f"{len(validation):,} for validation {roles['validation']!r}")
+    for name, other in (("test", test), ("validation", train if validation is None else validation)):
+        if train.shape[1:] != other.shape[1:] or train.dtype != other.dtype:
+            kinds = f"training images {train.shape[1:]} {train.dtype} and {name} images {other.shape[1:]} {other.dtype}"
+            raise UserError(f"{path}: {kinds} differ.")
     height, width, channels = train.shape[1:]
-    levels, sentence = _levels([train, test], levels, path, precision)
+    levels, sentence = _levels([train, test, *([] if validation is None else [validation])], levels, path, precision)
     notes.append(f"{height} pixels high, {width} wide, {channels} channel{'s' * (channels > 1)}, {levels:,} levels")
     left_out = [repr(name) for name in held if name not in roles.values()]
     log.info(f"{printable(path.name)}: {', '.join(notes)}{'; left out: ' if left_out else ''}{', '.join(left_out)}.{sentence}")
-    return ImageSet(printable(path.stem), train, test, levels, labels.get("train"), labels.get("test"), names)
+    return ImageSet(
+        printable(path.stem),
+        train,
+        test,
+        levels,
+        labels.get("train"),
+        labels.get("test"),
+        names,
+        validation=validation,
+        validation_labels=labels.get("validation"),
+    )
 
 
 def _labels(path: Path, roles: dict[str, str], counts: dict[str, int]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
@@ -201,26 +214,6 @@ def _levels(splits: list[np.ndarray], levels: int | None, path: Path, precision:
 # --- Folders ----------------------------------------------------------------------------------------------------------
 
 
-def _holdout(contents: Sequence[Hashable], share: float, seed: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions for training and for testing, both in order; copies of a training image stay in training, if not all are."""
-    count = len(contents)
-    order = np.random.default_rng(seed).permutation(count)
-    held_out = max(1, round(share * count))
-    if held_out >= count:
-        raise UserError(f"{what} holds {count} images: too few to keep {held_out} for testing.")
-    trained = {contents[index] for index in order[held_out:]}
-    is_copy = np.array([contents[index] in trained for index in order[:held_out]])
-    if is_copy.all():
-        log.warning(
-            f"{what}: all {held_out} images drawn for testing are copies of training images, and say nothing of new ones."
-        )
-        is_copy[:] = False
-    if is_copy.any():
-        log.info(f"{what}: {is_copy.sum():,} images drawn for testing are copies of training images, and stay in training.")
-    test = order[:held_out][~is_copy]
-    return np.setdiff1d(order, test), np.sort(test)
-
-
 def folder_recipe(source: Any) -> Recipe:
     """What is to be decoded for a `Folder`; looks for the images, and decodes none.
 
@@ -230,18 +223,27 @@ def folder_recipe(source: Any) -> Recipe:
     path = Path(source.path)
     if not source.path:
         raise UserError("data.path must name a folder, .zip or .tar of images.")
-    found = find_images(path)
+    found = find_images(path, source.validation == "own")
     log.info(found.division)
-    if found.test is not None:
-        train, test, division = found.train, found.test, None
-    else:
-        positions = _holdout(found.train.contents(), source.holdout, source.holdout_seed, printable(str(path)))
-        train, test = (found.train.take(part.tolist()) for part in positions)
-        division = [source.holdout, source.holdout_seed]
+    splits = dict(found.splits)
+    division: dict[str, Any] = {"holdout": None}
+
+    def divide(split: str, share: float, seed: int) -> None:
+        train = splits["train"]
+        positions = hold_out(train.contents(), share, seed, printable(str(path)), "testing" if split == "test" else split)
+        splits["train"], splits[split] = (train.take(part.tolist()) for part in positions)
+
+    if "test" not in splits:
+        divide("test", source.holdout, source.holdout_seed)
+        division = {"holdout": [source.holdout, source.holdout_seed]}
+    if isinstance(source.validation, float):
+        divide("validation", source.validation, VALIDATION_SEED)
+    if source.validation is not None:
+        division["validation"] = source.validation
     return Recipe(
         printable(path.resolve().stem).removesuffix(".tar"),
-        {"files": found.stamp, "holdout": division},
-        {"train": train, "test": test},
+        {"files": found.stamp, **division},
+        splits,
         Preprocessing(source.crop, source.size, source.channels),
         found.classes,
     )
@@ -362,14 +364,17 @@ def tfds_recipe(source: Any) -> Recipe:
     height, width, channels = image.shape
     files: dict[str, list[int]] = {}
     splits: dict[str, EncodedImages] = {}
-    for part, split in (("train", source.train_split), ("test", source.test_split)):
+    names = {"train": source.train_split, "test": source.test_split}
+    if source.validation == "own":
+        names["validation"] = "validation"
+    for part, split in names.items():
         records, stamps = _records(builder, source.name, split)
         what = f"split {split!r} of TFDS set {source.name!r}"
         splits[part] = Records(what, Path(builder.data_dir), records, label, attributes)
         files |= stamps
     return Recipe(
         source.name,
-        {"tfds": builder.info.full_name, "splits": [source.train_split, source.test_split], "files": files},
+        {"tfds": builder.info.full_name, "splits": list(names.values()), "files": files},
         splits,
         Preprocessing(source.crop, source.size, source.channels or channels),
         label_names,

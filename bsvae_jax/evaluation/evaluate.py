@@ -101,7 +101,7 @@ class Evaluated(NamedTuple):
 def evaluate(
     run: Restored,
     images: ImageSet,
-    splits: Sequence[str] = ("train", "test"),
+    splits: Sequence[str] | None = None,
     *,
     samples: int | None = None,
     bound_images: int | None = None,
@@ -114,7 +114,7 @@ def evaluate(
     Args:
       run: from `restore`.
       images: the data of its config, from `data.load`.
-      splits: 'train', 'test' or both, in the order to report.
+      splits: of 'train', 'test' and, where the data have it, 'validation', in the order to report; None: all of the data's.
       samples: importance samples per image, 1 to 5,000; None: no importance-weighted bound (Burda et al. 2016).
       bound_images: of the first images of each split for that bound; None: all.
       fid_options: None: no FID.
@@ -140,6 +140,8 @@ def evaluate(
         parameters are not finite; for FID, what is no image [H, W, C] of 1 or 3 channels, weights that cannot be had, or for
         'lenet' images without classes.
     """
+    check_kind("images", images, ImageSet, "bsvae_jax.data.load(run.config.data) reads them")
+    splits = images.splits if splits is None else splits
     _check(run, images, splits, samples, bound_images)
     check_kind("fid_options", fid_options, (Fid, type(None)))
     workdir = None if workdir is None else as_path(workdir, "workdir")
@@ -186,14 +188,12 @@ def evaluate(
 
 def _check(run: Restored, images: ImageSet, splits: Sequence[str], samples: int | None, bound_images: int | None) -> None:
     check_kind("run", run, Restored, "bsvae_jax.restore(workdir) opens one")
-    check_kind("images", images, ImageSet, "bsvae_jax.data.load(run.config.data) reads them")
+    known = f"{', '.join(images.splits[:-1])} and {images.splits[-1]}"
     if not isinstance(splits, Sequence) or isinstance(splits, str) or not splits:
-        raise UserError(f"splits must be some of the names train and test, as in ('test',), got {splits!r}.")
+        raise UserError(f"splits must be some of the names {known}, as in ('test',), got {splits!r}.")
     for split in splits:
-        if split not in ("train", "test"):
-            raise UserError(
-                f"There is no split {split!r}{nearest(str(split), ('train', 'test'))}; the splits are train and test."
-            )
+        if split not in images.splits:
+            raise UserError(f"There is no split {split!r}{nearest(str(split), images.splits)}; the splits are {known}.")
     if images.image_shape != run.image_shape:
         raise UserError(f"The model takes images of shape {run.image_shape}, the data have {images.image_shape}.")
     if samples is not None:

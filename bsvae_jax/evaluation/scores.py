@@ -26,13 +26,13 @@ from bsvae_jax.random import example_keys, make_key
 EVALUATION_BATCH = 512
 """Images per device call, where the caller has no reason for another number."""
 
-SPLIT_SALT = {"train": 0x65760001, "test": 0x65760002}
+SPLIT_SALT = {"train": 0x65760001, "test": 0x65760002, "validation": 0x65760003}
 """Folded into the config's seed for the posterior samples of a split, so that every evaluation takes the same ones; far from
 0 and 1, which `split` uses for the keys of training."""
 
 
 def split_key(seed: int, split: str) -> Key[Array, ""]:
-    """The key of the posterior samples of a split ('train' or 'test') in every evaluation of a run of this seed."""
+    """The key of the posterior samples of a split (of `ImageSet.splits`) in every evaluation of a run of this seed."""
     return jax.random.fold_in(make_key(seed), SPLIT_SALT[split])
 
 

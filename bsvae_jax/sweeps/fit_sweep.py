@@ -147,7 +147,7 @@ def fit_sweep(
     with stop_on_signals() as stop, directory, messages_shown(progress):
         log.info(
             f"{len(members)} members, {len(members) - len(todo)} of them done; "
-            f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
+            f"{images.name}: {images.sizes()}; "
             f"{describe_devices(devices)}; members executed by {execution}"
         )
         total = steps_through(config.epochs, len(images.train), config.batch_size) * config.batch_size
@@ -368,10 +368,8 @@ class _SweepDirectory:
         """Whether its last step, or that where a callback stopped it, is evaluated and drawn, by this very config and data."""
         folder = self.member(member)
         total = steps_through(member.config.epochs, len(self._images.train), member.config.batch_size)
-        if not (folder / "pictures.npz").is_file() or set(evaluation_at(folder, final_step(folder, total))) != {
-            "train",
-            "test",
-        }:
+        evaluated = set(evaluation_at(folder, final_step(folder, total)))
+        if not (folder / "pictures.npz").is_file() or evaluated != set(self._images.splits):
             return False
         info = read_info(folder)
         changed = configs.changes(info.config, member.config)

@@ -101,17 +101,20 @@ def status(results: SweepResults) -> str:
 
 
 def best_beta(results: SweepResults) -> list[str]:
-    """A sentence per model of several betas: which of them has the best calibrated likelihood on the test set."""
-    sentences = []
+    """A sentence per model of several betas: which has the best calibrated likelihood, on which split it was chosen."""
+    sentences, split = [], results.choosing_split
+    if split == "test":
+        chosen = "on the test set, {} nats (chosen on that set; a finer grid may have a better one)"
+    else:
+        chosen = "on the validation images, by which it is chosen, and {} nats on the test set"
     for family in families(results):
         if len(family.betas) < 2:
             continue
-        cells = [mean_and_deviation(own, "calibrated_elbo", "test") for own in family.members]
-        index = int(np.argmax([mean for mean, _ in cells]))
-        value, beta = display(*cells[index]), family.betas[index]
+        best = int(np.argmax([mean_and_deviation(own, "calibrated_elbo", split)[0] for own in family.members]))
+        value = display(*mean_and_deviation(family.members[best], "calibrated_elbo", "test"))
+        where = chosen.format(value)
         sentences.append(
-            f"{family.label}: of {len(family.betas)} β, {beta:g} has the best calibrated ELBO on the test set, {value} nats "
-            "(chosen on that set; a finer grid may have a better one)."
+            f"{family.label}: of {len(family.betas)} β, {family.betas[best]:g} has the best calibrated ELBO {where}."
         )
     return sentences
 

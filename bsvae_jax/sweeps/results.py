@@ -100,6 +100,11 @@ class SweepResults(NamedTuple):
     diverged: dict[Setting, int]
     """Number of diverged members of each setting."""
 
+    @property
+    def choosing_split(self) -> str:
+        """The split on which the best beta is chosen: validation, or test where the data have none for it."""
+        return "validation" if all("validation" in member.report for member in self.members) else "test"
+
     def settings(self) -> dict[Setting, list[MemberResult]]:
         """Finished members by setting, sorted by variance, prior, learning rate and beta; a setting may have none."""
         found: dict[Setting, list[MemberResult]] = {setting: [] for setting in self.diverged}

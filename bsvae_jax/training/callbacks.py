@@ -95,7 +95,7 @@ class Callback:
         """Called with every row of training metrics, of 50 steps or the rest of an epoch, and its `images_per_second`."""
 
     def on_evaluation(self, run: Run, row: Row) -> Answer:
-        """Called with every row of held-out terms."""
+        """Called with every row of held-out terms, of the images for validation where there are such."""
 
     def on_checkpoint(self, run: Run, step: int) -> Answer:
         """Called when the checkpoint of `step` is being written."""
@@ -186,7 +186,7 @@ class Progress(Callback):
     def on_evaluation(self, run: Run, row: Row) -> None:
         """Show the held-out objective."""
         if len(self._reached) == 1:
-            self._bar.show(test=f"{row['objective']:.1f}")
+            self._bar.show(**{row["split"]: f"{row['objective']:.1f}"})
 
     def on_end(self, run: Run, report: Report) -> None:
         """A run that stopped early has no images left to come."""
@@ -304,7 +304,7 @@ class EarlyStopping(Callback):
     def on_start(self, run: Run, history: Sequence[Row]) -> Answer:
         """Take in the evaluations before."""
         self._best[run.name], self._count[run.name] = math.inf, 0
-        answers = [self.on_evaluation(run, row) for row in history if row["split"] == "test"]
+        answers = [self.on_evaluation(run, row) for row in history if row["split"] != "train"]
         return answers[-1] if answers else None
 
     def on_evaluation(self, run: Run, row: Row) -> Answer:

@@ -109,7 +109,7 @@ def _fit(config: Config, folder: Path, progress: bool, callbacks: Sequence[Callb
         program = Program(config, images, mesh)
         if primary:
             log.info(
-                f"{images.name}: {len(images.train)} training and {len(images.test)} test images {images.image_shape}; "
+                f"{images.name}: {images.sizes()}; "
                 f"{config.epochs} epochs, {program.total} steps of {config.batch_size}; {describe_devices(mesh)}"
                 + ("" if program.resident else "; images are streamed from the host")
             )

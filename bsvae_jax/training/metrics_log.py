@@ -20,7 +20,7 @@ def incomplete_epochs(rows: Sequence[Mapping[str, Any]], config: Config, images:
       images: trained on.
       step: that the run has come to.
     """
-    found = {(row["step"], row["split"]) for row in rows}
+    found = {(row["step"], row["split"] == "train") for row in rows}
     lost, reached = list[tuple[int, int]](), 0
     for row in [row for row in rows if row["split"] == "train"] + [{"step": step, "steps": 0}]:
         start = row["step"] - row.get("steps", row["step"] - reached)  # rows of earlier versions do not say how many
@@ -30,9 +30,9 @@ def incomplete_epochs(rows: Sequence[Mapping[str, Any]], config: Config, images:
     incomplete, begin = [], 0
     for epoch in range(1, config.epochs + 1):
         end = steps_through(epoch, images, config.batch_size)
-        due = ["train"] + ["test"] * (epoch % config.evaluate_every == 0 or epoch == config.epochs)
+        evaluated = epoch % config.evaluate_every == 0 or epoch == config.epochs
         if any(first <= end and begin < last for first, last in lost) or (
-            end <= step and not all((end, split) in found for split in due)
+            end <= step and not ((end, True) in found and ((end, False) in found or not evaluated))
         ):
             incomplete.append(epoch)
         begin = end

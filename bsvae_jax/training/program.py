@@ -140,9 +140,7 @@ class Program:
         self.total = steps_through(config.epochs, len(images.train), config.batch_size)
         self.model = program_model(self.config, self.data)
         resident = fits(self.data.nbytes, mesh, config.resident_memory)
-        self.splits = {
-            split: DeviceImages(stored, mesh, resident) for split, stored in (("train", images.train), ("test", images.test))
-        }
+        self.splits = {split: DeviceImages(getattr(images, split), mesh, resident) for split in images.splits}
         self.window = steps_per_dispatch(config, mesh.devices.flat[0].platform)
         if not resident:
             self.window = streamed_window(self.data.image_bytes, config.batch_size, members, self.window)
@@ -209,11 +207,11 @@ class Program:
     def needed_bytes(self, members: int) -> int:
         """Memory per device for training a stack of `members`, as the compiler counts it; compiles the training program.
 
-        Arguments, results and temporary arrays, with the images of both splits where they are resident. A 'vmap' needs
+        Arguments, results and temporary arrays, with the images of all splits where they are resident. A 'vmap' needs
         temporary arrays for every member, a 'scan' for one.
         """
         arguments = self._arguments(members)
-        besides = self.images.test.nbytes
+        besides = self.data.nbytes - self.images.train.nbytes
         if not self.resident:  # the pieces on their way
             piece = arguments[1]
             besides = AHEAD * math.prod(piece.shape) * piece.dtype.itemsize // self.mesh.devices.size

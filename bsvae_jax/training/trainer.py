@@ -86,7 +86,7 @@ class Trainer:
         ]
         self._asked: dict[int, str] = {}  # which members are to stop, and why
         self._runs: list[Run] = []
-        self._test_scores: dict[int, list[SplitScores]] = {}
+        self._held_out_scores: dict[int, list[SplitScores]] = {}
 
     def train(self, at: int | None = None) -> TrainState:
         """Run to the last step, or to where callbacks stop the last member, and evaluate; the state there.
@@ -309,9 +309,12 @@ class Trainer:
         return saved
 
     def _evaluate_and_save(self, state: TrainState, step: int, epoch: int, only: Sequence[int] | None = None) -> bool:
-        """Evaluate the members that are trained, or `only` some, on the test set, and save them; whether all could be saved."""
-        saved = []
-        scores = list(self.program.score(state, "test", self.configs))
+        """Evaluate the members that are trained, or `only` some, on held-out images, and save them; whether all could be saved.
+
+        The images are those for validation, or those for testing where there are none.
+        """
+        saved, split = [], self.program.images.choosing_split
+        scores = list(self.program.score(state, split, self.configs))
         arrays = self.program.unpack(state.arrays(), len(self.members))
         for index in self._active() if only is None else only:
             own, config = scores[index], self.configs[index]
@@ -325,7 +328,7 @@ class Trainer:
             row: dict[str, Any] = {
                 "step": step,
                 "epoch": epoch,
-                "split": "test",
+                "split": split,
                 "objective": value,
                 "distortion": distortion,
                 "rate": rate,
@@ -340,21 +343,26 @@ class Trainer:
             member.findings = set(findings)
             self._call(index, "on_evaluation", row)
             saved.append(self._save(index, step, arrays[index], value))
-        self._test_scores = {step: scores}
+        self._held_out_scores = {step: scores}
         return all(saved)
 
     def _finish(self, state: TrainState, step: int, members: Sequence[int]) -> None:
         """Write calibration and evaluation of members whose last step is `step`; what is there already is not made again."""
+        images = self.program.images
         for index in members:
             own = self.members[index]
             report: Report = multihost.on_primary(lambda run=own.run: evaluation_at(run.folder, step), {})  # type: ignore[misc]
-            if self.extras is None and multihost.in_any_process({"train", "test"} <= set(report))[0]:
+            if self.extras is None and multihost.in_any_process(set(images.splits) <= set(report))[0]:
                 own.report = report
         missing = [index for index in members if self.members[index].report is None]
         if not missing:
             return
-        test = self._test_scores.get(step) or list(self.program.score(state, "test", self.configs))
-        floor = objective.quantization_variance(self.program.images.bin_width)
+        known = {images.choosing_split: self._held_out_scores.get(step)}
+        held_out = {
+            split: known.get(split) or list(self.program.score(state, split, self.configs)) for split in images.splits[1:]
+        }
+        test = held_out["test"]
+        floor = objective.quantization_variance(images.bin_width)
         extra = self.extras(state) if self.extras is not None else None
         for index, train_scores in enumerate(self.program.score(state, "train", self.configs)):
             if index not in missing:
@@ -362,10 +370,8 @@ class Trainer:
             member, config = self.members[index], self.configs[index]
             calibration = calibrate(train_scores, step, floor)
             member.run.write_calibration(calibration)
-            report = {
-                "train": summarize(train_scores, config.beta, calibration, self.program.images.holds_images),
-                "test": summarize(test[index], config.beta, calibration, self.program.images.holds_images),
-            }
+            scores = {"train": train_scores} | {split: of[index] for split, of in held_out.items()}
+            report = {split: summarize(of, config.beta, calibration, images.holds_images) for split, of in scores.items()}
             if extra is not None:
                 extra(index, test[index])
             member.run.write_evaluation(step, report, self._findings(test[index], config))

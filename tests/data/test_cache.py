@@ -658,12 +658,13 @@ def test_how_images_are_divided(tmp_path, layout, packed):
             find_images(path)
         return
     found = find_images(path)
-    assert sorted(found.train.names) == sorted(train)
-    assert (found.test and sorted(found.test.names)) == (test and sorted(test))
+    found_train, found_test = found.splits["train"], found.splits.get("test")
+    assert sorted(found_train.names) == sorted(train)
+    assert (found_test and sorted(found_test.names)) == (test and sorted(test))
     assert found.classes == classes
     assert re.search(said, found.division), found.division
     found.division.encode()  # can be printed
-    for split in (found.train, found.test):
+    for split in (found_train, found_test):
         contents = [] if split is None else split.read(0, len(split))
         assert all(encoded.content for encoded in contents)
         for encoded in contents if classes else []:
@@ -808,7 +809,7 @@ def test_what_a_tar_archive_may_hold_besides(tmp_path, caplog):
     for kind, seeds in (("hard link", [0, 1, 2, 1]), ("again", [1, 1, 2]), ("pipe", [0, 1, 2]), ("cut before an image", [0])):
         odd_tar(kind, tmp_path / "odd.tar")
         caplog.clear()
-        found = find_images(tmp_path / "odd.tar").train
+        found = find_images(tmp_path / "odd.tar").splits["train"]
         contents = [encoded.content for encoded in found.read(0, len(found))]
         for content, seed in zip(contents, seeds, strict=True):
             np.testing.assert_array_equal(Image.open(io.BytesIO(content)), expected[seed])
@@ -818,7 +819,7 @@ def test_what_a_tar_archive_may_hold_besides(tmp_path, caplog):
 def test_a_tar_archive_that_changes_while_it_is_read(tmp_path):
     write_images(tmp_path / "photos", 3, shape=(400, 400, 3))  # more than is read ahead
     path = Path(shutil.make_archive(str(tmp_path / "photos"), "tar", tmp_path / "photos"))
-    found = find_images(path).train
+    found = find_images(path).splits["train"]
     content = bytearray(path.read_bytes())
     content[content.index(b"IDAT") + 20] ^= 1
     path.write_bytes(content)

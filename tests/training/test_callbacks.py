@@ -294,7 +294,7 @@ def test_a_run_without_progress_says_nothing_but_to_who_listens(tmp_path, capsys
     with caplog.at_level(logging.INFO, "bsvae_jax"):
         bv.fit(CONFIG, tmp_path / "run", progress=False)
     assert capsys.readouterr() == ("", "")
-    assert "digits: 1500 training and 297 test images (8, 8, 1); 4 epochs, 12 steps of 500" in caplog.text
+    assert "digits: 1,500 training and 297 test images (8, 8, 1); 4 epochs, 12 steps of 500" in caplog.text
     assert not logging.getLogger("bsvae_jax").handlers
 
 
@@ -303,7 +303,7 @@ def test_progress_shows_what_is_logged_once(tmp_path, capsys):
     bv.fit(CONFIG, tmp_path / "run", progress=True)
     out, errors = capsys.readouterr()
     assert out == ""
-    assert errors.splitlines()[0].startswith("digits: 1500 training and 297 test images")
+    assert errors.splitlines()[0].startswith("digits: 1,500 training and 297 test images")
     assert errors.count("digits: 1500") == 1
 
 

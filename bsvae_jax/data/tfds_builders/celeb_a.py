@@ -89,7 +89,7 @@ class CelebA(ImageBuilder):
         """How to read every image, by the name of its file."""
         unpacked = None if self._manual_dir is None else self._manual_dir / "img_align_celeba"
         if unpacked is not None and unpacked.is_dir():
-            found: Files = find_images(unpacked).train
+            found: Files = find_images(unpacked).splits["train"]
         else:
             path = self.file("images")
             archive = open_zip(path)

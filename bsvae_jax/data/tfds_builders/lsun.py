@@ -95,9 +95,9 @@ class Lsun(ImageBuilder):
         purpose = f"{self.builder_config.name}_{part}"
         folder = self._manual_dir
         if folder is not None and (exported := folder / purpose).is_dir():
-            found = find_images(exported)
-            for number in range(len(found.train)):
-                (encoded,) = found.train.read(number, number + 1)
+            found = find_images(exported).splits["train"]
+            for number in range(len(found)):
+                (encoded,) = found.read(number, number + 1)
                 if isinstance(encoded, CorruptImageError):
                     raise encoded
                 yield number, {"image": io.BytesIO(encoded.content)}

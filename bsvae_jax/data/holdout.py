@@ -1,0 +1,72 @@
+"""Which examples are kept from training: a share at random, no copy of which is trained on."""
+
+import dataclasses
+import hashlib
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from bsvae_jax._io.terminal import log
+from bsvae_jax.data.image_set import ImageSet
+from bsvae_jax.errors import UserError
+
+VALIDATION_SEED = 1
+"""Decides which examples are for validation; apart from the run's seed, so that runs of all seeds are compared on the same."""
+
+
+def contents_of(examples: np.ndarray) -> list[Hashable]:
+    """What tells examples [N, ...] apart: hashes of their values."""
+    return [hashlib.blake2b(example.tobytes(), digest_size=16).digest() for example in examples]
+
+
+def hold_out(contents: Sequence[Hashable], share: float, seed: int, what: str, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions that stay, and positions held out, both in order; copies of what stays stay too, if not all are.
+
+    Args:
+      contents: of each example, equal where two are copies.
+      share: held out, of the whole.
+      seed: of the draw.
+      what: they are, for messages.
+      purpose: for which they are held out, for messages.
+
+    >>> stay, held_out = hold_out(range(10), 0.2, seed=0, what="ten", purpose="testing")
+    >>> len(stay), len(held_out)
+    (8, 2)
+
+    Raises:
+      UserError: none would be left to train on.
+    """
+    count = len(contents)
+    order = np.random.default_rng(seed).permutation(count)
+    held_out = max(1, round(share * count))
+    if held_out >= count:
+        raise UserError(f"{what} holds {count} images: too few to keep {held_out} for {purpose}.")
+    trained = {contents[index] for index in order[held_out:]}
+    is_copy = np.array([contents[index] in trained for index in order[:held_out]])
+    if is_copy.all():
+        log.warning(
+            f"{what}: all {held_out} images drawn for {purpose} are copies of training images, and say nothing of new ones."
+        )
+        is_copy[:] = False
+    if is_copy.any():
+        log.info(f"{what}: {is_copy.sum():,} images drawn for {purpose} are copies of training images, and stay in training.")
+    chosen = order[:held_out][~is_copy]
+    return np.setdiff1d(order, chosen), np.sort(chosen)
+
+
+def hold_out_validation(images: ImageSet, share: float) -> ImageSet:
+    """The same images, with a share of those for training kept for validation; they are copied.
+
+    Raises:
+      UserError: none would be left to train on.
+    """
+    stay, chosen = hold_out(contents_of(images.train), share, VALIDATION_SEED, images.name, "validation")
+    labels = images.train_labels
+    return dataclasses.replace(
+        images,
+        train=images.train[stay],
+        validation=images.train[chosen],
+        train_labels=None if labels is None else labels[stay],
+        validation_labels=None if labels is None else labels[chosen],
+        known_fingerprint=None,
+    )
