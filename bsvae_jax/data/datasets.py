@@ -110,7 +110,7 @@ class MNIST(Dataset):
 
 @dataclass(frozen=True)
 class Arrays(Dataset):
-    """Images of one's own: a `.npz` with `train` (and optionally `test`), or a `.npy`; see `bsvae_jax.data`.
+    """Images of one's own: a `.npz` with `train` (and optionally `test`), a `.npy`, or a folder that `prepare` wrote.
 
     Other usual names are known (`x_train`, `train_images`, `images`, `arr_0`; labels `y_train`, `train_labels`).
 
@@ -122,7 +122,7 @@ class Arrays(Dataset):
     """
 
     path: str = ""
-    """A `.npz` or `.npy` of shape [N, H, W] or [N, H, W, C]: uint8, or floats in [0, 1]."""
+    """A `.npz` or `.npy` of shape [N, H, W] or [N, H, W, C]: uint8, or floats in [0, 1]; or the folder of `prepare`."""
     holdout: float = 0.1
     """Share of the images kept for testing, at random, when the file has no `test`."""
     holdout_seed: int = 0
