@@ -99,7 +99,7 @@ def _roles(names: list[str], own_validation: bool) -> dict[str, str]:
 
 def read_arrays_file(path: Path, holdout: float, seed: int, levels: int | None, own_validation: bool = False) -> ImageSet:
     """Arrays of a `.npz`, a `.npy`, or of what `prepare` wrote; with own images for validation, where they are asked for."""
-    if (path / "train.npy").is_file():
+    if any((path / name).is_file() for name in ("train.npy", "manifest.json")):
         return read_memory_map(path, own_validation, levels)
     if not path.is_file():
         raise UserError(f"There is no file {str(path)!r}; data.path must name a .npz or .npy of images.")
