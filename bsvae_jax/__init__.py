@@ -8,6 +8,7 @@ command line runs them:
 
     load_config(path)                              the `Config` of a file
     data.load(source)                              training and test images, prepared at the first use: `ImageSet`
+    prepare(images, folder)                        writes images from any iterable, for `Arrays(folder)`
     fit(config, workdir)                           trains, or continues: `FitResult`, with the images and every number
     fit_sweep(config, grid, workdir)               trains every member of a `Sweep`: `SweepResult`
     restore(workdir)                               opens a run, also with a fitted prior: `Restored`

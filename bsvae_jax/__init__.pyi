@@ -1,7 +1,7 @@
 from . import config, data, distributed, evaluation, models, objective, sweeps, theory, training
 from ._io.files import read_metrics
 from .config import Config, Optimizer, load_config
-from .data import Dataset
+from .data import Dataset, prepare
 from .distributed.preemption import Interrupted
 from .errors import BsvaeError, DivergenceError, UserError
 from .evaluation.evaluate import Fid, evaluate
@@ -101,6 +101,7 @@ __all__ = [
     "objective",
     "optimal_gaussian_nll",
     "optimal_variance",
+    "prepare",
     "quantization_variance",
     "read_metrics",
     "read_results",

@@ -44,7 +44,7 @@ def cache_folder() -> Path:
     For a user without a name and a home, as containers have them, a folder among the temporary ones.
     """
     if folder := os.environ.get("BSVAE_CACHE"):
-        return Path(folder)
+        return Path(os.path.expanduser(folder))
     try:
         return Path.home() / ".cache" / "bsvae_jax"
     except RuntimeError:
@@ -253,5 +253,6 @@ def _is_row(row: Any) -> bool:
     if not isinstance(row, dict) or not isinstance(row.get("split"), str):
         return False
     numbers = [value for name, value in row.items() if name != "split"]
-    place = type(row.get("step")) is int and row["step"] >= 1 and row.get("epoch") is not None
+    counts = [row.get("step"), row.get("steps", 1)]
+    place = all(type(count) is int and count >= 1 for count in counts) and row.get("epoch") is not None
     return place and all(value is None or type(value) in (int, float) for value in numbers)

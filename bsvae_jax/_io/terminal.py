@@ -63,8 +63,8 @@ class ProgressBar:
     A bar on a terminal, a widget in a notebook; where standard error is a file or a pipe, a line every half minute.
     """
 
-    def __init__(self, total: int, initial: int, enabled: bool, unit: str = "images"):
-        """A bar from `initial` to `total` images, or of another `unit`."""
+    def __init__(self, total: int | None, initial: int, enabled: bool, unit: str = "images"):
+        """A bar from `initial` to `total` images, if that is known, or of another `unit`."""
         widget = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
         self._as_lines = enabled and not widget and not sys.stderr.isatty()
         self._total, self._done, self._unit = total, initial, unit
@@ -99,11 +99,12 @@ class ProgressBar:
             log.info(self._line(now - self._begun))
 
     def _line(self, seconds: float) -> str:
-        share = 100.0 * self._done / max(self._total, 1)
+        share = "" if self._total is None else f" of {self._total:,}"
+        percent = "" if self._total is None else f" ({100.0 * self._done / max(self._total, 1):.0f} %)"
         rate = (self._done - self._initial) / max(seconds, 1e-9)
         terms = "".join(f", {name} {value}" for name, value in self._shown.items())
         what = f"{self._description}: " if self._description else ""
-        return f"{what}{self._done:,} of {self._total:,} {self._unit} ({share:.0f} %), {rate:,.0f} {self._unit}/s{terms}"
+        return f"{what}{self._done:,}{share} {self._unit}{percent}, {rate:,.0f} {self._unit}/s{terms}"
 
     def show(self, **values: str) -> None:
         """Show these beside the bar, until shown anew."""

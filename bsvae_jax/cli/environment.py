@@ -23,11 +23,20 @@ _NARROWEST = 40
 
 
 def expand_user(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with `~`, which a shell leaves alone in quotes and behind `=`, as the home folder."""
+    """Command-line arguments with `~`, which a shell leaves alone in quotes and behind `=`, as the home folder.
+
+    Raises:
+      UserError: there is no home folder, as in containers; a folder called `~` would be made.
+    """
 
     def expand(argument: str) -> str:
         option, path = re.fullmatch(r"(--[\w.-]+=)?(.*)", argument, re.DOTALL).groups(default="")  # type: ignore[union-attr]
-        return option + os.path.expanduser(path)
+        expanded = os.path.expanduser(path)
+        if expanded.split("/")[0] == "~":
+            raise UserError(
+                f"{argument} is a path in the home folder, but this user has none (HOME is not set); give the path."
+            )
+        return option + expanded
 
     return [expand(str(argument)) for argument in arguments]
 

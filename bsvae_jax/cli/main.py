@@ -82,12 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exit status 2: the message says what was wrong; 130 and 143: stopped by SIGINT or SIGTERM, the same command continues.
     """
-    arguments = expand_user(sys.argv[1:] if arguments is None else arguments)
     hook = sys.unraisablehook
     try:
         with commandline_environment():
             _quiet_event_loops()
-            _run(arguments)
+            _run(expand_user(sys.argv[1:] if arguments is None else arguments))
     except BsvaeError as error:
         _refuse(str(error))
     except BrokenPipeError:  # `bsvae report RUN | head` has seen enough

@@ -1,6 +1,7 @@
 """`bsvae prepare`: images decoded once."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,8 +32,8 @@ def prepare(
     Example: bsvae prepare celeb_a --manual-dir DOWNLOADS --crop 148 --size 64
 
     Args:
-      source: A folder or .zip of images, or the TFDS name of a set: mnist, fashion_mnist, cifar10, celeb_a, lsun/CATEGORY, or
-        any image set of TFDS's catalog, for which TensorFlow must be installed.
+      source: A folder, .zip or .tar of images, or the TFDS name of a set: mnist, fashion_mnist, cifar10, celeb_a,
+        lsun/CATEGORY, or any image set of TFDS's catalog, for which TensorFlow must be installed.
       size: Make all images so many pixels wide and high: the shorter side is resized to it, and the center kept.
       crop: First keep the square of so many pixels around the center.
       channels: 1 makes all images gray, 3 color.
@@ -54,8 +55,8 @@ def prepare(
         chosen = Folder(source, holdout, holdout_seed, crop, size, channels)
     else:
         kind = "tfds"
-        if source.lower().endswith((".zip", "/")) or source.startswith((".", "/")):
-            raise UserError(f"There is no folder or .zip {source!r}.")
+        if re.search(r"(\.zip|\.t[a-z]{1,2}|\.tar\.\w+|/)$|^[./]", source, re.IGNORECASE):
+            raise UserError(f"There is no folder or archive {source!r}.")
         chosen = TFDS(source, data_dir, manual_dir, train_split, test_split, crop, size, channels)
         sources.prepare_tfds(chosen)
     recipe = chosen.recipe()

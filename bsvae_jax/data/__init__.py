@@ -19,10 +19,12 @@ Published sets, of which `bsvae train CONFIG --data tfds --data.name NAME` prepa
 What is downloaded, or found in a manual directory, must have the published size and SHA-256; archives are read, never unpacked
 over other files.
 
-Your own images: `Folder` takes a folder or a .zip, `Arrays` a .npz or .npy. A line says how they were divided, and what was
-left out. Where some are gray, `--data.channels 3` (or 1) makes them alike. Bits per dimension depend on the number of gray
-levels: 256 of uint8, else `--data.levels` (guessed, and said, where floats lie on a grid; asked for where they do not). Images
-of more than 179 million pixels need `BSVAE_MAX_PIXELS`, PNGs with more than a mebibyte of text `BSVAE_MAX_TEXT`.
+Your own images: `Folder` takes a folder, a .zip or a .tar (which is read through at each start; a .tar.gz is decompressed for
+it), `Arrays` a .npz, a .npy, or a folder of memory maps that `prepare` writes of any iterable: a generator, a loader of another
+library, images of 16 bits. A line says how they were divided, and what was left out. Where some are gray, `--data.channels 3`
+(or 1) makes them alike. Bits per dimension depend on the number of gray levels: 256 of uint8, else `--data.levels` (guessed,
+and said, where floats lie on a grid; asked for where they do not). Images of more than 179 million pixels need
+`BSVAE_MAX_PIXELS`, PNGs with more than a mebibyte of text `BSVAE_MAX_TEXT`.
 
 A set that fits into half of a device's memory (`--resident-memory 0.5`) lies there; a larger one is streamed with the next
 batches on their way, in the same order. That order depends on seed and epoch alone: every image once an epoch, on any number
@@ -32,6 +34,7 @@ of devices.
 from bsvae_jax.data.augmentation import Augmentation, augment
 from bsvae_jax.data.datasets import MNIST, TFDS, Arrays, Dataset, Digits, Folder, load, shape_of
 from bsvae_jax.data.image_set import DataShape, ImageSet, check_images, to_unit_interval
+from bsvae_jax.data.iterables import prepare
 from bsvae_jax.data.shuffle import ShuffledOrder
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "augment",
     "check_images",
     "load",
+    "prepare",
     "shape_of",
     "to_unit_interval",
 ]

@@ -93,7 +93,7 @@ def _open(recipe: Recipe, progress: bool) -> ImageSet | None:
             manifest
         ):
             return None
-        return _map(folder, manifest) if _undamaged(folder, manifest["files"], progress) else None
+        return _map(folder, manifest) if undamaged(folder, manifest["files"], progress) else None
     except FileNotFoundError:  # just deleted by another process, which makes it again
         return None
 
@@ -135,7 +135,8 @@ def _image_set(manifest: dict[str, Any], images: np.ndarray, labels: np.ndarray 
     )
 
 
-def _undamaged(folder: Path, files: dict[str, Any], progress: bool) -> bool:
+def undamaged(folder: Path, files: dict[str, Any], progress: bool) -> bool:
+    """Whether the files of a folder have the sizes and SHA-256 of `files`, by name."""
     sizes = {name: wanted["bytes"] for name, wanted in files.items()}
     if any(not (folder / name).is_file() or (folder / name).stat().st_size != size for name, size in sizes.items()):
         return False

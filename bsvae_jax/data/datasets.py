@@ -110,7 +110,7 @@ class MNIST(Dataset):
 
 @dataclass(frozen=True)
 class Arrays(Dataset):
-    """Images of one's own: a `.npz` with `train` (and optionally `test`), or a `.npy`; see `bsvae_jax.data`.
+    """Images of one's own: a `.npz` with `train` (and optionally `test`), a `.npy`, or a folder that `prepare` wrote.
 
     Other usual names are known (`x_train`, `train_images`, `images`, `arr_0`; labels `y_train`, `train_labels`).
 
@@ -122,7 +122,7 @@ class Arrays(Dataset):
     """
 
     path: str = ""
-    """A `.npz` or `.npy` of shape [N, H, W] or [N, H, W, C]: uint8, or floats in [0, 1]."""
+    """A `.npz` or `.npy` of shape [N, H, W] or [N, H, W, C]: uint8, or floats in [0, 1]; or the folder of `prepare`."""
     holdout: float = 0.1
     """Share of the images kept for testing, at random, when the file has no `test`."""
     holdout_seed: int = 0
@@ -214,7 +214,7 @@ class TFDS(Dataset):
 
 @dataclass(frozen=True)
 class Folder(Dataset):
-    """Images of one's own: a folder, or a .zip, of image files.
+    """Images of one's own: a folder or an archive (.zip, .tar, .tar.gz) of image files.
 
     Folders named train and test in it are those splits, by any usual name (Training, eval, test_set; validation where there is
     no test); else a share is held out. Folders of the training images are classes. Transparent images are laid on white.
@@ -224,7 +224,7 @@ class Folder(Dataset):
     """
 
     path: str = ""
-    """The folder or .zip."""
+    """The folder or archive."""
     holdout: float = 0.1
     """Share of the images kept for testing, at random, where there is no folder test."""
     holdout_seed: int = 0

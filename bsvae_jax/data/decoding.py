@@ -99,13 +99,9 @@ def decode_noted(content: bytes, preprocessing: Preprocessing, what: str) -> tup
             image.load()
             if "exif" in image.info and (turn := _TURNS.get(image.getexif().get(_ORIENTATION, 1))) is not None:
                 image = image.transpose(turn)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                if np.asarray(image)[..., 3].min() < 255:
-                    notes.append("are transparent in part, and were laid on white")
-                image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, BACKGROUND), image)
-            mode = "L" if channels == 1 else "RGB"
-            image = image if image.mode == mode else image.convert(mode)
+            image, transparent = flattened(image, channels)
+            if transparent:
+                notes.append("are transparent in part, and were laid on white")
         except _DAMAGE as error:
             raise CorruptImageError(_limit(error, what) or f"{what} is truncated or damaged ({error}).") from error
         if crop is not None:
@@ -118,6 +114,17 @@ def decode_noted(content: bytes, preprocessing: Preprocessing, what: str) -> tup
             image = _center(image, size, what)
         pixels = np.asarray(image)
     return pixels[..., None] if channels == 1 else pixels, tuple(notes)
+
+
+def flattened(image: PIL.Image.Image, channels: int) -> tuple[PIL.Image.Image, bool]:
+    """The image on white, gray or in color; and whether it was transparent in part."""
+    transparent = False
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        transparent = bool(np.asarray(image)[..., 3].min() < 255)
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, BACKGROUND), image)
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode), transparent
 
 
 _FILMS = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
@@ -174,8 +181,8 @@ def _limit(error: Exception, what: str) -> str:
 def _channels(image: PIL.Image.Image, what: str) -> int:
     if image.mode not in CHANNELS:
         raise UserError(
-            f"{what} has pixels of kind {image.mode!r}; images of 8 bits a channel are wanted. Convert it, or give all images "
-            "as floats in [0, 1] in a .npz with --data arrays --data.levels 65536."
+            f"{what} has pixels of kind {image.mode!r}; images of 8 bits a channel are wanted. Convert it, or keep its depth: "
+            "bsvae_jax.prepare(map(PIL.Image.open, files), folder) writes them for --data arrays --data.path folder."
         )
     return CHANNELS[image.mode]
 

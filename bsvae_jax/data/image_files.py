@@ -1,4 +1,4 @@
-"""Image files as a source has them, still encoded: a folder, a zip archive. Found and ordered, not decoded."""
+"""Image files as a source has them, still encoded: a folder, an archive. Found and ordered, not decoded."""
 
 import collections
 import contextlib
@@ -9,16 +9,14 @@ import itertools
 import os
 import re
 import stat
-import tarfile
-import zipfile
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from bsvae_jax._io.files import DAMAGE
+from bsvae_jax.data.archives import DAMAGED_TAR, Archive, member_path, open_archive
 from bsvae_jax.data.decoding import CorruptImageError
 from bsvae_jax.data.image_set import SPLITS
 from bsvae_jax.errors import UserError
@@ -74,13 +72,13 @@ class EncodedImages(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """Images that are files of a folder, or members of a zip archive."""
+    """Images that are files of a folder, or members of an archive."""
 
     root: Path
     names: Sequence[str]
     """Relative to the root."""
     labels: Sequence[int] | None
-    archive: zipfile.ZipFile | None = None
+    archive: Archive | None = None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -94,7 +92,7 @@ class Files:
         name = self.names[index]
         try:
             content = (self.root / name).read_bytes() if self.archive is None else self.archive.read(name)
-        except DAMAGE as error:
+        except DAMAGED_TAR as error:
             return CorruptImageError(f"{self.root / name} cannot be read ({error}).")
         return Encoded(str(self.root / name), content, None if self.labels is None else self.labels[index])
 
@@ -127,20 +125,20 @@ def _glance(path: Path) -> tuple[int, bytes]:
 
 
 class Found(NamedTuple):
-    """The images of a folder or zip archive."""
+    """The images of a folder or archive."""
 
     splits: dict[str, Files]
     """train, test where a folder says what is held out, and validation where it is there and asked for."""
     classes: tuple[str, ...]
     """Their folders, if the images lie in several; else empty."""
     stamp: str
-    """Hash of names, sizes and times of change (of a zip: checksums): another where the images are others."""
+    """Hash of names, sizes and times of change (of an archive: checksums): another where the images are others."""
     division: str
     """A sentence: which images are trained on, which are held out, and what was left out."""
 
 
 def find_images(path: Path, own_validation: bool = False) -> Found:
-    """Look through a folder, or a `.zip`, for image files.
+    """Look through a folder, or an archive (`.zip`, `.tar`, `.tar.gz` and the like), for image files.
 
     Folders `train` and `test` are splits, by any usual name and in letters of any case, wherever they lie; without a test
     folder one of validation images takes its place, unless `own_validation` asks for it. Folders of the training images are
@@ -156,7 +154,7 @@ def find_images(path: Path, own_validation: bool = False) -> Found:
     elif path.is_file():
         entries, archive, members = _members(path)
     else:
-        raise UserError(f"There is no folder or file {str(path)!r}; data.path must name a folder, or a .zip, of images.")
+        raise UserError(f"There is no folder or file {str(path)!r}; data.path must name a folder, .zip or .tar of images.")
     names = sorted(name for name in entries if _suffix(name) in SUFFIXES)
     if not names:
         others = f"; it holds {len(entries)} other files, {sorted(entries)[0]!r} first" if entries else ""
@@ -365,58 +363,16 @@ def _seen_twice(names: list[str], links: dict[str, str], root: Path) -> set[str]
     return again
 
 
-def _members(path: Path) -> tuple[dict[str, str], zipfile.ZipFile, dict[str, str]]:
-    """Size and checksum of every file of a zip archive, by its name; the open archive; and how it calls those files."""
-    archive = open_zip(path)
+def _members(path: Path) -> tuple[dict[str, str], Archive, dict[str, str]]:
+    """Size and checksum of every file of an archive, by its name; the open archive; and how it calls those files."""
+    try:
+        archive = open_archive(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
     found, members = {}, {}
     for member in archive.infolist():
-        name = PurePosixPath(member.filename.replace("\\", "/"))  # as Windows writes it
+        name = member_path(member.filename)
         if not member.filename.endswith(("/", "\\")) and all(map(_is_data, name.parts)):
             found[str(name)] = f"{member.file_size} {member.CRC:08x}"
             members[str(name)] = member.filename
     return found, archive, members
-
-
-_PACKED = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, getattr(zipfile, "ZIP_ZSTANDARD", 0)}
-
-
-def open_zip(path: Path) -> zipfile.ZipFile:
-    """A zip archive whose members all stay inside; they are read, never unpacked.
-
-    Raises:
-      UserError: not a zip archive, a damaged one, or one with a name that leads out of it, a symbolic link or a member that
-        Python cannot unpack.
-    """
-    try:
-        archive = zipfile.ZipFile(path)
-    except DAMAGE as error:
-        if path.suffix.lower() == ".npy":
-            raise UserError(f"{path} is a file of arrays; give it as --data arrays --data.path {path}.") from error
-        if _is_tar(path):
-            folder = path.name.split(".")[0]
-            raise UserError(
-                f"{path} is a tar archive, in which single images are not found quickly; unpack it and give the folder: "
-                f"mkdir {folder} && tar -xf {path} -C {folder}"
-            ) from error
-        raise UserError(f"{path} is not a zip archive that can be read ({error}); download it again, or unpack it.") from error
-    if path.suffix.lower() == ".npz":
-        raise UserError(f"{path} is a file of arrays; give it as --data arrays --data.path {path}.")
-    for member in archive.infolist():
-        name = PurePosixPath(member.filename.replace("\\", "/"))
-        if not member.filename:
-            raise UserError(f"{path} has a member without a name: it is damaged; download it again, or unpack it.")
-        if name.is_absolute() or ".." in name.parts or re.match(r"[A-Za-z]:/", str(name)):
-            raise UserError(f"{path} has a member {member.filename!r}, which leads out of it; it is not read.")
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise UserError(f"{path} has a symbolic link, {member.filename!r}; it is not read. Unpack it, and give the folder.")
-        if member.flag_bits & 1 or member.compress_type not in _PACKED:
-            why = "is encrypted" if member.flag_bits & 1 else f"is packed by method {member.compress_type}, which Python lacks"
-            raise UserError(f"{path} has a member {member.filename!r} that {why}. Unpack it, and give the folder.")
-    return archive
-
-
-def _is_tar(path: Path) -> bool:
-    try:
-        return tarfile.is_tarfile(path)
-    except DAMAGE:
-        return False

@@ -17,6 +17,7 @@ from bsvae_jax.data.holdout import VALIDATION_SEED, contents_of, hold_out
 from bsvae_jax.data.idx import read_pair
 from bsvae_jax.data.image_files import Encoded, EncodedImages, find_images, printable
 from bsvae_jax.data.image_set import SPLITS, ImageSet, check_images, distinct_values, on_grid
+from bsvae_jax.data.memory_map import read_memory_map
 from bsvae_jax.errors import UserError, nearest
 
 _UNREADABLE: tuple[type[Exception], ...] = (IndexError, *DAMAGE)
@@ -97,7 +98,9 @@ def _roles(names: list[str], own_validation: bool) -> dict[str, str]:
 
 
 def read_arrays_file(path: Path, holdout: float, seed: int, levels: int | None, own_validation: bool = False) -> ImageSet:
-    """Arrays of a `.npz` or `.npy` file; with its own images for validation, where they are asked for."""
+    """Arrays of a `.npz`, a `.npy`, or of what `prepare` wrote; with own images for validation, where they are asked for."""
+    if any((path / name).is_file() for name in ("train.npy", "manifest.json")):
+        return read_memory_map(path, own_validation, levels)
     if not path.is_file():
         raise UserError(f"There is no file {str(path)!r}; data.path must name a .npz or .npy of images.")
     remedy = "data.path must name a .npz or .npy of images"
@@ -222,7 +225,7 @@ def folder_recipe(source: Any) -> Recipe:
     """
     path = Path(source.path)
     if not source.path:
-        raise UserError("data.path must name a folder, or a .zip, of images.")
+        raise UserError("data.path must name a folder, .zip or .tar of images.")
     found = find_images(path, source.validation == "own")
     log.info(found.division)
     splits = dict(found.splits)
@@ -241,7 +244,7 @@ def folder_recipe(source: Any) -> Recipe:
     if source.validation is not None:
         division["validation"] = source.validation
     return Recipe(
-        printable(path.resolve().stem),
+        printable(path.resolve().stem).removesuffix(".tar"),
         {"files": found.stamp, **division},
         {split: splits[split] for split in SPLITS if split in splits},
         Preprocessing(source.crop, source.size, source.channels),

@@ -1,8 +1,9 @@
 """Reading PyTorch's `state_dict` files without PyTorch and without running what is in them.
 
 A `.pth` file is a pickle, which is a program. The reader here is not an unpickler: it knows only the instructions that
-build dictionaries, tuples, numbers, strings and tensors, and refuses a file at the first other one. Both layouts that
-`torch.save` has written are read, the zip archive (PyTorch >= 1.6) and the plain one before it.
+build dictionaries, tuples, numbers, strings and tensors. For whatever a program would import, call or build besides (the
+hyperparameters of PyTorch Lightning may be objects of any class), a placeholder stands: nothing is imported or called. Both
+layouts that `torch.save` has written are read, the zip archive (PyTorch >= 1.6) and the plain one before it.
 """
 
 import io
@@ -47,7 +48,7 @@ _KNOWN = {_REBUILD_TENSOR, _REBUILD_PARAMETER, _ORDERED_DICT, *(f"torch {name}" 
 
 
 class _Global(NamedTuple):
-    """A name that the pickle would import; never imported here."""
+    """One of the names of `_KNOWN` that the pickle would import; never imported here."""
 
     name: str
 
@@ -69,6 +70,13 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
+class _Object(NamedTuple):
+    """What stands for an object that would be imported or built; never is."""
+
+    name: str
+    """Of its class or function, `module name`."""
+
+
 class _Refused(Exception):
     """Why a file is not read."""
 
@@ -83,7 +91,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
       `{name: array}`, in the order of the file.
 
     Raises:
-      UserError: no such file, a damaged one, or one that holds anything but named tensors.
+      UserError: no such file, a damaged one, or one without named tensors.
     """
     path = Path(path)
     try:
@@ -175,6 +183,8 @@ def _tensors(value: Any) -> dict[str, _Tensor]:
             if place:
                 log.info(f"Of the entries {', '.join(map(str, value))} the tensors of {place!r} are read.")
             return tensors
+    if isinstance(value, _Object):
+        raise _Refused(f"it holds no named tensors, but an object of {value.name.replace(' ', '.')}, which is never built")
     entries = f", but entries {', '.join(map(repr, list(value)[:5]))}" if isinstance(value, dict) and value else ""
     raise _Refused(f"it holds no named tensors{entries}")
 
@@ -202,7 +212,10 @@ def _arrays(value: Any, read: Callable[[_Storage], bytes]) -> dict[str, np.ndarr
 # --- The pickle, as data ----------------------------------------------------------------------------------------------
 
 _MARK = object()
-_LITERALS = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+_LITERALS = {
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+}
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -210,6 +223,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": lambda: _Object("builtins set"),
     "MARK": lambda: _MARK,
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -252,28 +266,29 @@ def _build(file: io.BytesIO) -> Any:
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif name == "GLOBAL":
-            stack.append(_known_global(argument))
+            stack.append(_global(argument))
         elif name == "STACK_GLOBAL":
-            stack[-2:] = [_known_global(f"{stack[-2]} {stack[-1]}")]
+            stack[-2:] = [_global(f"{stack[-2]} {stack[-1]}")]
         elif name == "BINPERSID":
             stack.append(_storage(stack.pop()))
-        elif name == "REDUCE":
+        elif name in ("REDUCE", "NEWOBJ"):
             stack[-2:] = [_call(stack[-2], stack[-1])]
+        elif name == "NEWOBJ_EX":
+            stack[-3:] = [_call(stack[-3], stack[-2])]
         elif name in ("SETITEM", "SETITEMS"):
             values = _pop_to_mark(stack) if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
-            target = stack[-1]
-            if not isinstance(target, dict):
-                _refuse_instruction(name)
-            target.update(zip(values[::2], values[1::2], strict=True))
-        elif name in ("APPEND", "APPENDS"):
-            values = _pop_to_mark(stack) if name == "APPENDS" else [stack.pop()]
-            if not isinstance(stack[-1], list):
-                _refuse_instruction(name)
-            stack[-1].extend(values)
+            if _fillable(stack[-1], dict, name):
+                stack[-1].update(zip(values[::2], values[1::2], strict=True))
+        elif name in ("APPEND", "APPENDS", "ADDITEMS"):
+            values = [stack.pop()] if name == "APPEND" else _pop_to_mark(stack)
+            if _fillable(stack[-1], list, name):
+                stack[-1].extend(values)
+        elif name == "FROZENSET":
+            _pop_to_mark(stack)
+            stack.append(_Object("builtins frozenset"))
         elif name == "BUILD":  # the _metadata attribute of a state_dict, which says nothing about its numbers
             stack.pop()
-            if not isinstance(stack[-1], dict):
-                _refuse_instruction(name)
+            _fillable(stack[-1], dict, name)
         elif name == "STOP":
             return stack.pop()
         elif name not in ("PROTO", "FRAME"):
@@ -281,13 +296,21 @@ def _build(file: io.BytesIO) -> Any:
     raise _Refused("its pickle has no end")
 
 
-def _known_global(name: str) -> _Global:
-    if name not in _KNOWN:
-        raise _Refused(f"its pickle asks for {name.replace(' ', '.')}, which is not a tensor")
-    return _Global(name)
+def _fillable(target: Any, kind: type, instruction: str) -> bool:
+    """Whether values go into a container of this kind; those of an object are left out with it."""
+    if not isinstance(target, kind | _Object):
+        _refuse_instruction(instruction)
+    return isinstance(target, kind)
 
 
-def _storage(description: Any) -> _Storage:
+def _global(name: str) -> _Global | _Object:
+    return _Global(name) if name in _KNOWN else _Object(name)
+
+
+def _storage(description: Any) -> Any:
+    """A block of numbers; or a class, beside which PyTorch < 1.6 kept its source."""
+    if description[0] == "module":
+        return description[1]
     kind, storage_type, key, _, size, *rest = description
     if kind != "storage" or not isinstance(storage_type, _Global) or any(value is not None for value in rest):
         raise _Refused("its pickle refers to something outside that is not a block of numbers")
@@ -296,7 +319,9 @@ def _storage(description: Any) -> _Storage:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """What the three known functions would return."""
+    """What the three known functions would return; an object, of any other."""
+    if isinstance(function, _Object):
+        return function
     name = function.name if isinstance(function, _Global) else ""
     if name == _ORDERED_DICT and arguments == ():
         return {}

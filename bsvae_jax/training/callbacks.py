@@ -22,7 +22,11 @@ from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.training.step import LOG_EVERY
 
 Row = dict[str, Any]
-"""A row of `metrics.jsonl`: `step`, `epoch`, `split` and the terms in nats per example, plain Python numbers."""
+"""A row of `metrics.jsonl`: `step`, `epoch`, `split` and the terms in nats per example, plain Python numbers.
+
+Terms of training are means over `steps` steps, of which the last is `step`."""
+PLACE = ("step", "steps", "epoch", "split")
+"""What of a row is no term."""
 
 Answer = str | bool | None
 """What a hook returns: a sentence that says why training is to stop (or True), None to go on."""
@@ -365,7 +369,7 @@ def named_values(row: Mapping[str, Any]) -> dict[str, float]:
     >>> named_values({"step": 3, "epoch": 1, "split": "test", "rate": 2.0, "mse": None})
     {'test/rate': 2.0}
     """
-    terms = {name: value for name, value in row.items() if name not in ("step", "epoch", "split") and value is not None}
+    terms = {name: value for name, value in row.items() if name not in PLACE and value is not None}
     return {f"{row['split']}/{name}": value for name, value in terms.items()}
 
 

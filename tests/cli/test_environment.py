@@ -104,6 +104,10 @@ def test_a_user_without_a_name_and_a_home_has_a_cache(monkeypatch, tmp_path):
     assert cache_folder() == Path("/home/somebody/.cache/bsvae_jax")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for argument in ("~/run", "--workdir=~/run", "~"):
+        with pytest.raises(UserError, match="is a path in the home folder, but this user has none"):
+            expand_user(["train", argument])
+    assert expand_user(["~run"]) == ["~run"]
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert cache_folder().parent == tmp_path
 

@@ -510,8 +510,9 @@ def test_prepare_skips_what_it_is_told_to(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("source", "telling"),
     [
-        ("./nowhere", r"There is no folder or \.zip './nowhere'"),
-        ("photos.zip", r"There is no folder or \.zip 'photos\.zip'"),
+        ("./nowhere", r"There is no folder or archive './nowhere'"),
+        ("photos.zip", r"There is no folder or archive 'photos\.zip'"),
+        ("photos.tar.gz", r"There is no folder or archive 'photos\.tar\.gz'"),
         ("mnistt", "TFDS has no set 'mnistt'"),
     ],
 )

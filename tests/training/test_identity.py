@@ -152,10 +152,38 @@ def test_rows_that_are_missing(left_out, epochs, step, expected):
     assert incomplete_epochs(rows, config, 1500, step) == expected
 
 
+@pytest.mark.parametrize(
+    ("left_out", "step", "expected"),
+    [
+        ([], 12, []),
+        ([(2, "train")], 12, [1]),
+        ([(2, "train"), (3, "train")], 12, [1]),
+        ([(5, "train"), (6, "train"), (8, "train")], 12, [2, 3]),
+        ([(11, "train")], 11, [4]),  # the last one before a pause
+        ([(9, "train")], 8, []),
+        ([(2, "test"), (9, "test")], 12, []),
+    ],
+)
+@pytest.mark.parametrize("said", [True, False], ids=["", "of an earlier version"])
+def test_rows_that_are_missing_within_an_epoch(left_out, step, expected, said):
+    config = Config(epochs=4, evaluate_every=2, batch_size=500)
+    # Two rows an epoch, of two steps and of one, and evaluations at all their ends.
+    rows = [{"step": 3 * epoch + end, "split": split, "steps": steps} for epoch in range(4) for end, steps in ((2, 2), (3, 1))
+            for split in ("train", "test")]  # fmt: skip
+    rows = [row for row in rows if (row["step"], row["split"]) not in left_out and row["step"] <= step]
+    if not said:
+        rows = [{name: value for name, value in row.items() if name != "steps"} for row in rows]
+        expected = [epoch for epoch in (1, 2, 3, 4) if 3 * epoch <= step and (3 * epoch, "train") in left_out] + [4] * (
+            step == 11 and expected != []
+        )
+    assert incomplete_epochs(rows, config, 1500, step) == expected
+
+
 def test_missing_rows_are_said(runs, caplog):
     path = runs[0] / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    for kept, warned in ((lines, False), (lines[: len(lines) // 2], True), ([], True)):
+    assert [row["steps"] for row in map(json.loads, lines) if row["split"] == "train"] == [3, 3]
+    for kept, warned in ((lines, False), (lines[: len(lines) // 2], True), ([], True), (lines[1:], True)):
         path.write_bytes(b"".join(kept))
         caplog.clear()
         bv.fit(read_info(runs[0]).config, runs[0], progress=False)

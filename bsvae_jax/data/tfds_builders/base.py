@@ -11,11 +11,9 @@ import tensorflow_datasets as tfds
 
 from bsvae_jax._io import downloads
 from bsvae_jax._io.downloads import Download
-from bsvae_jax._io.files import DAMAGE, cache_folder, locked
+from bsvae_jax._io.files import cache_folder, locked
+from bsvae_jax.data.archives import DAMAGED_TAR
 from bsvae_jax.errors import UserError
-
-UNREADABLE: tuple[type[Exception], ...] = (tarfile.TarError, *DAMAGE)
-
 
 Examples = Iterator[tuple[int, dict[str, Any]]]
 
@@ -106,5 +104,5 @@ def tar_members(path: Path, names: list[str]) -> Iterator[bytes]:
                 yield file.read()
     except UserError:
         raise
-    except UNREADABLE as error:
+    except DAMAGED_TAR as error:
         raise UserError(f"{path} is truncated or damaged ({error}); download it again.") from error

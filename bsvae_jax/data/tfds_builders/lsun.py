@@ -10,8 +10,9 @@ import tensorflow_datasets as tfds
 
 from bsvae_jax._io.downloads import Download
 from bsvae_jax._io.files import DAMAGE, cache_folder
+from bsvae_jax.data.archives import open_zip
 from bsvae_jax.data.decoding import CorruptImageError
-from bsvae_jax.data.image_files import find_images, open_zip
+from bsvae_jax.data.image_files import find_images
 from bsvae_jax.data.tfds_builders.base import Examples, ImageBuilder
 from bsvae_jax.errors import UserError
 
