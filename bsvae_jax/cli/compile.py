@@ -19,39 +19,46 @@ def compile(
     image_shape: tuple[int, int, int] | None = None,
     images: int | None = None,
     full: bool = False,
+    top: int = 0,
 ) -> None:
     """Compile the training and sampling programs of a config for a machine, which need not be there.
 
-    Prints per device the arithmetic, the memory moved and held, the communication, the least time of a step by the
-    machine's published peaks, and the largest batch that fits. TPUs are compiled for with libtpu alone; nothing is run and
-    no data are read where their size is known.
+    Prints per device the arithmetic, the memory moved and held, the communication, the kernels of a GPU by kind, the least
+    time of a step by the machine's published peaks, and the largest batch that fits. TPUs are compiled for with libtpu alone,
+    GPUs with the extra `cuda` alone; nothing is run and no data are read where their size is known.
 
-    Example: bsvae compile configs/mnist.py --topology v5e:2x4 --precision bfloat16 --batch-size 4096
+    Example: bsvae compile configs/mnist.py --topology v5e:2x4 h100 --precision bfloat16 --batch-size 4096
 
     Args:
       config_file: A Python file with get_config(); configs/ holds ready ones.
       experiment: The experiment of a config file, changed by options.
-      topology: A TPU and the arrangement of its chips, v2:2x2x1 to v6e:16x16; or cpu, gpu or tpu, those of this machine.
-        With several and --scaling, a table.
+      topology: A TPU and the arrangement of its chips, v2:2x2x1 to v6e:16x16; GPUs of one host, t4, l4, a100, h100, h200
+        or h100x8; or cpu, gpu or tpu, those of this machine. With several and --scaling, a table.
       members: Compile a stack of so many members of a sweep, divided over the devices.
       scaling: weak: batch_size images, or --members, on every device; strong: on all of them together.
       image_shape: Height, width and channels, in place of the data's own, which are then not read.
       images: Number of training images, with --image-shape.
       full: Let the compiler of TPUs take its time, minutes, as it does before training; times are about the same.
+      top: List so many kernels of a GPU's step, those that move the most bytes, with the layer that each comes from.
     """
     from bsvae_jax.data import shape_of
     from bsvae_jax.profiling import aot
     from bsvae_jax.training.state import check_against_shape
 
     config = experiment.config
+    for name in topology:  # before anything is compiled, and before JAX looks for a GPU and finds none
+        aot.machine(name, config.devices)
     check_platform()
     shape = shape_of(config.data, image_shape, images)
     check_against_shape(config, shape)
     check_count("--members", members)
+    check_count("--top", top, low=0)
     if scaling is None:
         for name in topology:
             compiled = aot.compile_training(config, shape, name, None, members, full)
             print(aot.describe(compiled))
+            if top and compiled.step.kernels:
+                print(aot.top_table(compiled.step, top))
             if compiled.chip is not None:
                 other = aot.compile_other_batch(config, shape, name, None, members, full)
                 unit = config.gradient_accumulation * (compiled.devices if members == 1 else 1)

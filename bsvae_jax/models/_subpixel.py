@@ -12,6 +12,7 @@ Convolutions of stride 1 and 2 are left to XLA on every platform: on CPU as on T
 moved more bytes and were slower.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -110,15 +111,55 @@ def convolve_unordered(x: Maps, kernel: Kernel) -> Result:
 
 
 def convolve_dilated(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
-    """`convolve_transposed` as one convolution of the maps with zeros between their rows and columns."""
-    below, right = (side - 2 * (given - 1) for side, given in zip(size, x.shape[1:3], strict=True))
+    """`convolve_transposed` as one convolution of the maps with zeros between their rows and columns.
+
+    Of an even side cuDNN would pad one end only, which it cannot: backwards XLA would copy the largest maps of the network to
+    pad them. So there is a row or column more in front, and what pads the gradient is part of what computes it; the barrier
+    keeps XLA from making a padded convolution of the two.
+    """
+    down, right = (1 - side % 2 for side in size)
+    return jax.lax.optimization_barrier(_dilated(x, kernel, (size[0] + down, size[1] + right)))[:, down:, right:]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _dilated(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
+    """`convolve_dilated` to odd sizes."""
+    return _dilate_maps(x, kernel, size)
+
+
+@_dilated.defjvp
+def _dilated_jvp(size: tuple[int, int], primals: tuple[Maps, Kernel], tangents: tuple[Maps, Kernel]) -> tuple[Result, Result]:
+    (x, kernel), (x_tangent, kernel_tangent) = primals, tangents
+    return _dilated(x, kernel, size), _dilate_maps(x_tangent, kernel, size) + _dilate_filter(x, kernel_tangent, size)
+
+
+def _dilate_maps(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
+    pads = [(side + 3) // 2 - given for side, given in zip(size, x.shape[1:3], strict=True)]
     return jax.lax.conv_general_dilated(
         x,
         kernel[::-1, ::-1],
         (1, 1),
-        ((1, below), (1, right)),
+        [(pad, pad) for pad in pads],
         lhs_dilation=(2, 2),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=exact(x.dtype),
+    )
+
+
+def _dilate_filter(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
+    """`_dilate_maps` as a convolution of the kernel by the maps.
+
+    The same numbers; but the gradient of the kernel is then that of a convolution of stride 2, for which cuDNN has one of its
+    own: no zeros are written and multiplied.
+    """
+    pads = [(side - 5) // 2 + given for side, given in zip(size, x.shape[1:3], strict=True)]
+    return jax.lax.conv_general_dilated(
+        kernel,
+        x[:, ::-1, ::-1],
+        (1, 1),
+        [(pad, pad) for pad in pads],
+        rhs_dilation=(2, 2),
+        dimension_numbers=("HWCN", "OHWI", "CHWN"),
         precision=exact(x.dtype),
     )
 

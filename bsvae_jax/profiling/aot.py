@@ -1,7 +1,7 @@
 """What a program will need and how fast it can be at best, from the compiler, for devices that need not be there.
 
-FLOPs, bytes, memory and collectives are the compiler's, of the very program that `bsvae train` runs; times are a roofline drawn
-from them and the chip's published peaks: an estimate, and an optimistic one.
+FLOPs, bytes, memory and collectives are the compiler's, of the very program that `bsvae train` runs, and for GPUs its kernels;
+times are a roofline drawn from them and the chip's published peaks: an estimate, and an optimistic one.
 """
 
 import contextlib
@@ -23,11 +23,12 @@ from bsvae_jax.config import Config
 from bsvae_jax.data import DataShape
 from bsvae_jax.data.prefetch import streamed_window
 from bsvae_jax.data.shuffle import steps_through
-from bsvae_jax.distributed.hardware import CHIPS, TOPOLOGIES, Chip, Precision, known_topologies
+from bsvae_jax.distributed.hardware import CHIPS, TOPOLOGIES, Chip, Precision, check_precision, known_topologies
 from bsvae_jax.distributed.mesh import REPLICATED, Execution, data_mesh, sweep_mesh
 from bsvae_jax.errors import UserError, nearest
 from bsvae_jax.evaluation.sampling import parallelize_sampling
 from bsvae_jax.profiling.cost_analysis import ProgramCost, program_cost
+from bsvae_jax.profiling.gpu_targets import LAUNCH, TARGETS, WITHOUT_AUTOTUNING, gpu_devices, known_gpus, split_name
 from bsvae_jax.random import make_key
 from bsvae_jax.training.program import abstract_arguments, parallelize_training, program_config, program_model
 from bsvae_jax.training.state import create_state, steps_per_dispatch
@@ -35,6 +36,9 @@ from bsvae_jax.training.state import create_state, steps_per_dispatch
 QUICK = {"exec_time_optimization_effort": -1.0}
 """Compiler options for TPUs under which a program compiles in a fraction of the time, with the same FLOPs and about the same
 bytes."""
+
+GPU_SHARE = 0.75
+"""Of a GPU's memory that JAX takes; XLA_PYTHON_CLIENT_MEM_FRACTION sets another."""
 
 
 class DoesNotFitError(UserError):
@@ -47,11 +51,19 @@ class Times(NamedTuple):
     compute: float
     memory: float
     network: float
+    launch: float = 0.0
+    """Of the kernels of a GPU."""
 
     @property
     def step(self) -> float:
-        """Arithmetic and memory at once, communication afterwards."""
-        return max(self.compute, self.memory) + self.network
+        """Arithmetic and memory at once, while the next kernels are launched; communication afterwards."""
+        return max(self.compute, self.memory, self.launch) + self.network
+
+    @property
+    def bound(self) -> str:
+        """What takes the longest."""
+        parts = {"arithmetic": self.compute, "memory": self.memory, "launches": self.launch}
+        return max(parts, key=parts.__getitem__)
 
 
 class Compiled(NamedTuple):
@@ -68,6 +80,8 @@ class Compiled(NamedTuple):
     step: ProgramCost
     state: dict[str, int]
     """Bytes per device of the parameters, the optimizer's state, the images, ..."""
+    memory_share: float = 1.0
+    """Of a device's memory that JAX takes."""
 
     def times(self) -> Times | None:
         """The roofline; None without published peaks."""
@@ -86,8 +100,8 @@ class Compiled(NamedTuple):
         return None if times is None else times.compute / times.step
 
     def available(self) -> float | None:
-        """Memory of a device, bytes."""
-        return None if self.chip is None else self.chip.memory / self.devices_per_chip
+        """Memory of a device that a program may take, bytes."""
+        return None if self.chip is None else self.memory_share * self.chip.memory / self.devices_per_chip
 
 
 def roofline(step: ProgramCost, chip: Chip, precision: Precision, devices: int = 1, devices_per_chip: int = 1) -> Times:
@@ -107,6 +121,7 @@ def roofline(step: ProgramCost, chip: Chip, precision: Precision, devices: int =
         step.flops / (chip.peak(precision) / devices_per_chip),
         step.bytes_accessed / (chip.bandwidth / devices_per_chip),
         passes * step.communicated / (chip.network / devices_per_chip),
+        LAUNCH * step.launches,
     )
 
 
@@ -127,9 +142,10 @@ _WITHOUT_TPU = {
 def _tpu_devices(topology: str) -> tuple[Any, ...]:
     kind, _, shape = topology.partition(":")
     if kind not in TOPOLOGIES or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        likely = nearest(topology, [f"{k}:{s}" for k, shapes in TOPOLOGIES.items() for s in shapes])
+        likely = nearest(topology, [*TARGETS, *(f"{k}:{s}" for k, shapes in TOPOLOGIES.items() for s in shapes)])
         raise UserError(
-            f"There is no topology {topology!r}{likely}. Known ones: {known_topologies()}; or cpu, gpu, tpu: this machine."
+            f"There is no topology {topology!r}{likely}. Known ones: {known_topologies()}; {known_gpus()}; "
+            "or cpu, gpu, tpu: this machine."
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("Compiling for TPUs needs libtpu, also where there is none: pip install 'bsvae_jax[tpu]'.")
@@ -147,14 +163,14 @@ def _tpu_devices(topology: str) -> tuple[Any, ...]:
 
 
 def machine(topology: str, devices: int | None = None) -> tuple[list[Any], int]:
-    """The devices of a topology such as 'v5e:2x4', or of this machine ('cpu', 'gpu', 'tpu'), and how many of them share a chip.
+    """The devices of a topology such as 'v5e:2x4' or 'h100x8', or of this machine ('cpu', 'gpu', 'tpu'); how many share a chip.
 
     Args:
       topology: its name.
       devices: use so many of them; None: all.
 
     Raises:
-      UserError: no such topology (those there are are listed), no libtpu, or fewer devices than asked for.
+      UserError: no such topology (those there are are listed), no libtpu or no CUDA, or fewer devices than asked for.
     """
     if topology in ("cpu", "gpu", "tpu"):
         try:
@@ -164,6 +180,8 @@ def machine(topology: str, devices: int | None = None) -> tuple[list[Any], int]:
                 f"This machine has no {topology} that JAX can use; name a topology instead, v5e:2x4 for one."
             ) from error
         per_chip = 1
+    elif gpus := split_name(topology):
+        found, per_chip = list(gpu_devices(*gpus)), 1
     else:
         found = list(_tpu_devices(topology))
         per_chip = len(found) // len({tuple(device.coords) for device in found})
@@ -190,14 +208,17 @@ def compile_training(
       full: let the compiler take the time that it takes before training.
 
     Raises:
-      UserError: no such machine, a batch that does not divide over its devices, or a program that does not fit.
+      UserError: no such machine, a precision that it has not, a batch that does not divide over its devices, or a program
+        that does not fit.
     """
     found, per_chip = machine(topology, config.devices if devices is None else devices)
+    check_precision(config.precision, found[0].device_kind)
     execution: Execution = "loop" if members == 1 else "vmap"
     batch, parts = config.batch_size, config.gradient_accumulation
     mesh = data_mesh(None, batch, parts, found) if members == 1 else sweep_mesh(None, members, batch, parts, found)
     chip, platform = CHIPS.get(found[0].device_kind), found[0].platform
-    memory = math.inf if chip is None else chip.memory / per_chip
+    share = GPU_SHARE if platform == "gpu" else 1.0
+    memory = math.inf if chip is None else share * chip.memory / per_chip
     resident = data.nbytes <= config.resident_memory * memory
     window = steps_per_dispatch(config, platform)
     if not resident:
@@ -205,9 +226,11 @@ def compile_training(
     arguments = abstract_arguments(config, data, mesh, execution, members, window, resident)
     program = parallelize_training(program_config(config), data, mesh, execution, resident)
     with_what = f"{batch} images a step" + (f" and {members} members" if members > 1 else "")
-    step = program_cost(_compile(program.lower(*arguments), platform, full, with_what))
-    # The compiler counts one pass through a loop.
-    step = step._replace(flops=parts * step.flops, bytes_accessed=parts * step.bytes_accessed)
+    step = program_cost(_compile(program.lower(*arguments), topology, platform, full, with_what), platform == "gpu")
+    if platform != "gpu":  # the compiler counts one pass through a loop
+        step = step._replace(flops=parts * step.flops, bytes_accessed=parts * step.bytes_accessed)
+    elif step.memory > memory:  # only a GPU that is there runs out of it
+        raise DoesNotFitError(_does_not_fit_gpu(step, memory, batch, with_what))
     return Compiled(
         topology,
         chip,
@@ -218,6 +241,7 @@ def compile_training(
         config.precision,
         step,
         _held(arguments, mesh),
+        share,
     )
 
 
@@ -226,7 +250,7 @@ def compile_sampling(
 ) -> ProgramCost:
     """Compile the program of `bsvae sample`, one batch of it, for a machine; arguments as for `compile_training`."""
     found, _ = machine(topology, config.devices if devices is None else devices)
-    mesh = data_mesh(among=found)
+    mesh, platform = data_mesh(among=found), found[0].platform
     model = program_model(config, data).clone(axis_name=None)
     total = steps_through(config.epochs, data.train, config.batch_size)
     replicated = NamedSharding(mesh, REPLICATED)
@@ -234,9 +258,8 @@ def compile_sampling(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
         jax.eval_shape(lambda: (create_state(config, model, total).variables(), make_key(0))),
     )
-    return program_cost(
-        _compile(parallelize_sampling(model, mesh).lower(variables, key), found[0].platform, full, "500 samples")
-    )
+    lowered = parallelize_sampling(model, mesh).lower(variables, key)
+    return program_cost(_compile(lowered, topology, platform, full, "500 samples"), platform == "gpu")
 
 
 def compile_other_batch(
@@ -266,8 +289,8 @@ def largest_batch(compiled: Compiled, other: Compiled | None, unit: int) -> int 
     return int((compiled.batch_size + (available - compiled.step.memory) / each) // unit * unit)
 
 
-def _compile(lowered: Any, platform: str, full: bool, with_what: str) -> Any:
-    options = QUICK if platform == "tpu" and not full else None
+def _compile(lowered: Any, topology: str, platform: str, full: bool, with_what: str) -> Any:
+    options = WITHOUT_AUTOTUNING if split_name(topology) else QUICK if platform == "tpu" and not full else None
     try:
         return lowered.compile(compiler_options=options)
     except RuntimeError as error:
@@ -282,10 +305,22 @@ def _does_not_fit(message: str, with_what: str) -> str:
     sizes = f" ({used[1]} of {used[2]} of {used[3]})" if used else ""
     largest = re.search(r"Size: ([\d.]+[KMGT]?)\s+Operator: .*?op_name=\"([^\"]*)\"[^\n]*\n\s+Shape: (\S+?)\{", message)
     what = f" The largest array is {largest[3]} ({largest[1]}), of {'/'.join(largest[2].split('/')[-2:])}." if largest else ""
+    return f"The program does not fit into the memory of a device with {with_what}{sizes}.{what} A smaller batch_size, {_LESS}"
+
+
+def _does_not_fit_gpu(step: ProgramCost, available: float, batch: int, with_what: str) -> str:
+    """The same of a program that was compiled: temporary memory grows with the batch."""
+    largest = max(step.kernels, key=lambda kernel: kernel.result_bytes)
+    of_layer = f", of {largest.layer}" if largest.layer else ""
+    fits = max(0, int(batch * (available - step.arguments - step.results) / step.temporary))
     return (
-        f"The program does not fit into the memory of a device with {with_what}{sizes}.{what} A smaller batch_size, "
-        "--gradient-accumulation 2 (or more), --rematerialize or --precision bfloat16 needs less."
+        f"The program does not fit into the memory of a device with {with_what} ({_bytes(step.memory)} of the "
+        f"{_bytes(available)} that JAX takes). The largest array is {largest.result} "
+        f"({_bytes(largest.result_bytes)}){of_layer}. A smaller batch_size, about {fits}, {_LESS}"
     )
+
+
+_LESS = "--gradient-accumulation 2 (or more), --rematerialize or --precision bfloat16 needs less."
 
 
 def _held(arguments: tuple[Any, ...], mesh: Mesh) -> dict[str, int]:
@@ -328,15 +363,43 @@ def describe(compiled: Compiled) -> str:
     ]
     communication = ", ".join(f"{c.operations} x {c.kind} of {_bytes(c.size)} in all" for c in step.collectives)
     lines.append(f"  communication {communication or 'none'}")
+    if step.kernels:
+        lines += kernel_lines(step)
     if times is not None:
-        bound = "arithmetic" if times.compute > times.memory else "memory"
+        launches = f"launches {1e3 * times.launch:.3g}, " if step.kernels else ""
         lines += [
             f"  least time    {1e3 * times.step:.3g} ms: arithmetic {1e3 * times.compute:.3g}, "
-            f"memory {1e3 * times.memory:.3g}, communication {1e3 * times.network:.3g}; bound by {bound}",
+            f"memory {1e3 * times.memory:.3g}, {launches}communication {1e3 * times.network:.3g}; bound by {times.bound}",
             f"in all: at most {compiled.images_per_second():,.0f} images/s, "
             f"{100 * (compiled.utilization() or 0):.0f}% of the peak",
-            "An estimate, from the compiler's counts and published peaks.",
+            "An estimate, from the compiler's counts and published peaks"
+            + (", without the autotuning that takes a GPU." if split_name(compiled.topology) else "."),
         ]
+    return "\n".join(lines)
+
+
+def kernel_lines(step: ProgramCost) -> list[str]:
+    """Kernels of a GPU's step by library and kind, with the bytes that each kind moves."""
+    libraries = {name: sum(kernel.times for kernel in step.kernels if kernel.library == name) for name in ("cuDNN", "cuBLAS")}
+    kinds: dict[str, list[int]] = {}
+    for kernel in step.kernels:
+        counted = kinds.setdefault(kernel.kind, [0, 0])
+        counted[0] += kernel.times
+        counted[1] += kernel.times * kernel.moved
+    lines = [f"  kernels       {step.launches}: " + ", ".join(f"{count} of {name}" for name, count in libraries.items())]
+    for kind, (count, moved) in sorted(kinds.items(), key=lambda item: -item[1][1]):
+        lines.append(f"    {kind:<15} {count:4d} kernels {moved:9.3g} bytes")
+    return lines
+
+
+def top_table(step: ProgramCost, count: int) -> str:
+    """The `count` kernels of a GPU's step that move the most bytes, with the layer that each comes from: a Markdown table."""
+    lines = ["| kernel | kind | library | result | bytes | FLOP | layer |", "| --- | --- | --- | --- | ---: | ---: | --- |"]
+    for kernel in sorted(step.kernels, key=lambda kernel: -kernel.times * kernel.moved)[:count]:
+        name = kernel.name + (f" x {kernel.times}" if kernel.times > 1 else "")
+        moved, flops = kernel.times * kernel.moved, kernel.times * kernel.flops
+        cells = [name, kernel.kind, kernel.library or "", kernel.result, f"{moved:.3g}", f"{flops:.3g}", kernel.layer]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

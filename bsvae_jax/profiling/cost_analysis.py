@@ -5,6 +5,7 @@ import re
 from typing import Any, NamedTuple
 
 from bsvae_jax.distributed.hardware import memory_sizes
+from bsvae_jax.profiling.kernels import Kernel, kernels
 
 
 class Collective(NamedTuple):
@@ -31,6 +32,8 @@ class ProgramCost(NamedTuple):
     temporary: int
     """Bytes of everything in between, activations above all."""
     collectives: tuple[Collective, ...]
+    kernels: tuple[Kernel, ...] = ()
+    """Of a GPU; of nothing else known."""
 
     @property
     def memory(self) -> int:
@@ -47,15 +50,25 @@ class ProgramCost(NamedTuple):
         """Bytes of all collectives."""
         return sum(collective.size for collective in self.collectives)
 
+    @property
+    def launches(self) -> int:
+        """Kernels of a step on a GPU."""
+        return sum(kernel.times for kernel in self.kernels)
 
-def program_cost(compiled: Any) -> ProgramCost:
-    """What the compiler says of a compiled program."""
+
+def program_cost(compiled: Any, gpu: bool = False) -> ProgramCost:
+    """What the compiler says of a compiled program; of one for a GPU, which may not be there, what its text says."""
+    text = compiled.as_text()
+    if gpu:
+        found = kernels(text)
+        flops, moved = (sum(k.times * amount(k) for k in found) for amount in (lambda k: k.flops, lambda k: k.moved))
+        return ProgramCost(float(flops), float(moved), *memory_sizes(compiled), collectives(text), found)
     cost = compiled.cost_analysis()
     return ProgramCost(
         float(cost.get("flops", 0.0)),
         float(cost.get("bytes accessed", 0.0)),
         *memory_sizes(compiled),
-        collectives(compiled.as_text()),
+        collectives(text),
     )
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from bsvae_jax.models._subpixel import convolve_phases, join_phases, transposed_phases
+from bsvae_jax.models._subpixel import convolve_dilated, convolve_phases, convolve_transposed, join_phases, transposed_phases
 
 RANDOM = np.random.default_rng(0)
 
@@ -56,10 +56,48 @@ def test_joining_undoes_picking_phases_and_cuts(size):
     np.testing.assert_array_equal(join_phases(jax.numpy.asarray(phases_of(joined)), size), joined[:, : size[0], : size[1]])
 
 
+def transposed(x, kernel, size):
+    """Each input through the kernel, added up in float64."""
+    height, width = x.shape[1:3]
+    summed = np.zeros((len(x), 2 * height + 2, 2 * width + 2, kernel.shape[-1]))  # with a margin that catches what falls off
+    for i, j, k, l in np.ndindex(height, width, 3, 3):
+        summed[:, 2 * i + k, 2 * j + l] += x[:, i, j].astype(np.float64) @ kernel[k, l].astype(np.float64)
+    return summed[:, 1 : size[0] + 1, 1 : size[1] + 1]
+
+
 def test_phases_of_a_transposed_convolution_scatter_each_input_through_the_kernel():
     x, kernel = float32(2, 3, 4, 5), float32(3, 3, 5, 2)
-    expected = np.zeros((2, 8, 10, 2))  # with a margin that catches what falls off
-    for i, j, k, l in np.ndindex(3, 4, 3, 3):
-        expected[:, 2 * i + k, 2 * j + l] += x[:, i, j].astype(np.float64) @ kernel[k, l].astype(np.float64)
     found = join_phases(transposed_phases(jax.numpy.asarray(x), jax.numpy.asarray(kernel)), (6, 8))
-    np.testing.assert_allclose(found, expected[:, 1:7, 1:9], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, transposed(x, kernel, (6, 8)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (6, 7)])
+def test_the_form_for_gpus_has_the_same_values_and_derivatives(size):
+    """It is linear in both arguments: the derivative along any direction is it with that direction in place of the argument."""
+    x, kernel, cotangent = float32(2, 3, 4, 5), float32(3, 3, 5, 2), float32(2, *size, 2)
+    x_direction, kernel_direction = float32(2, 3, 4, 5), float32(3, 3, 5, 2)
+    form = jax.jit(lambda x, kernel: convolve_dilated(x, kernel, size))
+    np.testing.assert_allclose(form(x, kernel), transposed(x, kernel, size), rtol=1e-5, atol=1e-5)
+    along = transposed(x_direction, kernel, size), transposed(x, kernel_direction, size)
+    _, tangent = jax.jvp(form, (x, kernel), (x_direction, kernel_direction))
+    np.testing.assert_allclose(tangent, sum(along), rtol=1e-5, atol=1e-4)
+    of_x, of_kernel = jax.vjp(form, x, kernel)[1](jax.numpy.asarray(cotangent))
+    np.testing.assert_allclose(np.vdot(of_x, x_direction), np.vdot(cotangent, along[0]), rtol=1e-4)
+    np.testing.assert_allclose(np.vdot(of_kernel, kernel_direction), np.vdot(cotangent, along[1]), rtol=1e-4)
+
+
+def test_members_of_a_stack_have_their_own_kernels_in_the_form_for_gpus():
+    gradient = jax.grad(lambda kernel, x: (convolve_dilated(x, kernel, (4, 6)) ** 2).sum())
+    x, kernels = jax.numpy.asarray(float32(2, 1, 2, 3, 2)), jax.numpy.asarray(float32(2, 3, 3, 2, 2))
+    found = jax.jit(jax.vmap(gradient))(kernels, x)
+    for member in range(2):
+        np.testing.assert_allclose(found[member], gradient(kernels[member], x[member]), rtol=1e-4, atol=1e-4)
+
+
+def test_each_platform_is_given_its_form():
+    traced = jax.jit(lambda x, kernel: convolve_transposed(x, kernel, (6, 8))).trace(float32(2, 3, 4, 5), float32(3, 3, 5, 2))
+    convolutions = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
+        for platform in ("cuda", "cpu", "tpu")
+    }
+    assert convolutions == {"cuda": 1, "cpu": 4, "tpu": 4}
