@@ -124,9 +124,9 @@ def check_widths(name: str, widths: tuple[int, ...]) -> None:
 
 
 def check_path(owner: Any, name: str, optional: bool = False) -> None:
-    """A path may be given as one, and is kept as text, which `config.json` can hold."""
+    """A path may be given as one, and is kept as text, which `config.json` can hold; `~` is the home folder."""
     value = getattr(owner, name)
-    if isinstance(value, os.PathLike):
-        object.__setattr__(owner, name, os.fspath(value))
-    elif not isinstance(value, str) and not (optional and value is None):
+    if isinstance(value, str | os.PathLike):
+        object.__setattr__(owner, name, os.path.expanduser(os.fspath(value)))
+    elif not (optional and value is None):
         raise UserError(f"data.{name} must be a path, got {shown(value)}.")

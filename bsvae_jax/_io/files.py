@@ -51,10 +51,15 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"bsvae_jax-{os.getuid()}"
 
 
+def printable(name: str) -> str:
+    """The name of a file, with bytes that are not UTF-8 spelled out."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def as_path(path: Any, what: str) -> Path:
-    """A path given as text or as a path; a UserError names `what` otherwise."""
+    """A path given as text, with `~` for the home folder, or as a path; a UserError names `what` otherwise."""
     check_kind(what, path, (str, os.PathLike), "give the path of a file or folder")
-    return Path(path)
+    return Path(os.path.expanduser(path))
 
 
 def sha256_of(path: Path, progress: Callable[[int], Any] | None = None) -> str:
@@ -173,6 +178,8 @@ def read_arrays(path: Path, remedy: str, choose: Callable[[list[str]], Iterable[
             return arrays
     except DAMAGE as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        if "contains pickled" in what:  # NumPy's words for all that begins like no file of its own
+            what = "it does not begin like one"
         raise UserError(f"{path} cannot be read as a NumPy file ({what}): it is damaged or holds objects; {remedy}.") from error
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from bsvae_jax._io.files import printable
 from bsvae_jax.data.archives import DAMAGED_TAR, Archive, member_path, open_archive
 from bsvae_jax.data.decoding import CorruptImageError
 from bsvae_jax.data.image_set import SPLITS
@@ -215,11 +216,6 @@ def find_images(path: Path, own_validation: bool = False) -> Found:
     splits = {"train": files(train, labels)}
     splits |= {split: files(held_out[split], held_out_labels.get(split)) for split in SPLITS if split in held_out}
     return Found(splits, label_names, stamp, division)
-
-
-def printable(name: str) -> str:
-    """The name of a file, with bytes that are not UTF-8 spelled out."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _suffix(name: str) -> str:

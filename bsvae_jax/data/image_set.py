@@ -259,14 +259,19 @@ def check_images(images: Any, what: str) -> np.ndarray:
     except (ValueError, TypeError) as error:  # of lists of several lengths, or of keys
         raise UserError(f"{what} must be one array, [N, H, W] or [N, H, W, C]: {error}.") from error
     if images.ndim == 3:
+        if min(images.shape[:2]) > 4 >= images.shape[2] > 0:
+            raise UserError(
+                f"{what} would be {len(images)} images of height {images.shape[1]} and width {images.shape[2]}; add an axis: "
+                "the first, [None], if it is one image, the last, [..., None], if it is not."
+            )
         images = images[..., None]
     if images.ndim != 4:
         raise UserError(f"{what} must have shape [N, H, W] or [N, H, W, C], got {images.shape}.")
     if 0 in images.shape:
         raise UserError(f"{what} is empty: its shape is {images.shape}.")
     _, height, width, channels = images.shape
-    if (channels > 4 and {height, width} & {1, 3, 4}) or (channels == 4 == width and height in (1, 3)):
-        axis = 2 if width in (1, 3, 4) and height not in (1, 3, 4) else 1
+    if (channels > 4 >= min(height, width)) or (channels == 4 == width and height < 4):
+        axis = 2 if width <= 4 < height else 1
         order = (0, 2, 3, 1) if axis == 1 else (0, 1, 3, 2)
         raise UserError(
             f"{what} would be images of height {height} and width {width} with {channels} channels, shape {images.shape}; "

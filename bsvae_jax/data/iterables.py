@@ -80,7 +80,7 @@ def prepare(
     check_count("holdout_seed", holdout_seed, low=0)
     if count is not None:
         check_count("count", count)
-    convert = _Conversion(levels, scale)
+    convert = Conversion(levels, scale)
     given, shares = {"train": images, "test": test, "validation": validation}, {}
     for split, share in (("test", holdout if test is None else None), ("validation", validation)):
         if share is not None and not isinstance(share, Iterable):
@@ -136,7 +136,7 @@ def _drawn(rows: np.ndarray, shares: Mapping[str, float], seed: int) -> np.ndarr
 
 
 def _taken(
-    source: Iterable[Any], split: str, folder: Path, convert: "_Conversion", batched: bool, count: int | None, progress: bool
+    source: Iterable[Any], split: str, folder: Path, convert: "Conversion", batched: bool, count: int | None, progress: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Images [N, H, W, C] as they are stored, and classes [N] if they have them, to the end of the iterable or to `count`."""
     items = None
@@ -217,10 +217,11 @@ def _classes(labels: np.ndarray, what: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-class _Conversion:
+class Conversion:
     """How images are stored: uint8, or float32 in [0, 1]; all of one shape and depth."""
 
-    def __init__(self, levels: int | None, scale: tuple[float, float] | None):
+    def __init__(self, levels: int | None, scale: tuple[float, float] | None = None):
+        """For images of so many gray levels, or of a scale; as `prepare`."""
         if levels is not None:
             check_count("levels", levels, low=2)
         if scale is not None:

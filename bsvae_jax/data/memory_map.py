@@ -13,10 +13,9 @@ from typing import IO
 import numpy as np
 
 from bsvae_jax._io.disk import MARGIN, free_bytes, mebibytes
-from bsvae_jax._io.files import read_json, sha256_of, write_json
+from bsvae_jax._io.files import printable, read_json, sha256_of, write_json
 from bsvae_jax._io.terminal import log
 from bsvae_jax.data.cache import undamaged
-from bsvae_jax.data.image_files import printable
 from bsvae_jax.data.image_set import ImageSet
 from bsvae_jax.errors import UserError
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from bsvae_jax._io.files import DAMAGE, read_arrays
+from bsvae_jax._io.files import DAMAGE, printable, read_arrays
 from bsvae_jax._io.terminal import log
 from bsvae_jax.data.cache import Recipe
 from bsvae_jax.data.decoding import CorruptImageError, Header, Preprocessing
 from bsvae_jax.data.holdout import VALIDATION_SEED, contents_of, hold_out
 from bsvae_jax.data.idx import read_pair
-from bsvae_jax.data.image_files import Encoded, EncodedImages, find_images, printable
+from bsvae_jax.data.image_files import Encoded, EncodedImages, find_images
 from bsvae_jax.data.image_set import SPLITS, ImageSet, check_images, distinct_values, on_grid
+from bsvae_jax.data.iterables import Conversion
 from bsvae_jax.data.memory_map import read_memory_map
 from bsvae_jax.errors import UserError, nearest
 
@@ -119,7 +120,13 @@ def read_arrays_file(path: Path, holdout: float, seed: int, levels: int | None, 
         found = ", ".join(held) or "nothing"
         raise UserError(f"{path} needs an array 'train' (and may have 'test'); it holds {found}{nearest('train', held)}.")
     what = {split: f"{roles[split]!r} in {path}" if roles[split] else str(path) for split in SPLITS if split in roles}
-    images = {split: check_images(arrays[roles[split]], what[split]) for split in what}
+    convert, images = Conversion(levels), dict[str, np.ndarray]()
+    for split in what:
+        array = arrays[roles[split]]
+        if array.dtype.kind in "biu" and array.dtype != np.uint8:  # 16 bits, say
+            images[split], levels = convert(array, what[split]), convert.levels
+        else:
+            images[split] = check_images(array, what[split])
     floats: list[Any] = [np.float32, *(array.dtype for array in arrays.values() if array.dtype.kind == "f")]
     precision = max(float(np.finfo(kind).eps) for kind in floats)
     train, validation = images["train"], images.get("validation")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bsvae_jax._io.files import as_path
 from bsvae_jax.config import (
     CHOICES,
     Config,
@@ -202,10 +203,10 @@ def load_sweep(path: str | Path) -> Sweep:
     Raises:
       UserError: as `load_config`; or `get_sweep` returns something else.
     """
-    module = load_module(Path(path), Sweep)
+    module = load_module(as_path(path, "path"), Sweep)
     if not hasattr(module, "get_sweep"):
         return Sweep()
-    with naming_fields(Path(path), Sweep):
+    with naming_fields(as_path(path, "path"), Sweep):
         sweep = module.get_sweep()
     if not isinstance(sweep, Sweep):
         raise UserError(f"get_sweep() of {path} must return a bsvae_jax Sweep, got {type(sweep).__name__}.")

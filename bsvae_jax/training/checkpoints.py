@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from bsvae_jax._io.files import digest
+from bsvae_jax._io.files import digest, printable
 from bsvae_jax.errors import UserError
 
 Warn = Callable[[str], None]
@@ -56,8 +56,13 @@ class SaveError(UserError):
 
 
 def check_place(folder: Path, remedy: str = "rename it") -> None:
-    """Raise a UserError if checkpoints cannot be kept under `folder`: TensorStore takes a backslash in a path for a slash."""
+    """Raise a UserError if checkpoints cannot be kept under `folder`.
+
+    TensorStore takes a backslash in a path for a slash, and names that are not UTF-8 for no text.
+    """
     place = str(folder.resolve())
+    if (plain := printable(place)) != place:
+        raise UserError(f"{plain} has a name that is not UTF-8, where checkpoints cannot be kept; {remedy}.")
     if "\\" in place:
         astray = Path(place.replace("\\", "/"))
         lost = f" Arrays that were saved there before lie in {astray}." if astray.is_dir() else ""

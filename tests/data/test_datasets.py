@@ -25,6 +25,7 @@ from scipy import ndimage, stats
 from sklearn.datasets import load_digits
 
 from bsvae_jax import config, data
+from bsvae_jax._io.files import as_path, cache_folder
 from bsvae_jax.config import Augmentation
 from bsvae_jax.data.idx import read_idx
 from bsvae_jax.data.image_set import to_unit_interval
@@ -300,6 +301,10 @@ NAN[3, 0, 0] = np.inf
         (np.zeros((5, 1, 8, 4), np.uint8), None),
         (np.zeros((5, 3, 4, 4), np.uint8), "height 3 and width 4 with 4 channels"),
         (np.zeros((5, 16, 3, 16), np.uint8), "give images.transpose\\(0, 1, 3, 2\\)"),
+        (np.zeros((5, 2, 16, 16), np.uint8), "height 2 and width 16 with 16 channels"),
+        (np.zeros((28, 28, 3), np.uint8), r"would be 28 images of height 28 and width 3; add an axis: the first, \[None\]"),
+        (np.zeros((28, 28, 3, 1), np.uint8), None),
+        (np.zeros((4, 28, 3), np.uint8), None),
         (np.zeros((8, 8, 3, 50), np.uint8), "give images.transpose\\(0, 1, 3, 2\\)"),
     ],
 )
@@ -351,6 +356,11 @@ def on_levels(levels: int, dtype=np.float32) -> np.ndarray:
         ),
         pytest.param(GRID.random((20, 8, 8)), 256, 256, "256 levels.$", id="no grid, given"),
         pytest.param(GRID.random(9)[GRID.integers(0, 9, (20, 8, 8))], None, 256, "take 9 values: 256 levels", id="few values"),
+        pytest.param(GRID.integers(0, 65536, (20, 8, 8), np.uint16), None, 65536, "65,536 levels.$", id="uint16"),
+        pytest.param(GRID.integers(0, 4096, (20, 8, 8), np.uint16), 4096, 4096, "4,096 levels.$", id="uint16 of 12 bits"),
+        pytest.param(GRID.integers(0, 256, (20, 8, 8)), 256, 256, "256 levels.$", id="int64"),
+        pytest.param(GRID.integers(0, 2, (20, 8, 8)) > 0, None, 2, " 2 levels.$", id="booleans"),
+        pytest.param(GRID.integers(0, 9, (20, 8, 8)), None, None, "signed 64 bits; .* give levels=256", id="int64 alone"),
         pytest.param(random_bytes(20, 8, 6, 3), None, 256, "8 pixels high, 6 wide, 3 channels, 256 levels.$", id="color"),
     ],
 )
@@ -460,7 +470,7 @@ def lzma_npz() -> bytes:
         pytest.param("a.npz", npz(train=EIGHT)[:-30], "cannot be read as a NumPy file", id="npz cut at the end"),
         pytest.param("a.npz", npz(train=EIGHT)[:100], "cannot be read as a NumPy file", id="npz cut early"),
         pytest.param("a.npz", flipped(npz(train=EIGHT), 250), "cannot be read as a NumPy file", id="npz with a wrong byte"),
-        pytest.param("a.npz", b"no zip at all", "cannot be read as a NumPy file", id="not a zip"),
+        pytest.param("a.npz", b"no zip at all", "cannot be read as a NumPy file .it does not begin like", id="not a zip"),
         pytest.param("a.npz", b"", "cannot be read as a NumPy file", id="no bytes"),
         pytest.param("a.npz", npz(train=np.array([None])), "cannot be read as a NumPy file .* holds objects", id="objects"),
         pytest.param("a.npy", npy(np.array([None])), "cannot be read as a NumPy file .* holds objects", id="npy objects"),
@@ -476,7 +486,7 @@ def lzma_npz() -> bytes:
         ),
         pytest.param("a.npz", npz(train=EIGHT, test=EIGHT / 255), "uint8 and test images .* float32 differ", id="dtype"),
         pytest.param("a.npz", npz(train=EIGHT, test=EIGHT[:0]), "'test' in .* is empty", id="no test images"),
-        pytest.param("a.npz", npz(x_train=EIGHT.astype(int)), "'x_train' in .* got dtype int64", id="dtype of train"),
+        pytest.param("a.npz", npz(x_train=EIGHT.astype(int)), "'x_train' in .* has signed 64 bits", id="dtype of train"),
         pytest.param("a.npy", npy(EIGHT[:1]), "holds 1 images: too few to keep 1 for testing", id="one image"),
     ],
 )
@@ -518,6 +528,17 @@ def test_a_refused_npz_is_closed(tmp_path):
         del error
         gc.collect()
     assert [str(warning.message) for warning in caught] == []
+
+
+def test_the_home_folder_in_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "own.npy", random_bytes(20, 4, 4))
+    source = config.Arrays("~/own.npy")
+    assert len(data.load(source, progress=False).train) == 18
+    assert source.path == str(tmp_path / "own.npy")
+    assert as_path("~/run", "workdir") == tmp_path / "run"
+    monkeypatch.setenv("BSVAE_CACHE", "~/cache")
+    assert cache_folder() == tmp_path / "cache"
 
 
 @pytest.mark.parametrize("path", ["nowhere.npy", "", "."])

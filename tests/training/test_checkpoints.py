@@ -222,6 +222,12 @@ def test_any_character_but_a_backslash_may_be_in_the_path(name, tmp_path, monkey
             moved.rename(tmp_path / name / "run")
 
 
+def test_a_path_that_is_not_utf_8_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"caf\\xe9/checkpoints has a name that is not UTF-8, where checkpoints cannot be kept"):
+        Checkpoints(tmp_path / "caf\udce9" / "checkpoints")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_backslash_in_the_path_is_refused(tmp_path):
     folder = tmp_path / "a\\b" / "checkpoints"
     with pytest.raises(
