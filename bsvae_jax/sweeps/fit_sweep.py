@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from bsvae_jax import config as configs
 from bsvae_jax._io.files import as_path, is_used, read_json, take_folder, write_json
@@ -31,14 +32,13 @@ from bsvae_jax.distributed.hardware import check_precision
 from bsvae_jax.distributed.mesh import Execution, available_bytes, data_mesh, describe_devices, sweep_mesh
 from bsvae_jax.distributed.preemption import Stop, stop_on_signals
 from bsvae_jax.errors import DivergenceError, UserError, check_count, check_kind
-from bsvae_jax.evaluation.sampling import to_8_bits
 from bsvae_jax.evaluation.scores import SplitScores
 from bsvae_jax.random import make_key
-from bsvae_jax.sweeps.gallery import PICTURES, Gallery, draw_members
+from bsvae_jax.sweeps.gallery import PICTURES, draw_members, write_pictures
 from bsvae_jax.sweeps.grid import GridMember, Sweep, base_config
 from bsvae_jax.training.callbacks import Callback, Callbacks, with_own
 from bsvae_jax.training.checkpoints import DamagedCheckpointError, check_place, saved_steps
-from bsvae_jax.training.identity import EDITED, write_run_arrays
+from bsvae_jax.training.identity import EDITED
 from bsvae_jax.training.program import Program, program_config
 from bsvae_jax.training.state import check_against_data
 from bsvae_jax.training.step import TrainState
@@ -147,7 +147,7 @@ def fit_sweep(
     programs: dict[Config, list[GridMember]] = {}
     for member in todo:
         programs.setdefault(program_config(member.config), []).append(member)
-    sizes = {program: _stack_size(program, images, execution, len(own), members_at_once) for program, own in programs.items()}
+    stacks = {program: _stack(program, images, execution, len(own), members_at_once) for program, own in programs.items()}
     with stop_on_signals() as stop, directory, messages_shown(progress):
         log.info(
             f"{len(members)} members, {len(members) - len(todo)} of them done; "
@@ -159,25 +159,34 @@ def fit_sweep(
         with ProgressBar(total * len(todo), done, progress) as bar:
             every = with_own(callbacks, bar)
             for program, own in programs.items():
-                _train_all(directory, program, images, execution, own, sizes[program], bar, every, stop)
+                _train_all(directory, program, images, execution, own, stacks[program], bar, every, stop)
         finished = [member.name for member in members if directory.is_finished(member)]
         failed = {member.name: error for member in members if (error := directory.failure(member)) is not None}
         return SweepResult(folder, finished, failed)
 
 
-def _stack_size(config: Config, images: ImageSet, execution: Execution, members: int, at_once: int | None) -> int:
-    """Members in one stack: as many as fit into memory, at most `at_once`, spread evenly over the turns.
+def _mesh(config: Config, members: int) -> Mesh:
+    return sweep_mesh(config.devices, members, config.batch_size, config.gradient_accumulation)
+
+
+def _stack(
+    config: Config, images: ImageSet, execution: Execution, members: int, at_once: int | None
+) -> tuple[int, dict[int, Any]]:
+    """As many members as fit into memory, at most `at_once`, spread evenly over the turns; the programs compiled to see that.
 
     Raises:
       UserError: fewer fit than were asked for, or not one does.
     """
     if execution == "loop":
-        return 1
+        return 1, {}
+    compiled = {}
 
     @functools.cache
     def needed(size: int) -> int:
-        mesh = sweep_mesh(config.devices, size, config.batch_size, config.gradient_accumulation)
-        return Program(config, images, mesh, execution, size).needed_bytes(size)
+        program = Program(config, images, _mesh(config, size), execution, size)
+        needed_bytes = program.needed_bytes(size)
+        compiled[size] = program.compiled
+        return needed_bytes
 
     def plan(size: int) -> tuple[int, int]:
         """Size of the turns, made even, and the memory that the largest and the last of them need."""
@@ -199,7 +208,7 @@ def _stack_size(config: Config, images: ImageSet, execution: Execution, members:
             f"{wanted} members at once do not fit into the memory of a device, {size} do: they need "
             f"{wanted_bytes / 2**20:,.1f} MiB of {available / 2**20:,.1f} MiB. Give --members-at-once {size}, or leave it out."
         )
-    return size
+    return size, compiled
 
 
 def _train_all(
@@ -208,23 +217,21 @@ def _train_all(
     images: ImageSet,
     execution: Execution,
     members: Sequence[GridMember],
-    size: int,
+    stack: tuple[int, dict[int, Any]],
     bar: ProgressBar,
     callbacks: Sequence[Callback],
     stop: Stop,
 ) -> None:
-    """All members of one program, `size` at a time."""
+    """All members of one program, a stack at a time."""
+    size, compiled = stack
     waiting, program, compiled_for = list(members), None, 0
     while waiting:
         at, turn = _next_turn(directory, waiting, size)
         if program is None or (execution != "loop" and len(turn) != compiled_for):
-            one = execution == "loop"
-            mesh = (
-                data_mesh(config.devices)
-                if one
-                else sweep_mesh(config.devices, len(turn), config.batch_size, config.gradient_accumulation)
-            )
+            mesh = data_mesh(config.devices) if execution == "loop" else _mesh(config, len(turn))
             program, compiled_for = Program(config, images, mesh, execution, len(turn)), len(turn)
+            if compiled.get(compiled_for) is not None:
+                program.use(compiled[compiled_for])
         bar.describe(turn[0].name if len(turn) == 1 else f"{len(turn)} members from {turn[0].name}")
         try:
             _train_turn(directory, program, turn, at, callbacks, stop)
@@ -291,12 +298,6 @@ def _train_turn(
             )
 
         Trainer(program, members, callbacks, stop, pictures).train(at)
-
-
-def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray, images: bool = True) -> None:
-    """Write `pictures.npz`: uint8 `images`, or other examples as float32, and the rate of each latent on the test set, nats."""
-    arrays: dict[str, Any] = {name: to_8_bits(values) if images else values for name, values in gallery._asdict().items()}
-    write_run_arrays(folder / "pictures.npz", **arrays, latent_rate=latent_rate)
 
 
 class _SweepDirectory:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,9 @@ from jaxtyping import Array, Key
 
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.distributed.mesh import REPLICATED, Execution, parallelize
+from bsvae_jax.evaluation.sampling import to_8_bits
 from bsvae_jax.models.vae import VAE
+from bsvae_jax.training.identity import write_run_arrays
 
 PICTURES = 10
 """Images of each kind."""
@@ -74,3 +77,9 @@ def draw_members(
     drawn = jax.device_get(_parallelized(model.clone(axis_name=None), levels, clip, mesh, execution)(variables, images, keys))
     for member in range(members):
         yield Gallery(*drawn) if execution == "loop" else Gallery(*(leaf[member] for leaf in drawn))
+
+
+def write_pictures(folder: Path, gallery: Gallery, latent_rate: np.ndarray, images: bool = True) -> None:
+    """Write `pictures.npz`: uint8 `images`, or other examples as float32, and the rate of each latent on the test set, nats."""
+    arrays: dict[str, Any] = {name: to_8_bits(values) if images else values for name, values in gallery._asdict().items()}
+    write_run_arrays(folder / "pictures.npz", **arrays, latent_rate=latent_rate)

@@ -145,6 +145,8 @@ class Program:
         if not resident:
             self.window = streamed_window(self.data.image_bytes, config.batch_size, members, self.window)
         self._run_steps: Any = parallelize_training(self.config, self.data, mesh, execution, resident)
+        self.compiled: Any = None
+        """The training program that `needed_bytes` has compiled, for `use` in another of the same config and members."""
         # Equal slices of a batch are the shares of the devices.
         self._arrangement = arranged(config.batch_size, mesh.shape[DATA_AXIS], config.gradient_accumulation)
 
@@ -201,11 +203,15 @@ class Program:
         """The compiled training program of a stack of `members`, or of one model, which `take_steps` runs from now on."""
         if self.config.device_map == "pmap":
             raise UserError("A program of pmap is compiled at its first call; choose device_map shard_map to look at it.")
-        self._run_steps = self._run_steps.lower(*self._arguments(members)).compile()
-        return self._run_steps
+        return self.use(self._run_steps.lower(*self._arguments(members)).compile())
+
+    def use(self, compiled: Any) -> Any:
+        """Run this program, of `compile`, from now on; returns it."""
+        self._run_steps = compiled
+        return compiled
 
     def needed_bytes(self, members: int) -> int:
-        """Memory per device for training a stack of `members`, as the compiler counts it; compiles the training program.
+        """Memory per device for training a stack of `members`, as the compiler counts it; it is compiled, and runs from now on.
 
         Arguments, results and temporary arrays, with the images of all splits where they are resident. A 'vmap' needs
         temporary arrays for every member, a 'scan' for one.
@@ -215,7 +221,10 @@ class Program:
         if not self.resident:  # the pieces on their way
             piece = arguments[1]
             besides = AHEAD * math.prod(piece.shape) * piece.dtype.itemsize // self.mesh.devices.size
-        return sum(memory_sizes(self._run_steps.lower(*arguments).compile())) + besides
+        compiled = self._run_steps.lower(*arguments).compile()
+        if self.config.device_map != "pmap":
+            self.compiled = self.use(compiled)
+        return sum(memory_sizes(compiled)) + besides
 
     def score(self, state: TrainState, split: str, configs: Sequence[Config]) -> Iterator[SplitScores]:
         """Scores of each member on a split, with the posterior samples that every evaluation of it takes."""

@@ -680,7 +680,7 @@ def test_a_planned_stack_fits_as_the_compiler_counts_it(measured, monkeypatch):
     monkeypatch.setattr(Program, "needed_bytes", lambda self, members: total.get(members) or count(self, members))
     for room in (total[1], (total[1] + total[2]) // 2, total[2], (total[2] + total[3]) // 2, total[3], total[5]):
         monkeypatch.setattr(sweeps, "available_bytes", lambda mesh, room=room: room)
-        size = sweeps._stack_size(BASE, images, "scan", 5, None)
+        size = sweeps._stack(BASE, images, "scan", 5, None)[0]
         assert total[size] <= room
 
 
@@ -718,7 +718,7 @@ def test_no_turn_needs_more_than_there_is(devices, members, parameters, activati
 
     monkeypatch.setattr(Program, "needed_bytes", needed)
     monkeypatch.setattr(sweeps, "available_bytes", lambda mesh: 100 + 80 * room)
-    size = sweeps._stack_size(config, images, "scan", members, None)
+    size = sweeps._stack(config, images, "scan", members, None)[0]
     turns = -(-members // size)
     for turn in [size] * (turns - 1) + [members - size * (turns - 1)]:
         mesh = sweep_mesh(devices, turn, 504)
