@@ -44,7 +44,7 @@ class _Lists:
     """The grid: a member for every combination of the values of these lists."""
 
     beta: tuple[float, ...]
-    """Weights of the rate."""
+    """Weights of the rate; given here, they are those of all decoder variances."""
     learning_rate: tuple[float, ...]
     """Peak learning rates; the config's own if not given."""
     seeds: int
@@ -66,7 +66,10 @@ class _Lists:
         """The sweep of these lists; what they leave open is that of the config file."""
         variances = choose_variances(config, file_grid.decoder_variance, self.decoder_variance, self.constant, self.optimal)
         priors = choose_priors(config, file_grid.prior, self.prior, self.components, self.pseudo_inputs)
-        return Sweep(self.beta, variances, self.seeds, self.learning_rate, priors)
+        own_beta = tuple((variance, betas) for variance, betas in file_grid.own_beta if variance in variances)
+        if self.beta is not file_grid.beta:  # given on the command line
+            own_beta = ()
+        return Sweep(self.beta, variances, self.seeds, self.learning_rate, priors, own_beta)
 
 
 def sweep(

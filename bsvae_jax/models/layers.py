@@ -3,6 +3,7 @@
 Matrix products and activations run in a network's `dtype`; parameters are float32, and biases are added in float32.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,10 @@ PosteriorParameters = tuple[Latents, Latents]
 
 HIGHEST = jax.lax.Precision.HIGHEST
 """Full float32 products; by default TPUs and recent GPUs round their factors."""
+EPSILON = 1e-5
+"""Added to the variance that BatchNorm divides by, as PyTorch does."""
+MOMENTUM = 0.9
+"""Share that BatchNorm's averages keep at a step; PyTorch's momentum is what they take, 0.1."""
 
 
 class Initialization(NamedTuple):
@@ -61,7 +66,12 @@ def add_bias(x: Array, bias: Float[Array | np.ndarray, " features"]) -> Array:
     The bias's gradient is a sum over all examples and positions, and is taken in the type of this addition: a bfloat16 sum of
     ones stands still at 256.
     """
-    return (as_float32(x) + bias.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+    return (as_float32(x) + _beside(x, bias)).astype(x.dtype)
+
+
+def _beside(x: Array, values: Float[Array | np.ndarray, " features"]) -> Array:
+    """One value per feature, with as many axes as `x`."""
+    return jnp.reshape(values, (1,) * (x.ndim - 1) + (-1,))
 
 
 class Dense(nn.Module):
@@ -81,6 +91,83 @@ class Dense(nn.Module):
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
         y = jnp.dot(x, kernel, precision=exact(x.dtype))
         return add_bias(y, self.param("bias", self.start.bias(inputs), (self.features,), jnp.float32)) if self.use_bias else y
+
+
+BatchStatistics = Float[Array, " features"]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def normalize(
+    x: Float[Array, "*batch features"], scale: BatchStatistics, bias: BatchStatistics, axis_name: str | None, dtype: Any
+) -> tuple[Float[Array, "*batch features"], BatchStatistics, BatchStatistics]:
+    """`x` with the mean `bias` and the standard deviation `scale` in every feature, over the batch of all devices.
+
+    Also mean and (biased) variance before it, in at least float32. One pass over `x` for both, one for the result; backwards as
+    many: the derivative is written out, because that of the operations sums three times over what it needs two sums of.
+
+    Args:
+      x: [..., F].
+      scale: [F].
+      bias: [F].
+      axis_name: of the devices that share the batch.
+      dtype: of the result.
+    """
+    mean, square = _batch_means(axis_name, as_float32(x), jnp.square(as_float32(x)))
+    variance = jnp.maximum(0.0, square - jnp.square(mean))
+    return _standardize(x, mean, variance, scale, bias).astype(dtype), mean, variance
+
+
+def _standardize(
+    x: Array, mean: BatchStatistics, variance: BatchStatistics, scale: BatchStatistics, bias: BatchStatistics
+) -> Array:
+    return (x - _beside(x, mean)) * _beside(x, jax.lax.rsqrt(variance + EPSILON) * scale) + _beside(x, bias)
+
+
+@normalize.defjvp
+def _normalize_jvp(axis_name: str | None, dtype: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x, scale, bias), (x_tangent, scale_tangent, bias_tangent) = primals, tangents
+    y, mean, variance = normalize(x, scale, bias, axis_name, dtype)
+    inverse = jax.lax.rsqrt(variance + EPSILON)
+    standard, x_tangent = (x - _beside(x, mean)) * _beside(x, inverse), as_float32(x_tangent)
+    along_mean, along_standard = _batch_means(axis_name, x_tangent, standard * x_tangent)
+    factor = scale * inverse
+    # Grouped by what varies within a feature: backwards, each group is one sum.
+    slope, offset = scale_tangent - factor * along_standard, bias_tangent - factor * along_mean
+    y_tangent = _beside(x, factor) * x_tangent + _beside(x, slope) * standard + _beside(x, offset)
+    return (y, mean, variance), (y_tangent.astype(dtype), along_mean, 2.0 * along_standard / inverse)
+
+
+def _batch_means(axis_name: str | None, *values: Array) -> Array:
+    """Means of arrays [..., F] over all but the last axis and over the devices, [number of arrays, F]."""
+    means = jnp.stack([jnp.mean(value, tuple(range(value.ndim - 1))) for value in values])
+    return means if axis_name is None else jax.lax.pmean(means, axis_name)
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm with PyTorch's constants, over the last axis: the variables of `flax.linen.BatchNorm`, and its numbers."""
+
+    train: bool
+    """Whether to use the statistics of the batch, and to average them; the averages are used otherwise."""
+    axis_name: str | None = None
+    """Of the devices that share the batch."""
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        """[..., F] to [..., F], in `dtype`."""
+        shape = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        variance = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        if not self.train:
+            return _standardize(x, mean.value, variance.value, scale, bias).astype(self.dtype)
+        initializing = self.is_initializing()
+        y, batch_mean, batch_variance = normalize(x, scale, bias, None if initializing else self.axis_name, self.dtype)
+        if not initializing:
+            mean.value = MOMENTUM * mean.value + (1.0 - MOMENTUM) * batch_mean
+            variance.value = MOMENTUM * variance.value + (1.0 - MOMENTUM) * batch_variance
+        return y
 
 
 def stage_size(side: int, stage: int) -> int:

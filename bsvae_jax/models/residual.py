@@ -31,6 +31,7 @@ from bsvae_jax.models._subpixel import (
 from bsvae_jax.models.layers import (
     PYTORCH,
     PYTORCH_TRANSPOSED,
+    BatchNorm,
     Latents,
     PosteriorParameters,
     add_bias,
@@ -73,11 +74,6 @@ class Residual(Network):
         """Convolutions with BatchNorm, whose statistics are averaged over `axis_name`."""
         shared = (self.widths, axis_name, dtype, rematerialize)
         return ResidualEncoder(latent_size, *shared), ResidualDecoder(output_shape(data_shape, outputs), *shared)
-
-
-def batch_norm(train: bool, axis_name: str | None, dtype: Any, name: str | None = None) -> nn.BatchNorm:
-    """BatchNorm with PyTorch's constants; its statistics are averaged over `axis_name`, the devices' axis."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, name=name)
 
 
 class TransposedConvolution(nn.Module):
@@ -125,12 +121,12 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Images, train: bool = False) -> FeatureMaps:
         """Feature maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
         y = Convolution(self.features, 3, self.stride, self.dtype, PYTORCH, train, name="conv1")(x)
-        y = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="norm1")(y))
+        y = nn.leaky_relu(BatchNorm(train, self.axis_name, self.dtype, name="norm1")(y))
         y = Convolution(self.features, 3, 1, self.dtype, PYTORCH, train, name="conv2")(y)
-        y = batch_norm(train, self.axis_name, self.dtype, name="norm2")(y)
+        y = BatchNorm(train, self.axis_name, self.dtype, name="norm2")(y)
         if self.stride != 1 or x.shape[-1] != self.features:
             x = Convolution(self.features, 1, self.stride, self.dtype, PYTORCH, train, name="shortcut_conv")(x)
-            x = batch_norm(train, self.axis_name, self.dtype, name="shortcut_norm")(x)
+            x = BatchNorm(train, self.axis_name, self.dtype, name="shortcut_norm")(x)
         return nn.leaky_relu(y + x)
 
 
@@ -156,11 +152,11 @@ class ResidualEncoder(nn.Module):
                 name = f"stage{stage}_block{block}"
                 x = _block(self.rematerialize)(width, stride, self.axis_name, self.dtype, name=name)(x, train)
         hidden = dense(2 * self.latent_size, self.dtype, name="hidden", start=PYTORCH)(x.reshape(x.shape[0], -1))
-        hidden = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(hidden))
+        hidden = nn.leaky_relu(BatchNorm(train, self.axis_name, self.dtype, name="hidden_norm")(hidden))
         return split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior", start=PYTORCH)(hidden))
 
 
-def _upsample(conv: TransposedConvolution, norm: nn.BatchNorm, x: Array, size: tuple[int, int]) -> Array:
+def _upsample(conv: TransposedConvolution, norm: BatchNorm, x: Array, size: tuple[int, int]) -> Array:
     return nn.leaky_relu(norm(conv(x, size)))
 
 
@@ -184,7 +180,7 @@ class ResidualDecoder(nn.Module):
         features, stages = self.widths[::-1], len(self.widths)
         sizes = [(stage_size(height, stage), stage_size(width, stage)) for stage in reversed(range(stages + 1))]
         x = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden", start=PYTORCH)(z)
-        x = nn.leaky_relu(batch_norm(train, self.axis_name, self.dtype, name="hidden_norm")(x))
+        x = nn.leaky_relu(BatchNorm(train, self.axis_name, self.dtype, name="hidden_norm")(x))
         x = x.reshape(z.shape[0], *sizes[0], features[0])
         x = _block(self.rematerialize)(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)
         unordered = (height % 2, width % 2) == (0, 0)
@@ -192,7 +188,7 @@ class ResidualDecoder(nn.Module):
             last = stage == stages - 1
             name = f"stage{stage}_conv"
             conv = TransposedConvolution(feature, 2, unordered and last, train, dtype=self.dtype, name=name)
-            norm = batch_norm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")
+            norm = BatchNorm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")
             run = nn.remat(_upsample, static_argnums=(3,)) if self.rematerialize else _upsample
             x = run(conv, norm, x, sizes[stage + 1])
         x = TransposedConvolution(channels, 1, unordered, dtype=self.dtype, name="image")(x, (height, width))

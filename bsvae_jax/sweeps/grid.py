@@ -53,6 +53,8 @@ class Sweep:
     """Peak learning rates; empty: the config's own."""
     prior: tuple[Prior, ...] = ()
     """Priors of the latents; empty: the config's own."""
+    own_beta: tuple[tuple[DecoderVariance, tuple[float, ...]], ...] = ()
+    """Decoder variances with betas of their own in place of `beta`: a constant variance collapses at another one."""
 
     def __post_init__(self) -> None:
         for name in ("beta", "decoder_variance", "learning_rate", "prior"):
@@ -65,6 +67,11 @@ class Sweep:
             repeated = [value for index, value in enumerate(values) if value in values[:index]]
             if repeated:
                 raise UserError(f"{name} names {repeated[0]!r} twice; every member of a sweep is different.")
+        for variance, betas in self.own_beta:
+            if variance not in self.decoder_variance or not betas or len(set(betas)) < len(betas):
+                raise UserError(
+                    f"own_beta gives a decoder variance of the sweep at least one beta, each once; got {betas} of {variance!r}."
+                )
         check_count("seeds", self.seeds)
 
     def members(self, config: Config) -> list[GridMember]:
@@ -75,7 +82,12 @@ class Sweep:
         """
         rates = self.learning_rate or (config.optimizer.learning_rate,)
         seeds = range(config.seed, config.seed + self.seeds)
-        product = itertools.product(self.decoder_variance, self.prior or (config.prior,), rates, self.beta, seeds)
+        own_beta = dict(self.own_beta)
+        product = (
+            (variance, *rest)
+            for variance in self.decoder_variance
+            for rest in itertools.product(self.prior or (config.prior,), rates, own_beta.get(variance, self.beta), seeds)
+        )
         members = []
         for variance, prior, rate, beta, seed in product:
             optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)

@@ -281,7 +281,7 @@ class Checkpoints:
                 reason = "" if digest(restored) == sha256 else "its arrays are not those that were saved"
             except Exception as error:  # whatever it is: training on would be for nothing
                 reason = _first_line(error)
-            gc.collect()
+                gc.collect()
         if reason:
             rescue = self._unmerged(step) or "Choose another --workdir"
             raise LostCheckpointError(

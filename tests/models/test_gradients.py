@@ -10,8 +10,8 @@ from helpers import float64
 from bsvae_jax.config import MLP, Flow, Linear, Mixture, Residual, Spatial, StandardNormal, VampPrior
 from bsvae_jax.models._subpixel import Convolution
 from bsvae_jax.models.latent_map import _group_norm
-from bsvae_jax.models.layers import dense
-from bsvae_jax.models.residual import TransposedConvolution, batch_norm
+from bsvae_jax.models.layers import BatchNorm, dense
+from bsvae_jax.models.residual import TransposedConvolution
 from bsvae_jax.models.vae import build_vae
 from bsvae_jax.objective import Constant, Learned, Optimal, Predicted, mean_objective
 
@@ -80,8 +80,8 @@ LAYERS = {
     "transposed": (TransposedConvolution(3, 1, dtype=jnp.bfloat16), MAPS, ((32, 32),)),
     "unordered": (TransposedConvolution(3, 1, unordered=True, dtype=jnp.bfloat16), MAPS, ((64, 64),)),
     "transposed, doubling": (TransposedConvolution(3, 2, dtype=jnp.bfloat16), MAPS, ((64, 64),)),
-    "batch norm": (batch_norm(False, None, jnp.bfloat16), MAPS, ()),
-    "batch norm in training": (batch_norm(True, None, jnp.bfloat16), MAPS, ()),
+    "batch norm": (BatchNorm(False, None, jnp.bfloat16), MAPS, ()),
+    "batch norm in training": (BatchNorm(True, None, jnp.bfloat16), MAPS, ()),
     "group norm": (_group_norm(1, jnp.bfloat16, "norm"), MAPS, ()),
 }
 

@@ -57,6 +57,16 @@ def test_members_are_the_product_by_variance_rate_beta_and_seed():
     assert len({member.config for member in members}) == 16
 
 
+def test_a_variance_may_have_betas_of_its_own():
+    both = (Optimal(), Constant(0.5))
+    grid = Sweep(beta=(1.0, 2.0), decoder_variance=both, seeds=1, own_beta=((Constant(0.5), (0.1,)),))
+    names = [member.name for member in grid.members(BASE)]
+    assert names == ["optimal_beta1_seed3", "optimal_beta2_seed3", "constant-0.5_beta0.1_seed3"]
+    for own in (((Constant(0.1), (0.1,)),), ((Constant(0.5), ()),), ((Constant(0.5), (0.1, 0.1)),)):
+        with pytest.raises(UserError, match="own_beta gives a decoder variance of the sweep at least one beta, each once; got"):
+            Sweep(beta=(1.0,), decoder_variance=both, own_beta=own)
+
+
 def test_the_papers_grid_is_the_default():
     members = Sweep().members(Config())
     assert len(members) == 5 * 2 * 5

@@ -43,16 +43,11 @@ def pixels_of(figure):
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
 
 
-@pytest.mark.parametrize("dpi", [72, 100, 150])
-def test_no_label_covers_a_line_a_point_or_another_label(figure, dpi):
-    """Where a label is, there is nothing but paper once all labels are gone."""
-    figure.set_dpi(dpi)
+def labels_that_cover_nothing(figure):
+    """Its labels, found to lie where there is nothing but paper once all labels are gone, and not on each other."""
     figure.canvas.draw()
     texts = [text for axes in figure.axes for text in axes.texts]
     boxes = [text.get_window_extent() for text in texts]
-    said = " ".join(text.get_text() for text in texts)
-    assert all(f"{beta:g}" in said for beta in BETAS)
-    assert [text.get_text() for text in texts].count("β=1") == 2  # in both panels
     for text in texts:
         text.set_visible(False)
     for axes in figure.axes:
@@ -62,6 +57,25 @@ def test_no_label_covers_a_line_a_point_or_another_label(figure, dpi):
         top, bottom = len(paper) - round(box.y1), len(paper) - round(box.y0)
         assert (paper[top:bottom, round(box.x0) : round(box.x1)] == 255).all(), texts[index].get_text()
         assert not box.count_overlaps(boxes[:index])
+    return [text.get_text() for text in texts]
+
+
+@pytest.mark.parametrize("dpi", [72, 100, 150])
+def test_no_label_covers_a_line_a_point_or_another_label(figure, dpi):
+    figure.set_dpi(dpi)
+    found = labels_that_cover_nothing(figure)
+    assert all(f"{beta:g}" in " ".join(found) for beta in BETAS)
+    assert found.count("β=1") == 2  # in both panels
+
+
+@pytest.mark.parametrize(("away", "reach"), [(3.0, 0.0), (12.0, 12.0)], ids=["markers", "error bars"])
+def test_labels_keep_off_other_models(away, reach):
+    """Another model's marker, or its long error bar, lies where the label of each point would go first."""
+    x, none = np.array([10.0, 40.0, 70.0, 100.0]), np.zeros(4)
+    named = Curve("named", x, np.array([0.0, 10.0, 20.0, 30.0]), none, none, ("β=1", "β=2", "β=3", "β=4"))
+    other = Curve("other", x + away, named.y + 1.2, none + reach, none)
+    found = labels_that_cover_nothing(plots.rate_distortion([named, other], [other], [], []))
+    assert found == ["β=1", "β=2", "β=3", "β=4"]
 
 
 def test_the_legends_cover_no_data(figure):
