@@ -18,6 +18,12 @@ _PLATFORMS = {
     "gpu": "needs a GPU, its driver, and JAX built for it: pip install -U 'jax[cuda13]'",
     "tpu": "needs a machine with TPUs, and JAX built for them: pip install -U 'jax[tpu]'",
 }
+_CHECKS_OF_JAX = {
+    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+    **{f"JAX_TRANSFER_GUARD{kind}": "allow" for kind in ("", "_HOST_TO_DEVICE", "_DEVICE_TO_HOST", "_DEVICE_TO_DEVICE")},
+}
+"""Switches by which JAX refuses what a program under development may not mean, and what they are by default. They change no
+number; Optax and Orbax do not pass them."""
 _NARROWEST = 40
 """Columns that help and tables are wrapped to at the least."""
 
@@ -101,7 +107,7 @@ def commandline_environment() -> Iterator[None]:
         # Stays until the process ends: Python flushes its streams then, and a failure would be the exit status.
         raw = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)
         sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Lossy(raw)), sys.stderr.encoding, "bsvae", write_through=True)
-    set_here = {"MPLBACKEND": "agg"}
+    set_here = {"MPLBACKEND": "agg"} | {name: value for name, value in _CHECKS_OF_JAX.items() if name in os.environ}
     if shutil.get_terminal_size().columns < _NARROWEST:
         set_here["COLUMNS"] = str(_NARROWEST)
     before = {name: os.environ.get(name) for name in set_here}

@@ -80,6 +80,25 @@ def test_commands_draw_without_a_display_and_give_the_variables_back(monkeypatch
     assert (os.environ["MPLBACKEND"], os.environ["COLUMNS"]) == ("module://of_a_notebook", "1")
 
 
+@pytest.mark.long
+def test_a_command_runs_under_strict_checks_of_jax(tmp_path):
+    config = "from bsvae_jax.config import MLP, Config\n"
+    config += "def get_config(): return Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)"
+    (tmp_path / "small.py").write_text(config)
+    command = f'"$PYTHON" -m bsvae_jax train {tmp_path}/small.py --workdir {tmp_path}/run'
+    result = shell(command, JAX_NUMPY_DTYPE_PROMOTION="strict", JAX_TRANSFER_GUARD="disallow")
+    assert result.returncode == 0, result.stderr
+
+
+def test_checks_of_jax_are_given_back(monkeypatch):
+    monkeypatch.setenv("JAX_TRANSFER_GUARD", "disallow")
+    monkeypatch.delenv("JAX_NUMPY_DTYPE_PROMOTION", raising=False)
+    with commandline_environment():
+        assert os.environ["JAX_TRANSFER_GUARD"] == "allow"
+        assert "JAX_NUMPY_DTYPE_PROMOTION" not in os.environ
+    assert os.environ["JAX_TRANSFER_GUARD"] == "disallow"
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     given = ["~/run", "--out=~/x.npz", "--data.path=~/d", "a~/b", "--beta", "1", "x=~/y"]
