@@ -23,8 +23,8 @@ The sweep has betas that give its three variances similar rates (mean and standa
     1                        -1.9 +- 1.1 (beta 6)        -3.0 +- 0.9 (6)      -1.1 +- 0.6 (0.6)
 
 Of each variance the second has the best validation images. With 100 epochs and all 1,500 images to train on (`--epochs 100
---data.validation None --beta ...`) the best calibrated ELBOs of a finer grid, chosen on the test set, were 25.5 (each image, beta
-1.5), 26.0 (batch, 1.5) and 24.7 nats (1/2, beta 0.03).
+--data.validation None --beta ...`) the best calibrated ELBOs of a finer grid, chosen on the test set, were 25.5 (each image, at
+beta 1.5), 26.0 (batch, 1.5) and 24.7 nats (1/2, 0.03).
 """
 
 from bsvae_jax import Sweep

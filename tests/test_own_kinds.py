@@ -38,7 +38,7 @@ def run(mine):
 def test_the_run_is_that_of_the_file(mine, run):
     saved = json.loads((run / "config.json").read_text())["config"]
     assert saved["network"] == {"kind": "mine:OverTime", "width": 4}
-    assert saved["data"] == {"kind": "mine:Waves"}
+    assert saved["data"] == {"kind": "mine:Waves", "validation": None}
     opened = bv.restore(run, config=mine)
     assert opened.image_shape == (64, 3)
     assert type(opened.config.network).__name__ == "OverTime"

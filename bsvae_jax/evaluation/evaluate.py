@@ -140,6 +140,7 @@ def evaluate(
         parameters are not finite; for FID, what is no image [H, W, C] of 1 or 3 channels, weights that cannot be had, or for
         'lenet' images without classes.
     """
+    check_kind("run", run, Restored, "bsvae_jax.restore(workdir) opens one")
     check_kind("images", images, ImageSet, "bsvae_jax.data.load(run.config.data) reads them")
     splits = images.splits if splits is None else splits
     _check(run, images, splits, samples, bound_images)
@@ -187,7 +188,6 @@ def evaluate(
 
 
 def _check(run: Restored, images: ImageSet, splits: Sequence[str], samples: int | None, bound_images: int | None) -> None:
-    check_kind("run", run, Restored, "bsvae_jax.restore(workdir) opens one")
     known = f"{', '.join(images.splits[:-1])} and {images.splits[-1]}"
     if not isinstance(splits, Sequence) or isinstance(splits, str) or not splits:
         raise UserError(f"splits must be some of the names {known}, as in ('test',), got {splits!r}.")

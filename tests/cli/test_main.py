@@ -225,7 +225,7 @@ FLOATS = np.full((600, 4, 4, 1), 0.5, np.float32)
     ("images", "sentence"),
     [
         (np.zeros((600, 4), np.uint8), r"must have shape \[N, H, W\] or \[N, H, W, C\], got \(600, 4\)"),
-        (np.zeros((600, 4, 4), np.int64), "must be uint8 .* got dtype int64"),
+        (np.zeros((600, 4, 4), np.int64), "has signed 64 bits; bits per dimension depend .* give levels=256"),
         (FLOATS * 3, r"must lie in \[0, 1\], got values from 1.5 to 1.5; divide 8-bit values by 255"),
         (FLOATS - 1, r"must lie in \[0, 1\]"),
         (np.where(np.arange(600).reshape(-1, 1, 1, 1) == 7, np.nan, FLOATS), "holds NaN or infinite values in 1 images"),
@@ -359,7 +359,8 @@ def test_wrong_workdirs_and_files(trained, tmp_path, capsys):
     assert existing.read_bytes() == b"precious"
     assert "cannot be written" in refused(["sample", trained, "--out", "/dev/null/x.npz"], capsys)
     assert "--split needs at least one" in refused(["evaluate", trained, "--split"], capsys)
-    assert "invalid choice 'validation'" in refused(["evaluate", trained, "--split", "validation"], capsys)
+    assert "invalid choice 'valid'" in refused(["evaluate", trained, "--split", "valid"], capsys)
+    assert "splits are train and test" in refused(["evaluate", trained, "--split", "validation"], capsys)
 
 
 def test_a_run_without_a_checkpoint(trained, tmp_path, capsys):

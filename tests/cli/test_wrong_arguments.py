@@ -353,6 +353,8 @@ ROWS = [
     ("data.load", lambda: data.load(Folder("nowhere")), "There is no folder or file 'nowhere'"),
     ("data.load", lambda: data.load(bv.config.MNIST("nowhere")), "nowhere lacks train-images-idx3-ubyte.gz"),
     ("data.load", of_files(lambda files: data.load(TFDS("no_such", data_dir=files))), "TFDS has no set 'no_such'"),
+    ("data.prepare", lambda: data.prepare(3, "folder"), "train must be an iterable of images, got a value of type int"),
+    ("prepare", lambda: bv.prepare(IMAGES, 4), "folder must be of type str or PathLike, got 4"),
     ("data.shape_of", lambda: data.shape_of("digits"), "source must be .* derived from bsvae_jax.Dataset, got 'digits'"),
     ("data.shape_of", lambda: data.shape_of(bv.config.Digits(), (8, 0)), r"height, width and channels, .* got \(8, 0\)"),
     ("data.shape_of", lambda: data.shape_of(bv.config.Digits(), images=5), "A number of images is for an image shape"),
