@@ -139,7 +139,7 @@ def as_table(report: Report) -> str:
 
     splits = list(report)
     names = list(next(iter(report.values())))
-    rows = [["", *splits, "unit", "meaning"]]
+    rows = [["± standard error of the mean", *splits, "unit", "meaning"]]
     for name in names:
         first = report[splits[0]][name]
         rows.append([name, *(cell(report[split][name]) for split in splits), first.unit, first.meaning])

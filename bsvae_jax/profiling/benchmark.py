@@ -192,8 +192,9 @@ def measure(
     chip = CHIPS.get(device.device_kind)
     stats = device.memory_stats() if device.platform != "cpu" else None
     peak = stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    cost = program_cost(compiled)
-    if execution == "scan":  # the compiler counts one pass through a loop
+    gpu = device.platform == "gpu"  # where the compiler's own counts leave out cuDNN's convolutions
+    cost = program_cost(compiled, gpu)
+    if execution == "scan" and not gpu:  # the compiler counts one pass through a loop
         cost = cost._replace(flops=members * cost.flops, bytes_accessed=members * cost.bytes_accessed)
     return Speed(
         describe_devices(program.mesh),
