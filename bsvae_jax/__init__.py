@@ -18,6 +18,7 @@ command line runs them:
     train_step, TrainState.create                  one step of any `VAE`, for a loop of your own; `distributed.parallelize`
     failed_step(workdir)                           the arguments of the step that was not finite
     import_torch, export_safetensors               weights from the paper's PyTorch network; weights for other programs
+    export_stablehlo(workdir, folder)              encoder and decoder as programs that JAX runs without this package
 
 A wrong argument is a `UserError`, which is a `ValueError`; training that is not finite is a `DivergenceError` (both are
 `BsvaeError`s), a signal an `Interrupted`. Importing the package touches no device, and loads nothing: a public name is imported

@@ -33,7 +33,7 @@ from .sweeps.grid import Sweep
 from .sweeps.report import write_report
 from .sweeps.results import read_results
 from .training.callbacks import Callback, CallbackError, EarlyStopping, WandbTracker
-from .training.export import export_safetensors
+from .training.export import export_safetensors, export_stablehlo
 from .training.failed_step import FailedStep, failed_step
 from .training.fit import FitResult, fit
 from .training.fit_prior import fit_prior
@@ -85,6 +85,7 @@ __all__ = [
     "evaluate",
     "evaluation",
     "export_safetensors",
+    "export_stablehlo",
     "failed_step",
     "fit",
     "fit_prior",

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jax import export as jax_export
 
 from bsvae_jax import config as configs
 from bsvae_jax._io.files import as_path, write_atomically
@@ -57,8 +60,7 @@ def export_safetensors(
     out = as_path(out, "out")
     if out.suffix != ".safetensors":
         raise UserError(f"The file must be called NAME.safetensors, got {out}.")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; give another --out, or --overwrite to replace it.")
+    _check_free(out, overwrite)
     run = restore(workdir, checkpoint)
     arrays = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(run.variables).items()}
     metadata = {
@@ -70,9 +72,87 @@ def export_safetensors(
     }
     if run.calibration is not None:
         metadata["calibrated_variance"] = json.dumps(run.calibration.variance)
+    _write(out, safetensors.numpy.save(arrays, metadata))
+    return out
+
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_stablehlo(
+    workdir: str | Path,
+    out: str | Path,
+    checkpoint: Literal["latest", "best"] = "latest",
+    overwrite: bool = False,
+) -> tuple[Path, Path]:
+    """Write encoder and decoder of a run, weights included, as StableHLO programs that JAX alone runs, on CPU, GPU and TPU.
+
+    Both take any number of examples, in float32. `jax.export.deserialize(path.read_bytes()).call` is the function:
+
+    * `encoder.stablehlo`: data [N, ...] (images in [0, 1]) to mean and log-variance of q(z|x), [N, L] each;
+    * `decoder.stablehlo`: latents [N, L] to the mean of p(x|z), [N, ...], and, where the model has one, its log-variance.
+
+    Args:
+      workdir: of `fit`, `import_torch`, or a member of a sweep.
+      out: a folder.
+      checkpoint: as for `restore`.
+      overwrite: replace what is already there.
+
+    Returns:
+      The two files.
+
+    >>> import tempfile
+    >>> import bsvae_jax as bv
+    >>> config = bv.Config(network=configs.MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = bv.fit(config, f"{folder}/run", progress=False)
+    ...     encoder, decoder = export_stablehlo(f"{folder}/run", f"{folder}/programs")
+    ...     decode = jax_export.deserialize(bytearray(decoder.read_bytes())).call
+    >>> decode(jnp.zeros((3, 2))).shape
+    (3, 8, 8, 1)
+
+    Raises:
+      UserError: as `restore`; a file that exists, a place that cannot be written, or a network that cannot be compiled for a
+        free number of examples or for all platforms.
+    """
+    out = as_path(out, "out")
+    files = (out / "encoder.stablehlo", out / "decoder.stablehlo")
+    for file in files:
+        _check_free(file, overwrite)
+    run = restore(workdir, checkpoint)
+
+    def encode(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        posterior: Any = run.model.apply(run.variables, x, method="encode")
+        return posterior.mean, posterior.log_variance
+
+    def decode(z: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
+        decoded: Any = run.model.apply(run.variables, z, method="decode")
+        return decoded.mean if decoded.log_variance is None else (decoded.mean, decoded.log_variance)
+
+    (count,) = jax_export.symbolic_shape("count")
+    shapes = ((encode, run.image_shape), (decode, (run.config.latent_size,)))
+    for file, (function, shape) in zip(files, shapes, strict=True):
+        example = jax.ShapeDtypeStruct((count, *shape), jnp.float32)
+        try:
+            program = jax_export.export(jax.jit(function), platforms=PLATFORMS)(example).serialize()
+        except Exception as error:  # whatever a network of the user's own does with the number of examples
+            reason = str(error).strip().split("\n")[0][:200]
+            raise UserError(
+                f"{file.stem} of {type(run.config.network).__name__} cannot be exported for a free number of examples on "
+                f"{', '.join(PLATFORMS)}: {reason}"
+            ) from error
+        _write(file, bytes(program))
+    return files
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; give another --out, or --overwrite to replace it.")
+
+
+def _write(out: Path, content: bytes) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, safetensors.numpy.save(arrays, metadata))
+        write_atomically(out, content)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}).") from error
-    return out

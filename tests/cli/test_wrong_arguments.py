@@ -295,6 +295,8 @@ ROWS = [
     ("Fid", lambda: bv.Fid(protocol="papers"), "protocol must be 'standard' or 'paper', got 'papers'"),
     ("Fid", lambda: bv.Fid(weights="inception.pth"), "weights must be of type Weights, .*; inception.load_weights"),
     ("export_safetensors", lambda: bv.export_safetensors("run", "weights.npz"), "NAME.safetensors, got weights.npz"),
+    ("export_stablehlo", lambda: bv.export_stablehlo("nowhere", "programs"), "nowhere is not a run"),
+    ("export_stablehlo", lambda: bv.export_stablehlo("run", None), "out must be of type str or PathLike"),
     ("export_safetensors", lambda: bv.export_safetensors("run", None), "out must be of type str or PathLike"),
     ("FittedPrior", lambda: FITTED.log_prob(np.zeros((3, 5))), r"z must have shape \[N, 2\], got \(3, 5\)"),
     ("FittedPrior", lambda: FITTED.sample(KEY, 0), "count must be a whole number >= 1, got 0"),
