@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from bsvae_jax.errors import UserError
 
 ALONE = """
 import sys
-import jax, numpy as np
+import jax.export, numpy as np
 encoder, decoder, inputs, outputs = sys.argv[1:]
 x = np.load(inputs)
 encode, decode = (jax.export.deserialize(bytearray(open(file, "rb").read())).call for file in (encoder, decoder))
