@@ -87,8 +87,8 @@ def export_stablehlo(
 ) -> tuple[Path, Path]:
     """Write encoder and decoder of a run, weights included, as StableHLO programs that JAX alone runs, on CPU, GPU and TPU.
 
-    Both take any number of examples, in float32. After `import jax.export`, `jax.export.deserialize(path.read_bytes()).call` is the
-    function:
+    Both take any number of examples, in float32. After `import jax.export`,
+    `jax.export.deserialize(bytearray(path.read_bytes())).call` is the function:
 
     * `encoder.stablehlo`: data [N, ...] (images in [0, 1]) to mean and log-variance of q(z|x), [N, L] each;
     * `decoder.stablehlo`: latents [N, L] to the mean of p(x|z), [N, ...], and, where the model has one, its log-variance.
