@@ -5,11 +5,11 @@
 MNIST is downloaded and prepared at the first use, without TensorFlow. Where there is no network, `--data.manual-dir FOLDER`
 names the folder of its four canonical files, train-images-idx3-ubyte.gz and its companions.
 
-Hardware and time: an accelerator for the 50 epochs; one NVIDIA H200 trains 67,000 images/s in batches of 512, float32, and 175,000
-in bfloat16 (`python tests/benchmarks/accelerator.py`). On 2 CPU cores it trains 525 images/s (495 to 550), float32, 39% of their
-peak, 1.5 GiB, and 0.80 times as fast as PyTorch 2.13 (channels-last) in the same run (`bsvae bench configs/mnist.py --noise
---against torch`); 4 epochs take about 8 minutes on idle cores (computed). Expect after `--epochs 4` (measured on CPU, seed 0), on
-the test set:
+Hardware and time: an accelerator for the 50 epochs; one NVIDIA H200 trains 67,000 images/s in batches of 512, float32, and
+175,000 in bfloat16 (`python tests/benchmarks/accelerator.py`). On 2 CPU cores it trains 525 images/s (495 to 550), float32, 39%
+of their peak, 1.5 GiB, and 0.80 times as fast as PyTorch 2.13 (channels-last) in the same run (`bsvae bench configs/mnist.py
+--noise --against torch`); 4 epochs take about 8 minutes on idle cores (computed). Expect after `--epochs 4` (measured on CPU,
+seed 0), on the test set:
 
     objective          -744 +- 3 nats: distortion -817, rate 72.7 (validation: -738 +- 4)
     calibrated ELBO     661 +- 2 nats (training: 659); 6.78 bits/dim
