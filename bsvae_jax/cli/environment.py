@@ -106,7 +106,7 @@ def commandline_environment() -> Iterator[None]:
     if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
         # Stays until the process ends: Python flushes its streams then, and a failure would be the exit status.
         raw = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)
-        sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Lossy(raw)), sys.stderr.encoding, "bsvae", write_through=True)
+        sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Lossy(raw)), sys.stderr.encoding, "bsvae", line_buffering=True)
     set_here = {"MPLBACKEND": "agg"} | {name: value for name, value in _CHECKS_OF_JAX.items() if name in os.environ}
     if shutil.get_terminal_size().columns < _NARROWEST:
         set_here["COLUMNS"] = str(_NARROWEST)

@@ -21,8 +21,9 @@ from PIL import Image
 STYLE: dict[str, dict[str, Any]] = {
     "train": dict(color="#4477aa", linestyle="-"),
     "test": dict(color="#cc3311", linestyle="--", marker="o", markersize=3),
+    "validation": dict(color="#ee7733", linestyle="--", marker="o", markersize=3),
 }
-
+NAMES = {"train": "training batches", "test": "test set", "validation": "validation images"}
 
 LINE_CELL = (12, 16)
 """Height and width of the cell in which an example is drawn as lines, in the place of an image's pixels."""
@@ -103,7 +104,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
             own = [row for row in rows if row["split"] == split and row.get(name) is not None]
             points = [(row["step"] * epochs_per_step, row[name]) for row in own]
             if points:
-                axes.plot(*np.transpose(points), label="training batches" if split == "train" else "test set", **style)
+                axes.plot(*np.transpose(points), label=NAMES[split], **style)
         if logarithmic:
             axes.set_yscale("log")
         axes.set_ylabel(label)

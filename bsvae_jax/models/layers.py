@@ -69,7 +69,7 @@ def add_bias(x: Array, bias: Float[Array | np.ndarray, " features"]) -> Array:
     return (as_float32(x) + _beside(x, bias)).astype(x.dtype)
 
 
-def _beside(x: Array, values: Float[Array | np.ndarray, " features"]) -> Array:
+def _beside(x: Array, values: Float[Array | np.ndarray, " features"]) -> Array | np.ndarray:
     """One value per feature, with as many axes as `x`."""
     return jnp.reshape(values, (1,) * (x.ndim - 1) + (-1,))
 

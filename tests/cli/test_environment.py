@@ -46,6 +46,19 @@ def test_a_standard_error_that_takes_nothing_is_no_failure(where, unbuffered):
     assert (result.returncode, result.stdout) == (0, "β ± 1, σ² × 2, 漢\n")
 
 
+def test_what_is_said_stands_in_a_file_at_once(tmp_path):
+    """A line on standard error is seen while the command goes on, and is not lost with it."""
+    script = (
+        "import os, sys\n"
+        "from bsvae_jax.cli.environment import commandline_environment\n"
+        "with commandline_environment():\n"
+        "    print('said', file=sys.stderr)\n"
+        "    os._exit(0 if os.fstat(2).st_size == 5 else 1)\n"
+    )
+    with (tmp_path / "log").open("w") as log:
+        assert subprocess.run([sys.executable, "-c", script], stderr=log, check=False).returncode == 0
+
+
 def test_a_standard_error_that_takes_nothing_leaves_the_status_of_an_error():
     assert shell('"$PYTHON" -m bsvae_jax report --nothing 2>&-').returncode == 2
 

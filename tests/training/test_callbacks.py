@@ -304,7 +304,7 @@ def test_progress_shows_what_is_logged_once(tmp_path, capsys):
     out, errors = capsys.readouterr()
     assert out == ""
     assert errors.splitlines()[0].startswith("digits: 1,500 training and 297 test images")
-    assert errors.count("digits: 1500") == 1
+    assert errors.count("digits: 1,500") == 1
 
 
 @pytest.mark.parametrize(

@@ -499,7 +499,7 @@ def test_other_data_under_the_same_config_are_refused(tmp_path):
     np.save(path, np.zeros((20, 4, 4), np.uint8))
     config = dataclasses.replace(SMALL, data=Arrays(str(path)), batch_size=9, latent_size=2)
     fit(config, tmp_path / "run", progress=False)
-    np.save(path, np.zeros((20, 5, 4), np.uint8))
+    np.save(path, np.zeros((20, 5, 5), np.uint8))
     with pytest.raises(UserError, match=r"was trained on images \(4, 4, 1\)"):
         fit(config, tmp_path / "run", progress=False)
     np.save(path, np.ones((20, 4, 4), np.uint8))
