@@ -18,7 +18,7 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.random import make_key
 from bsvae_jax.training.state import build_model, create_state
 
-SMALL = ("--epochs", "2", "--devices", "1")
+SMALL = ("--epochs", "2", "--evaluate-every", "1", "--devices", "1")
 
 
 @pytest.fixture(scope="module")
