@@ -506,6 +506,7 @@ def test_a_sweep_over_priors(swept, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_the_report_of_a_sweep_over_priors(swept):
     folder, _ = swept
     results = read_results(folder)

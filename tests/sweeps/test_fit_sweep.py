@@ -642,6 +642,7 @@ def test_a_member_that_diverges_late_keeps_its_checkpoint(monkeypatch, three, tm
     check_same(folder / NAMES[1], three / "members" / NAMES[1])
 
 
+@pytest.mark.long
 def test_every_member_diverges(tmp_path):
     result = run_sweep(BASE, Sweep((0.5, 1.0), (Optimal(),), 1, learning_rate=(1e30,)), tmp_path / "sweep")
     assert result.finished == []

@@ -107,6 +107,7 @@ def test_accumulation_saves_memory():
     assert kept_for_the_backward_pass(dataclasses.replace(config, gradient_accumulation=8)) < 0.4 * whole
 
 
+@pytest.mark.long
 def test_bfloat16_trains_as_well_as_float32(tmp_path):
     """Matrix products with 8 bits of mantissa, everything summed in float32: within 2% of the objective after training."""
     config = Config(network=MLP((64, 32)), latent_size=8, epochs=15, batch_size=64, devices=1)
@@ -120,6 +121,7 @@ def test_bfloat16_trains_as_well_as_float32(tmp_path):
     assert results["bfloat16"] == pytest.approx(results["float32"], abs=0.5)
 
 
+@pytest.mark.long
 def test_a_run_with_accumulation_is_resident_or_streamed_alike(tmp_path):
     config = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=400, devices=4, gradient_accumulation=2)
     resident = fit(config, tmp_path / "resident", progress=False)

@@ -78,6 +78,7 @@ def test_a_run_is_the_same_whatever_generator_is_the_default(first, tmp_path, mo
     assert not warnings_of(caplog)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_generator_is_not_damaged(tmp_path):
     """As earlier versions saved it under `JAX_DEFAULT_PRNG_IMPL=rbg`: a key of four numbers."""
     bv.fit(SMALL, tmp_path, progress=False)
@@ -157,6 +158,7 @@ def test_draws_are_the_same_in_double_precision(name):
         assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.long
 def test_a_run_is_the_same_in_double_precision(tmp_path, caplog):
     bv.fit(SMALL, tmp_path / "single", progress=False)
     with float64():
@@ -174,6 +176,7 @@ def test_a_run_is_the_same_in_double_precision(tmp_path, caplog):
 # --- The others -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_continued_under_another_threefry_is_told(tmp_path, caplog):
     with jax.threefry_partitionable(False):
         bv.fit(SMALL, tmp_path, progress=False)
