@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers import float64
 
 from bsvae_jax.distributed.mesh import DATA_AXIS, P, data_mesh, parallelize
 from bsvae_jax.models.layers import BatchNorm, normalize
@@ -55,7 +56,7 @@ def test_the_written_derivative_is_that_of_the_definition():
 
     arguments = [np.asarray(argument, np.float64) for argument in (X, SCALE, BIAS)]
     directions = [RANDOM.normal(size=argument.shape) for argument in arguments]
-    with jax.enable_x64(True):
+    with float64():
         form = lambda *given: normalize(*given, None, jnp.float64)  # noqa: E731
         (y, mean, variance), tangents = jax.jvp(form, tuple(map(jnp.asarray, arguments)), tuple(map(jnp.asarray, directions)))
         pulled = jax.vjp(form, *map(jnp.asarray, arguments))[1](tangents)

@@ -327,7 +327,7 @@ def test_training_is_pytorchs_step_by_step():
         adamw.step()
         return loss.item()
 
-    with jax.enable_x64(True):
+    with float64():
         model = VAE(*Residual(widths).build(latent, shape, dtype=jnp.float64), prior=StandardNormal(latent))
         variables = reference.to_flax(dtype=np.float64)
         params, statistics = ({part: variables[part][kind] for part in variables} for kind in ("params", "batch_stats"))
