@@ -91,11 +91,12 @@ def _name_points(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
     """Write the names beside their points; call once the figure is complete, since the places depend on all that is there.
 
     Points too close together share one label. A label goes to the nearest place where it covers no line, no marker and no
-    other label, and is left out where there is none.
+    other label and no other marker is nearer than its own, and is left out where there is none.
     """
     with any_letters():
         figure.draw_without_rendering()  # places axes and legend
     inside, (paths, taken) = axes.get_window_extent(), _obstacles(axes)
+    markers = axes.transData.transform(np.concatenate([np.stack([curve.x, curve.y], axis=1) for curve in curves]))
     for index, curve in enumerate(curves):
         color = COLORS[(index if curve.family is None else curve.family) % 8]
         for (x, y), name in _groups(axes, curve):
@@ -114,12 +115,19 @@ def _name_points(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
                 fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
                 if (
                     fits
+                    and _distances(box, axes.transData.transform([(x, y)]))[0] <= np.nanmin(_distances(box, markers)) + 1
                     and not box.count_overlaps(taken)
                     and not any(path.intersects_bbox(box, filled=False) for path in paths)
                 ):
                     taken.append(box)
                     break
                 text.remove()
+
+
+def _distances(box: Bbox, points: np.ndarray) -> np.ndarray:
+    """From a box to points [N, 2]."""
+    outside = np.maximum(np.maximum(np.array(box.min) - points, points - np.array(box.max)), 0)
+    return np.linalg.norm(outside, axis=1)
 
 
 PLACES = [
