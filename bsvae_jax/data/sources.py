@@ -237,17 +237,18 @@ def folder_recipe(source: Any) -> Recipe:
     log.info(found.division)
     splits = dict(found.splits)
     division: dict[str, Any] = {"holdout": None}
-
-    def divide(split: str, share: float, seed: int) -> None:
-        train = splits["train"]
-        positions = hold_out(train.contents(), share, seed, printable(str(path)), "testing" if split == "test" else split)
-        splits["train"], splits[split] = (train.take(part.tolist()) for part in positions)
-
+    shares = []
     if "test" not in splits:
-        divide("test", source.holdout, source.holdout_seed)
         division = {"holdout": [source.holdout, source.holdout_seed]}
+        shares.append(("test", source.holdout, source.holdout_seed))
     if isinstance(source.validation, float):
-        divide("validation", source.validation, VALIDATION_SEED)
+        shares.append(("validation", source.validation, VALIDATION_SEED))
+    contents = splits["train"].contents() if shares else []  # reads files
+    for split, share, seed in shares:
+        purpose = "testing" if split == "test" else split
+        parts = [part.tolist() for part in hold_out(contents, share, seed, printable(str(path)), purpose)]
+        splits["train"], splits[split] = [splits["train"].take(part) for part in parts]
+        contents = [contents[index] for index in parts[0]]
     if source.validation is not None:
         division["validation"] = source.validation
     return Recipe(
