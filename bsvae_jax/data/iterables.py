@@ -17,7 +17,7 @@ from bsvae_jax._io.files import as_path, is_used, take_folder
 from bsvae_jax._io.terminal import ProgressBar, messages_shown
 from bsvae_jax.data.decoding import CHANNELS, flattened
 from bsvae_jax.data.image_set import SPLITS, ImageSet, check_images
-from bsvae_jax.data.memory_map import Files, read_memory_map, write_manifest
+from bsvae_jax.data.memory_map import Files, write_manifest
 from bsvae_jax.errors import UserError, check_count, check_flag, check_number, shown
 
 _IMAGE_KEYS, _LABEL_KEYS = ("image", "images", "img", "pixel_values", "x"), ("label", "labels", "target", "y")
@@ -107,8 +107,7 @@ def prepare(
                     f"{folder}: no image was drawn for {split}; give a larger share, another holdout_seed, or a {split} set."
                 )
     with messages_shown(progress):
-        write_manifest(folder, convert.levels)
-        return read_memory_map(folder, own_validation=validation is not None, progress=progress)
+        return write_manifest(folder, convert.levels, own_validation=validation is not None)
 
 
 def _iterable(source: Any, name: str) -> Iterable[Any]:

@@ -140,14 +140,15 @@ def _open(folder: Path, name: str, levels: int, own_validation: bool, fingerprin
     )
 
 
-def write_manifest(folder: Path, levels: int) -> None:
-    """Say that the arrays of the folder are whole."""
+def write_manifest(folder: Path, levels: int, own_validation: bool) -> ImageSet:
+    """Say that the arrays of the folder are whole; its images, which need no check now, as of `read_memory_map`."""
     name = folder.resolve().name
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.glob("*.npy"))}
     wanted = [False, True][: 1 + ("validation.npy" in files)]
     fingerprints = [_open(folder, name, levels, own).fingerprint() for own in wanted]
     values = {"format": FORMAT, "name": name, "levels": levels, "files": files, "fingerprints": fingerprints}
     write_json(folder / "manifest.json", values)
+    return _told(folder, _open(folder, name, levels, own_validation, fingerprints[own_validation]))
 
 
 def read_memory_map(folder: Path, own_validation: bool = False, levels: int | None = None, progress: bool = True) -> ImageSet:
@@ -174,6 +175,9 @@ def read_memory_map(folder: Path, own_validation: bool = False, levels: int | No
             raise UserError(f"{folder} is damaged: its files are not those that were written; {remedy}.")
         if levels not in (None, values["levels"]):
             raise UserError(f"{folder} has {values['levels']:,} levels; leave out data.levels, which is {levels}.")
-        images = _open(folder, values["name"], values["levels"], own, values["fingerprints"][own])
+        return _told(folder, _open(folder, values["name"], values["levels"], own, values["fingerprints"][own]))
+
+
+def _told(folder: Path, images: ImageSet) -> ImageSet:
     log.info(f"{printable(folder.name)}: {images.sizes()}, {images.levels:,} levels.")
     return images
