@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -206,6 +207,10 @@ def _say_last_word() -> None:
         _shells.pop().communicate(b"done\n")
 
 
+_LOST_CONNECTION = re.compile("Gloo \\w+ failed|NCCL operation \\S+ failed|Connection (closed|reset) by peer|Broken pipe|Socket closed")
+"""In which words JAX says it depends on what this process was doing in that moment."""
+
+
 @contextlib.contextmanager
 def ends_together() -> Iterator[None]:
     """An error that leaves the block in this process alone ends the others too, once this process exits.
@@ -220,7 +225,7 @@ def ends_together() -> Iterator[None]:
     except BaseException as error:
         if not is_only():
             atexit.register(_leave_soon)  # before JAX's own, which was registered earlier
-            if isinstance(error, jax.errors.JaxRuntimeError) and "Connection closed by peer" in str(error):
+            if isinstance(error, jax.errors.JaxRuntimeError) and _LOST_CONNECTION.search(str(error)):
                 raise UserError(
                     "The connection to another process is closed: another process has ended. Its message says why; start all "
                     "of them again, they continue from the last checkpoint."

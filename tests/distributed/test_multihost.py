@@ -365,10 +365,20 @@ def test_one_process_alone_asks_nobody():
         raise ValueError("as it was")
 
 
-def test_a_connection_that_a_partner_closed_is_told_in_a_sentence(monkeypatch):
+@pytest.mark.parametrize(
+    "words",
+    [
+        "UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:14533",
+        "UNKNOWN: Gloo AllGather failed: [pair.cc:538] Read error [127.0.0.1]:7561: Connection reset by peer",
+        "UNKNOWN: Gloo AllReduce failed: [pair.cc:547] Write error [127.0.0.1]:7561: Broken pipe",
+        "INTERNAL: NCCL operation ncclAllReduce(buffer) failed: remote process exited or there was a network error.",
+        "UNAVAILABLE: Socket closed",
+    ],
+)
+def test_a_connection_that_a_partner_closed_is_told_in_a_sentence(monkeypatch, words):
     monkeypatch.setattr(multihost, "is_only", lambda: False)
     monkeypatch.setattr(multihost.atexit, "register", lambda function: None)
-    closed = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:14533")
+    closed = jax.errors.JaxRuntimeError(words)
     with pytest.raises(UserError, match="The connection to another process is closed") as error, multihost.ends_together():
         raise closed
     assert error.value.__cause__ is closed
