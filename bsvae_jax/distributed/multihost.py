@@ -207,7 +207,9 @@ def _say_last_word() -> None:
         _shells.pop().communicate(b"done\n")
 
 
-_LOST_CONNECTION = re.compile("Gloo \\w+ failed|NCCL operation \\S+ failed|Connection (closed|reset) by peer|Broken pipe|Socket closed")
+_LOST_CONNECTION = re.compile(
+    "Gloo \\w+ failed|NCCL operation \\S+ failed|Connection (closed|reset) by peer|Broken pipe|Socket closed"
+)
 """In which words JAX says it depends on what this process was doing in that moment."""
 
 

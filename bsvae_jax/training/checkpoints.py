@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -197,11 +198,13 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
             create=False,  # with several processes Orbax does not
             read_only=self._read_only,
-            cleanup_tmp_directories=not self._read_only,
             multiprocessing_options=_alone(),
         )
         if not self._read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
+            # Orbax would delete what a kill left in a thread, which complains where the program ends before it.
+            for left in self._folder.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(left)
         # Orbax looks for the files to merge into one by a pattern, the unescaped path: where that is one, a file per array.
         one_file = glob.escape(str(self._folder)) == str(self._folder)
         handler = ocp.StandardCheckpointHandler(use_ocdbt=one_file, multiprocessing_options=_alone())

@@ -98,7 +98,7 @@ class Trainer:
           DivergenceError: every member diverged. If only some do, `Member.failure` says so and the others go on.
           Interrupted: a signal asked to stop; the steps in flight are finished and saved.
           CallbackError: a callback raised an error; the steps in flight are finished and saved.
-          UserError: the disk is full, so that the last step could not be saved.
+          UserError: the last step could not be saved, because the disk is full or cannot be written.
         """
         program, config, count = self.program, self.program.config, len(self.program.images.train)
         # What is not finite is looked for here, and its step is kept; JAX's own check would end the run before that.
@@ -124,9 +124,10 @@ class Trainer:
                             saved = self._evaluate_and_save(state, step, epoch)
                         saved = self._answer(state, step, epoch, evaluated, saved)
             if not saved:
+                run = next(member.run for member in self.members if member.run.unsaved)
                 raise UserError(
-                    f"The disk of {self.members[0].run.folder} is full: the end of training could not be saved. "
-                    "Free some space and repeat the command; it continues from the last good checkpoint."
+                    f"The end of training could not be saved in {run.folder} ({run.unsaved}). Mend that and repeat the "
+                    "command; it continues from the last good checkpoint."
                 )
             self._finish(state, step, self._active())
         self.callbacks.raise_error("The run has come to its end.")

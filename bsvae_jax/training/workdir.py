@@ -247,7 +247,8 @@ class RunDirectory:
         self.folder, self.primary = folder, primary
         self._config, self._images = config, len(images.train)
         self._unwritten: list[str] = []
-        self._paused = False
+        self.unsaved = ""
+        """Why the last checkpoint could not be saved; empty where it could."""
         self._said: set[str] = set()
         if primary:
             self._check_folder(config, images)
@@ -371,16 +372,16 @@ class RunDirectory:
             return True
         needed, free = tree_bytes(arrays) + MARGIN, free_bytes(self.folder)
         if free < needed:
-            self._pause(f"{mebibytes(free)} are free, a checkpoint takes {mebibytes(needed)}")
+            self._pause(f"{mebibytes(free)} are free, a checkpoint takes {mebibytes(needed)}: free some space")
             return False
         try:
             self._checkpoints.save(step, arrays, objective)
         except SaveError as error:
             self._pause(str(error))
             return False
-        if self._paused:
+        if self.unsaved:
             log.warning(f"{self.folder}: saving again, from step {step}.")
-            self._paused = False
+            self.unsaved = ""
         return True
 
     def settle(self) -> bool:
@@ -394,12 +395,9 @@ class RunDirectory:
         return True
 
     def _pause(self, why: str) -> None:
-        why = why.removesuffix(".")
-        if not self._paused:
-            log.warning(
-                f"Saving in {self.folder} is paused ({why}); training goes on. {self.last_checkpoint()} Free some space."
-            )
-        self._paused = True
+        paused, self.unsaved = bool(self.unsaved), why.removesuffix(".")
+        if not paused:
+            log.warning(f"Saving in {self.folder} is paused ({self.unsaved}); training goes on. {self.last_checkpoint()}")
 
     def last_checkpoint(self) -> str:
         """A sentence that names the last good checkpoint."""
