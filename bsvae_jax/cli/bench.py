@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-from bsvae_jax.cli.environment import check_platform
 from bsvae_jax.cli.experiment import ConfigFile, Experiment, keep_compiled_programs, read_experiment
 from bsvae_jax.cli.options import Merged, call
 
@@ -29,6 +28,7 @@ def bench(
       noise: Train on noise of the size of the data, which are then not read.
     """
     from bsvae_jax.data import load, shape_of
+    from bsvae_jax.distributed.hardware import check_platform
     from bsvae_jax.profiling import benchmark
 
     check_platform()

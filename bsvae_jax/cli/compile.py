@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from typing import Literal
 
-from bsvae_jax.cli.environment import check_platform
 from bsvae_jax.cli.experiment import ConfigFile, Experiment, read_experiment
 from bsvae_jax.cli.options import Merged, call
 from bsvae_jax.errors import check_count
@@ -42,6 +41,7 @@ def compile(
       top: List so many kernels of a GPU's step, those that move the most bytes, with the layer that each comes from.
     """
     from bsvae_jax.data import shape_of
+    from bsvae_jax.distributed.hardware import check_platform
     from bsvae_jax.profiling import aot
     from bsvae_jax.training.state import check_against_shape
 

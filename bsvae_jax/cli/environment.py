@@ -1,4 +1,4 @@
-"""What a command is handed by its surroundings, made fit: terminal, streams, plotting backend, JAX's platform."""
+"""What a command is handed by its surroundings, made fit: terminal, streams, plotting backend."""
 
 import codecs
 import contextlib
@@ -13,11 +13,6 @@ from typing import Any
 from bsvae_jax.errors import BsvaeError, UserError
 
 _PLAIN = {"±": "+-", "β": "beta", "σ²": "sigma^2", "σ": "sigma", "²": "^2", "×": "x", "·": "*", "–": "-", "—": "-", "…": "..."}
-_PLATFORMS = {
-    "cuda": "needs an NVIDIA GPU, its driver, and JAX built for it: pip install -U 'jax[cuda13]'",
-    "gpu": "needs a GPU, its driver, and JAX built for it: pip install -U 'jax[cuda13]'",
-    "tpu": "needs a machine with TPUs, and JAX built for them: pip install -U 'jax[tpu]'",
-}
 _CHECKS_OF_JAX = {
     "JAX_NUMPY_DTYPE_PROMOTION": "standard",
     **{f"JAX_TRANSFER_GUARD{kind}": "allow" for kind in ("", "_HOST_TO_DEVICE", "_DEVICE_TO_HOST", "_DEVICE_TO_DEVICE")},
@@ -137,23 +132,3 @@ def numbers_without_figures() -> Iterator[None]:
 
         reason = str(error).strip().split("\n")[0][:200]
         log.warning(f"Figures could not be drawn ({type(error).__name__}: {reason}). The numbers are complete without them.")
-
-
-def check_platform() -> None:
-    """Start JAX's backend.
-
-    Raises:
-      UserError: JAX_PLATFORMS names what this machine does not have.
-    """
-    import jax
-
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # an assertion of JAX's own: it has the plugin, and finds no GPU
-        wanted = getattr(jax.config, "jax_platforms", None) or "the platform"
-        names = [name for name in wanted.split(",") if name in _PLATFORMS]
-        remedy = "; ".join(f"{name} {_PLATFORMS[name]}" for name in names) or "known platforms are cpu, cuda, gpu and tpu"
-        raise UserError(
-            f"JAX cannot use {wanted} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}) on this machine: {remedy}. Without "
-            "JAX_PLATFORMS it takes the best that there is, and JAX_PLATFORMS=cpu the processor."
-        ) from error

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bsvae_jax.cli.environment import check_platform, numbers_without_figures
+from bsvae_jax.cli.environment import numbers_without_figures
 from bsvae_jax.cli.options import Data, Merged, Prior, Run, call
 from bsvae_jax.cli.report import print_report
 from bsvae_jax.errors import UserError
@@ -73,7 +73,6 @@ def evaluate(
         options = Fid(fid, protocol=protocol, network=fid_network)
         if inception_weights is not None:
             options = dataclasses.replace(options, weights=load_weights(inception_weights))
-    check_platform()
     run.load_classes()
 
     @functools.cache  # members of a sweep share their data

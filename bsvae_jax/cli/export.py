@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-from bsvae_jax.cli.environment import check_platform
 from bsvae_jax.cli.options import Merged, Run, call
 
 
@@ -24,7 +23,6 @@ def export(
     """
     from bsvae_jax.training.export import export_safetensors, export_stablehlo
 
-    check_platform()
     run.load_classes()
     if format == "safetensors":
         out = run.workdir / "weights.safetensors" if out is None else out

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-from bsvae_jax.cli.environment import check_platform
 from bsvae_jax.cli.options import Data, Merged, Run, call
 
 
@@ -40,7 +39,6 @@ def fit_prior(
     from bsvae_jax.training import fit_prior as fitting
     from bsvae_jax.training.fitted_prior import FILE
 
-    check_platform()
     run.load_classes()
     workdir, settings = run.workdir, (kind, components, seed, run.checkpoint, overwrite, steps, width, depth)
     fitted = fitting.fit_prior(workdir, *settings, progress=True, data_path=data.path)

@@ -5,7 +5,6 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from bsvae_jax.cli.environment import check_platform
 from bsvae_jax.cli.experiment import ConfigFile, Experiment, read_experiment
 from bsvae_jax.cli.options import Merged, call
 
@@ -31,6 +30,7 @@ def import_torch(
       experiment: The experiment that the weights are of.
       workdir: Folder of the new run; runs/NAME-OF-FILE if not given.
     """
+    from bsvae_jax.distributed.hardware import check_platform
     from bsvae_jax.training import import_torch as importing
 
     check_platform()

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from bsvae_jax.cli.environment import check_platform
 from bsvae_jax.cli.options import Merged, Prior, Run, call
 from bsvae_jax.errors import UserError
 
@@ -61,7 +60,6 @@ def sample(
         raise UserError(f"--out must end in .npz or .png, or name a folder of PNG files; got {out}.")
     if suffix in (".npz", ".png") and out.exists() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it.")
-    check_platform()
     run.load_classes()
     restored = run.restore(prior)
     if suffix != ".npz":

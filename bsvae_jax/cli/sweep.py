@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Fixed, Suppress, arg
 
-from bsvae_jax.cli.environment import check_platform
 from bsvae_jax.cli.experiment import (
     DECODER_VARIANCE,
     PRIOR,
@@ -104,7 +103,6 @@ def sweep(
 
     base = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
     grid = lists.grid(base, file_grid)
-    check_platform()
     keep_compiled_programs()
     folder = Path("runs") / f"{config_file.stem}-sweep" if workdir is None else workdir
     result = fit_sweep(base, grid, folder, execution, members_at_once)

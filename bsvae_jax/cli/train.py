@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bsvae_jax.cli.environment import check_platform, numbers_without_figures
+from bsvae_jax.cli.environment import numbers_without_figures
 from bsvae_jax.cli.experiment import ConfigFile, Experiment, keep_compiled_programs, read_experiment
 from bsvae_jax.cli.options import Merged, Processes, call
 
@@ -33,7 +33,6 @@ def train(
     from bsvae_jax.training.restore import restore
 
     processes.join()
-    check_platform()
     keep_compiled_programs()
     folder = Path("runs") / config_file.stem if workdir is None else workdir
     result = fit(experiment.config, folder)

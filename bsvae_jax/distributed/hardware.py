@@ -1,10 +1,13 @@
-"""Published peaks of accelerators, per chip: what a roofline is drawn from.
+"""What computes: the platforms that JAX knows, and published peaks of accelerators, per chip, from which a roofline is drawn.
 
 Sources: the manufacturers' data sheets; for TPUs Google Cloud's system architecture pages and, for v2 and v3, Jouppi et al.
 2020 ("A domain-specific supercomputer for training deep neural networks"). Dense matrix products, without sparsity.
 """
 
+import os
 from typing import Any, Literal, NamedTuple
+
+import jax
 
 from bsvae_jax.errors import UserError
 
@@ -79,6 +82,31 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
 }
 """Arrangements of chips in which each kind of TPU is rented; 1x1 is one chip of the smallest."""
+
+
+_PLATFORMS = {
+    "cuda": "needs an NVIDIA GPU, its driver, and JAX built for it: pip install -U 'jax[cuda13]'",
+    "gpu": "needs a GPU, its driver, and JAX built for it: pip install -U 'jax[cuda13]'",
+    "tpu": "needs a machine with TPUs, and JAX built for them: pip install -U 'jax[tpu]'",
+}
+
+
+def check_platform() -> None:
+    """Start JAX's backend.
+
+    Raises:
+      UserError: JAX_PLATFORMS names what this machine does not have.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion of JAX's own: it has the plugin, and finds no GPU
+        wanted = getattr(jax.config, "jax_platforms", None) or "the platform"
+        names = [name for name in wanted.split(",") if name in _PLATFORMS]
+        remedy = "; ".join(f"{name} {_PLATFORMS[name]}" for name in names) or "known platforms are cpu, cuda, gpu and tpu"
+        raise UserError(
+            f"JAX cannot use {wanted} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}) on this machine: {remedy}. Without "
+            "JAX_PLATFORMS it takes the best that there is, and JAX_PLATFORMS=cpu the processor."
+        ) from error
 
 
 def check_precision(precision: Precision, device_kind: str) -> None:

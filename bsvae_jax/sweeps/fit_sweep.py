@@ -28,7 +28,7 @@ from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed import multihost
-from bsvae_jax.distributed.hardware import check_precision
+from bsvae_jax.distributed.hardware import check_platform, check_precision
 from bsvae_jax.distributed.mesh import Execution, available_bytes, data_mesh, describe_devices, sweep_mesh
 from bsvae_jax.distributed.preemption import Stop, stop_on_signals
 from bsvae_jax.errors import DivergenceError, UserError, check_count, check_kind
@@ -126,6 +126,7 @@ def fit_sweep(
     if execution is not None and execution not in get_args(Execution):
         raise UserError(f"execution must be one of {', '.join(get_args(Execution))}, got {execution!r}.")
     members = grid.members(config)
+    check_platform()
     if not multihost.is_only():
         raise UserError(
             "A sweep is trained by one process on all its devices; give each machine a part of the members instead."

@@ -13,7 +13,7 @@ from bsvae_jax._io.terminal import ProgressBar, log, messages_shown
 from bsvae_jax.config import Config, to_dict
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.distributed import multihost
-from bsvae_jax.distributed.hardware import check_precision
+from bsvae_jax.distributed.hardware import check_platform, check_precision
 from bsvae_jax.distributed.mesh import data_mesh, describe_devices
 from bsvae_jax.distributed.preemption import stop_on_signals
 from bsvae_jax.errors import UserError, check_kind
@@ -90,6 +90,7 @@ def fit(config: Config, workdir: str | Path, progress: bool = True, callbacks: S
     check_kind("config", config, Config, "load_config(path) reads one from a file")
     folder = as_path(workdir, "workdir")
     Callbacks(callbacks)  # checked before anything is computed
+    check_platform()
     with multihost.ends_together(), messages_shown(progress and multihost.is_primary()):
         return _fit(config, folder, progress, callbacks)
 

@@ -9,6 +9,7 @@ import jax
 from bsvae_jax._io.files import as_path, digest
 from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config, load_module
+from bsvae_jax.distributed.hardware import check_platform
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.training.checkpoints import Checkpoints
@@ -29,8 +30,9 @@ def restore(
 
     Args:
       workdir: the folder given to `fit` or `bsvae train`.
-      checkpoint: 'latest' (the end of training), or 'best' (least held-out objective: chosen on the test split, so its test
-        numbers are slightly optimistic). A damaged latest one is reported on stderr, and the one before is used.
+      checkpoint: 'latest' (the end of training), or 'best' (least objective of the images for validation, or of those for
+        testing where there are none, whose numbers are then slightly optimistic). A damaged latest one is reported on stderr,
+        and the one before is used.
       prior: 'model' (as it was trained), or 'fitted': the density that `fit_prior` fitted to this checkpoint takes its place,
         in `model.prior` and among the variables; the run's `config` still says how the model was trained.
       config: where the classes are that the run was trained with and the library does not have: the Python file that defines
@@ -49,6 +51,7 @@ def restore(
       UserError: another `checkpoint` or `prior`, not a run, no checkpoint yet, or none that loads; no fitted prior, or one of
         other parameters.
     """
+    check_platform()
     folder = as_path(workdir, "workdir")
     if prior not in ("model", "fitted"):
         raise UserError(f"prior must be 'model' or 'fitted', got {prior!r}.")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsvae_jax import objective
+from bsvae_jax._io.disk import check_open_files
 from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config
 from bsvae_jax.data.shuffle import steps_through
@@ -75,7 +76,12 @@ class Trainer:
         stop: Stop,
         extras: Extras | None = None,
     ):
-        """All members stand at the same step; one member if the program's execution is 'loop'. `stop` may ask to stop."""
+        """All members stand at the same step; one member if the program's execution is 'loop'. `stop` may ask to stop.
+
+        Raises:
+          UserError: the system does not allow the files that they keep open.
+        """
+        check_open_files(len(members))
         self.program, self.members, self.stop, self.extras = program, members, stop, extras
         self.configs = [member.config for member in members]
         self.callbacks = Callbacks(callbacks if multihost.is_primary() else [])

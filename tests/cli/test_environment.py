@@ -1,5 +1,6 @@
 """What a user's surroundings do to a command: terminals, closed and full streams, plotting backends, absent platforms."""
 
+import functools
 import os
 import pwd
 import subprocess
@@ -10,8 +11,10 @@ import jax
 import pytest
 from helpers import refused
 
+import bsvae_jax as bv
 from bsvae_jax._io.files import cache_folder
-from bsvae_jax.cli.environment import check_platform, commandline_environment, expand_user
+from bsvae_jax.cli.environment import commandline_environment, expand_user
+from bsvae_jax.distributed.hardware import check_platform
 from bsvae_jax.errors import UserError
 
 WRITE = """
@@ -151,7 +154,7 @@ def test_a_user_without_a_name_and_a_home_has_a_cache(monkeypatch, tmp_path):
         (RuntimeError("Unable to initialize backend 'tpu'"), "tpu", r"tpu needs .*jax\[tpu\]"),
     ],
 )
-def test_a_platform_that_is_absent(error, platform, sentence, monkeypatch):
+def test_a_platform_that_is_absent(error, platform, sentence, monkeypatch, tmp_path):
     def devices():
         raise error
 
@@ -160,8 +163,9 @@ def test_a_platform_that_is_absent(error, platform, sentence, monkeypatch):
     before = jax.config.jax_platforms
     jax.config.update("jax_platforms", platform)
     try:
-        with pytest.raises(UserError, match=sentence):
-            check_platform()
+        for asks in (check_platform, functools.partial(bv.fit, bv.Config(), tmp_path), functools.partial(bv.restore, tmp_path)):
+            with pytest.raises(UserError, match=sentence):
+                asks()
     finally:
         jax.config.update("jax_platforms", before)
 

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -381,6 +382,39 @@ def test_a_disk_without_room_is_refused_before_training(config, tmp_path, monkey
     with pytest.raises(UserError, match=r"has 1 MiB free, this run needs \d+ MiB for checkpoints"):
         bv.fit(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "runs", "set_to"),
+    [
+        (1024, 4096, 10, None),
+        (-1, -1, 10**6, None),
+        (256, -1, 100, (264, -1)),
+        (16, 66, 1, (66, 66)),
+        (16, 65, 1, "66"),
+        (70, 83, 10, "84"),
+    ],
+)
+def test_files_that_may_be_open_are_asked_for_before_training(soft, hard, runs, set_to, monkeypatch):
+    asked = []
+    monkeypatch.setattr(resource, "RLIM_INFINITY", -1)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: asked.append(limits))
+    if isinstance(set_to, str):
+        with pytest.raises(UserError, match=rf"may have {hard} files open here, .* needs {set_to}: .*ulimit -n {set_to}"):
+            space.check_open_files(runs)
+    else:
+        space.check_open_files(runs)
+    assert asked == ([set_to] if isinstance(set_to, tuple) else [])
+
+
+@pytest.mark.faults
+def test_a_run_that_may_open_few_files_says_so(tmp_path):
+    file = config_file(tmp_path, epochs=1)
+    command = f"ulimit -n 24; exec {sys.executable} -m bsvae_jax train {file} --workdir {tmp_path}/run"
+    found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert found.returncode == 2, found.stderr
+    assert found.stderr.splitlines()[-1].startswith("error: A process may have 24 files open here"), found.stderr
 
 
 @pytest.mark.long
