@@ -28,10 +28,8 @@ def bench(
       noise: Train on noise of the size of the data, which are then not read.
     """
     from bsvae_jax.data import load, shape_of
-    from bsvae_jax.distributed.hardware import check_platform
     from bsvae_jax.profiling import benchmark
 
-    check_platform()
     keep_compiled_programs()
     config = experiment.config
     images = benchmark.random_images(shape_of(config.data)) if noise else load(config.data)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from bsvae_jax.distributed.hardware import check_platform
 from bsvae_jax.errors import UserError
 
 DATA_AXIS = "data"
@@ -261,7 +262,11 @@ def keep_compiled_programs(folder: Path) -> None:
     """Keep compiled programs in a folder, for the next command; where `$JAX_COMPILATION_CACHE_DIR` does not name one already.
 
     Not on a CPU: its programs are of the very processor they were compiled on, and a folder may be shared.
+
+    Raises:
+      UserError: JAX_PLATFORMS names what this machine does not have.
     """
+    check_platform()
     if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

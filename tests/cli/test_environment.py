@@ -171,8 +171,12 @@ def test_a_platform_that_is_absent(error, platform, sentence, monkeypatch, tmp_p
 
 
 @pytest.mark.long
-def test_a_platform_that_nobody_has(tmp_path):
-    result = shell(f'"$PYTHON" -m bsvae_jax sample {tmp_path}', JAX_PLATFORMS="nonsense")
+@pytest.mark.parametrize(
+    "command", ["sample .", "train small.py", "sweep small.py", "evaluate .", "export .", "bench small.py"]
+)
+def test_a_platform_that_nobody_has(tmp_path, command):
+    (tmp_path / "small.py").write_text("import bsvae_jax as bv\ndef get_config(): return bv.Config(data=bv.data.Digits())\n")
+    result = shell(f'cd {tmp_path}; "$PYTHON" -m bsvae_jax {command}', JAX_PLATFORMS="nonsense")
     assert result.returncode == 2
     assert result.stderr.startswith("error: JAX cannot use nonsense (JAX_PLATFORMS=nonsense) on this machine: known platforms")
     assert "Traceback" not in result.stderr
