@@ -127,6 +127,9 @@ class Config:
     """Images per step, over all devices together."""
     evaluate_every: int = 1
     """Epochs between evaluations on held-out data, each followed by a checkpoint; the last epoch always ends with one."""
+    posterior_samples: int | None = None
+    """Samples of q(z|x) of each image in the evaluation of all splits at the end (one on the way); None: as many as make 10,000
+    of a split, at most 16."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products and activations; parameters, statistics, sums and logs are float32 always."""
     gradient_accumulation: int = 1
@@ -177,7 +180,7 @@ class Config:
         check_count("evaluate_every", self.evaluate_every)
         check_choice("precision", self.precision, ("float32", "bfloat16"))
         check_choice("device_map", self.device_map, ("shard_map", "pmap"))
-        for name in ("steps_per_dispatch", "devices"):
+        for name in ("posterior_samples", "steps_per_dispatch", "devices"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_number("resident_memory", self.resident_memory, low=0.0, high=1.0)

@@ -4,23 +4,25 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bsvae_jax.cli.environment import numbers_without_figures
 from bsvae_jax.cli.options import Data, Merged, Prior, Run, call
 from bsvae_jax.cli.report import print_report
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import UserError, check_count
 
 if TYPE_CHECKING:
     from bsvae_jax.data import ImageSet
     from bsvae_jax.data.datasets import Dataset
-    from bsvae_jax.evaluation.evaluate import Fid
+    from bsvae_jax.evaluation.evaluate import Evaluated
+    from bsvae_jax.evaluation.trained import Restored
 
 
 def evaluate(
     run: Merged[Run],
     data: Data,
     split: tuple[Literal["train", "test", "validation"], ...] | None = None,
+    posterior_samples: int | None = None,
     samples: int | None = None,
     bound_images: int | None = None,
     fid: int | None = None,
@@ -40,6 +42,8 @@ def evaluate(
       run: A trained run or a sweep.
       data: The data that the run was trained on.
       split: Splits to evaluate; all that the data have if not given.
+      posterior_samples: Samples of q(z|x) of each image; those of the run's config if not given: as many as make 10,000 of a
+        split, at most 16.
       samples: Importance samples per image for a tighter bound of log p(x), 1 to 5,000; no such bound if not given.
       bound_images: Take that bound of the first so many images only.
       fid: Compute FID and KID with so many samples of the prior against the images of each split; 10,000 is usual.
@@ -58,6 +62,8 @@ def evaluate(
 
     if split == ():
         raise UserError("--split needs at least one of train, test and validation.")
+    if posterior_samples is not None:
+        check_count("--posterior-samples", posterior_samples)
     if samples is not None:
         check_samples(samples)
     if protocol == "paper" and fid is None:
@@ -79,7 +85,10 @@ def evaluate(
     def load_once(source: "Dataset") -> "ImageSet":
         return load(source if data.path is None else moved(source, data.path))
 
-    evaluate_in = functools.partial(_evaluate_run, run, load_once, split, samples, bound_images, options, prior)
+    numbers: dict[str, Any] = dict(
+        posterior_samples=posterior_samples, samples=samples, bound_images=bound_images, fid_options=options
+    )
+    evaluate_in = functools.partial(_evaluate_run, run, load_once, split, numbers, prior)
     if not (run.workdir / "sweep.json").is_file():
         evaluate_in(run.workdir, figures)
         return
@@ -95,9 +104,7 @@ def _evaluate_run(
     run: Run,
     load: "Callable[[Dataset], ImageSet]",
     split: tuple[str, ...] | None,
-    samples: int | None,
-    bound_images: int | None,
-    fid: "Fid | None",
+    numbers: dict[str, Any],
     prior: Prior,
     folder: Path,
     figures: bool,
@@ -106,19 +113,23 @@ def _evaluate_run(
     from bsvae_jax.evaluation import evaluate as evaluation
     from bsvae_jax.training import workdir as rundir
     from bsvae_jax.training.fitted_prior import read_fitted
+    from bsvae_jax.training.per_image import write_per_image
 
     restored = run.restore("model", folder)
     with_fitted = run.restore("fitted", folder) if prior == "fitted" else None
     images = load(restored.config.data)
     rundir.check_same_data(folder, rundir.read_info(folder), images)
-    evaluate = functools.partial(
-        evaluation.evaluate, samples=samples, bound_images=bound_images, fid_options=fid, workdir=folder, progress=True
-    )
-    evaluated = evaluate(restored, images, split)
+
+    def evaluate(restored: "Restored") -> "Evaluated":
+        return evaluation.evaluate(restored, images, split, **numbers, workdir=folder, progress=True)
+
+    evaluated = evaluate(restored)
     report = evaluated.report
     if with_fitted is not None and (fitted := read_fitted(folder)) is not None:
-        report = evaluation.beside(report, evaluate(with_fitted, images, split).report, fitted.describe())
+        report = metrics.beside(report, evaluate(with_fitted).report, fitted.describe())
     rundir.write_evaluation(folder, restored.step, report, run.checkpoint)
+    if run.checkpoint == "latest" and (test := evaluated.splits.get("test")) is not None:
+        write_per_image(folder, restored.step, metrics.calibrated_elbo(test.scores, evaluated.calibration))
     print(metrics.as_table(report))
     if (sentence := metrics.left_out(images)) is not None:
         print(sentence)

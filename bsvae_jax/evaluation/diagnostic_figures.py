@@ -126,7 +126,7 @@ def _residuals(parts: SplitEvaluation, title: str) -> Any:
 
 
 def _difficulty(images: ImageSet, split: str, parts: SplitEvaluation, evaluated: Evaluated, title: str) -> Any:
-    variance = parts.scores.squared_error / parts.scores.pixels + evaluated.calibration.floor
+    variance = parts.scores.squared_error.mean(axis=0) / parts.scores.pixels + evaluated.calibration.floor
     stored, mean = getattr(images, split), images.mean_image
 
     def at(positions: np.ndarray) -> np.ndarray:
@@ -138,7 +138,7 @@ def _difficulty(images: ImageSet, split: str, parts: SplitEvaluation, evaluated:
     return diagnostic_plots.variance_by_difficulty(
         variance,
         difficulty,
-        parts.scores.rate,
+        parts.scores.rate.mean(axis=0),
         evaluated.calibration.variance,
         images.as_shown(at(order[:EXTREMES])),
         images.as_shown(at(order[-EXTREMES:])),
@@ -163,7 +163,7 @@ def _rate(parts: SplitEvaluation, title: str) -> Any:
             "  dimension-wise KL": mean(split.dimension_kl.sum(axis=1)),
         }
         latents["dimension-wise: KL(q(z) || p(z))"] = split.dimension_kl.mean(axis=0)
-    return diagnostic_plots.rate_decomposition(bars, latents, float(np.log(len(total))), title)
+    return diagnostic_plots.rate_decomposition(bars, latents, float(np.log(total.shape[-1])), title)
 
 
 def _latent_space(images: ImageSet, split: str, parts: SplitEvaluation, title: str) -> dict[str, Any]:

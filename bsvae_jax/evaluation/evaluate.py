@@ -19,7 +19,7 @@ from bsvae_jax.data import ImageSet
 from bsvae_jax.data.image_set import no_images, to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages, fits
 from bsvae_jax.distributed.mesh import data_mesh, replicate
-from bsvae_jax.errors import UserError, check_kind, nearest, shown
+from bsvae_jax.errors import UserError, check_count, check_kind, nearest, shown
 from bsvae_jax.evaluation import aggregate_posterior, importance_weighted
 from bsvae_jax.evaluation import residuals as details
 from bsvae_jax.evaluation.fid import distance as fid
@@ -28,7 +28,15 @@ from bsvae_jax.evaluation.fid.features import FeatureNetwork
 from bsvae_jax.evaluation.importance_weighted import Density, ImportanceScores
 from bsvae_jax.evaluation.metrics import Quantity, Report, mean_quantity, summarize
 from bsvae_jax.evaluation.sampling import sample_batches, stretch_contrast, to_8_bits
-from bsvae_jax.evaluation.scores import EVALUATION_BATCH, Calibration, SplitScores, calibrate, score_split, split_key
+from bsvae_jax.evaluation.scores import (
+    EVALUATION_BATCH,
+    Calibration,
+    SplitScores,
+    calibrate,
+    samples_of_each,
+    score_split,
+    split_key,
+)
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.evaluation.unfinished_bound import UnfinishedBound
 from bsvae_jax.objective import bits_per_dimension
@@ -103,6 +111,7 @@ def evaluate(
     images: ImageSet,
     splits: Sequence[str] | None = None,
     *,
+    posterior_samples: int | None = None,
     samples: int | None = None,
     bound_images: int | None = None,
     fid_options: Fid | None = None,
@@ -115,6 +124,7 @@ def evaluate(
       run: from `restore`.
       images: the data of its config, from `data.load`.
       splits: of 'train', 'test' and, where the data have it, 'validation', in the order to report; None: all of the data's.
+      posterior_samples: of each image; None: as the config says, see `Config.posterior_samples`.
       samples: importance samples per image, 1 to 5,000; None: no importance-weighted bound (Burda et al. 2016).
       bound_images: of the first images of each split for that bound; None: all.
       fid_options: None: no FID.
@@ -143,6 +153,8 @@ def evaluate(
     check_kind("run", run, Restored, "bsvae_jax.restore(workdir) opens one")
     check_kind("images", images, ImageSet, "bsvae_jax.data.load(run.config.data) reads them")
     splits = images.splits if splits is None else splits
+    if posterior_samples is not None:
+        check_count("posterior_samples", posterior_samples)
     _check(run, images, splits, samples, bound_images)
     check_kind("fid_options", fid_options, (Fid, type(None)))
     workdir = None if workdir is None else as_path(workdir, "workdir")
@@ -156,17 +168,17 @@ def evaluate(
     def stored(split: str) -> DeviceImages:
         return DeviceImages(getattr(images, split), mesh, fits(images.shape.nbytes, mesh, run.config.resident_memory))
 
-    def score(split: str) -> SplitScores:
-        # The same posterior samples as `fit` takes, so that its last row is repeated here.
+    def score(split: str, number: int, calibration: Calibration | None) -> SplitScores:
+        # The same posterior samples as `fit` takes, so that its evaluation is repeated here.
+        options: dict[str, Any] = dict(levels=images.levels, mesh=mesh, batch_size=EVALUATION_BATCH)
         key = split_key(run.config.seed, split)
-        return score_split(
-            run.model, variables, stored(split), key, levels=images.levels, mesh=mesh, batch_size=EVALUATION_BATCH
-        )
+        return score_split(run.model, variables, stored(split), key, samples=number, calibration=calibration, **options)
 
-    scores = {split: score(split) for split in splits}
+    asked = run.config.posterior_samples if posterior_samples is None else posterior_samples
     calibration = run.calibration
     if calibration is None:
-        calibration = calibrate(scores.get("train") or score("train"), run.step, run.floor)
+        calibration = calibrate(score("train", 1, None), run.step, run.floor)
+    scores = {split: score(split, samples_of_each(asked, len(stored(split))), calibration) for split in splits}
     report: Report = {}
     evaluated = {}
     for split in splits:
@@ -266,32 +278,6 @@ def _evaluate_split(
         )
     file.remove()
     return SplitEvaluation(scores, found, rate, half_information, bound, tuple(wanted))
-
-
-_OF_THE_PRIOR = (
-    *("rate", "profile_elbo", "calibrated_elbo", "calibrated_bits_per_dimension", "calibrated_elbo_per_pixel_variance"),
-    *("aggregate_kl", "effective_samples", "fid", "kid", "lenet_fid", "lenet_kid"),
-)
-_BOUNDS = ("importance_weighted_bound", "own_importance_weighted_bound", "fid_", "kid_")
-
-
-def beside(before: Report, after: Report, fitted: str) -> Report:
-    """What a fitted prior changes, under names that begin with `fitted_`, each below the number of the model's own prior.
-
-    Args:
-      before: of `evaluate` on a run as it was trained.
-      after: of the same with its fitted prior.
-      fitted: what it is, for the meaning of the numbers.
-    """
-    report: Report = {}
-    for split, quantities in before.items():
-        report[split] = {}
-        for name, quantity in quantities.items():
-            report[split][name] = quantity
-            other = after[split].get(name)
-            if other is not None and (name in _OF_THE_PRIOR or name.startswith(_BOUNDS)):
-                report[split][f"fitted_{name}"] = other._replace(meaning=f"with the fitted prior, {fitted}")
-    return report
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ Two likelihoods are reported and never to be compared with each other:
 * *calibrated*: the variance is frozen at the optimum of the training set, so `exp(-value)` is a density of the dequantized
   image (bits/dim follow), and models can be compared.
 
-Every number uses one posterior sample per image; evaluation at the posterior mean would not be an ELBO.
+Every number is averaged over the posterior samples of each image; evaluation at the posterior mean would not be an ELBO. Of
+each sample the profile likelihood has its own optimal variance, as in training. A standard error is that of the mean over
+images, and the noise of their posterior samples is in it.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +30,7 @@ class Quantity(NamedTuple):
 
     value: float
     standard_error: float | None
-    """Of the mean over examples (sampling of images); None where that does not apply."""
+    """Of the mean over examples: how images differ, and their posterior samples; None where that does not apply."""
     unit: str
     meaning: str
 
@@ -38,9 +40,20 @@ Report = dict[str, dict[str, Quantity]]
 
 
 def mean_quantity(values: np.ndarray, unit: str, meaning: str) -> Quantity:
-    """The mean of per-example values [N] and its standard error."""
+    """The mean of values [N] of each example, or [S, N] of each of S samples of it, and its standard error over examples."""
+    values = values.reshape(-1, values.shape[-1]).mean(axis=0)
     error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return Quantity(float(values.mean()), error, unit, meaning)
+
+
+def calibrated_elbo(scores: SplitScores, calibration: Calibration) -> np.ndarray:
+    """Lower bound of log p(x) at the calibrated variance, nats, [S, N]."""
+    return -distortion_at(scores, calibration.variance, calibration.floor) - scores.rate
+
+
+def sampling_error(values: np.ndarray) -> float:
+    """Standard error that S > 1 posterior samples of each image leave in the mean of values [S, N]."""
+    return float(np.sqrt(values.var(axis=0, ddof=1).mean() / values.size))
 
 
 def active_latents(scores: SplitScores) -> int:
@@ -53,7 +66,7 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration, images
     """All quantities of one split.
 
     Args:
-      scores: of the split, from `score_split`.
+      scores: of the split, from `score_split` with this calibration.
       beta: weight of the rate in the model's objective.
       calibration: of the training set, for the same parameters.
       images: whether the examples are images in [0, 1], of whose peak the PSNR speaks.
@@ -63,9 +76,10 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration, images
     profile = distortion_at(scores, optimal_variance_of_split(scores, "example", floor), floor)
     calibrated = distortion_at(scores, calibration.variance, floor)
     shape, step = scores.pixel_squared_error.shape, float(np.sqrt(12 * floor))
-    # Per pixel, the mean over examples is all that is needed: sum_d 1/2 [log(2 pi v_d) + (SE_d + v0) / v_d].
+    # sum_d 1/2 [log(2 pi v_d) + (SE_d + v0) / v_d]
     pixel_variance = calibration.variance_per_pixel
-    per_pixel = 0.5 * np.sum(np.log(2 * np.pi * pixel_variance) + (scores.pixel_squared_error + floor) / pixel_variance)
+    per_pixel = 0.5 * (np.sum(np.log(2 * np.pi * pixel_variance) + floor / pixel_variance) + scores.scaled_error)
+    elbo = calibrated_elbo(scores, calibration)
     own = {
         name: mean_quantity(values, "nats", meaning)
         for name, values, meaning in (
@@ -75,7 +89,7 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration, images
     }
     if np.ptp(scores.model_distortion) == 0:  # one variance per pixel or channel: only the mean over the split is known
         own = {name: quantity._replace(standard_error=None) for name, quantity in own.items()}
-    bits = bits_per_dimension(calibrated + rate, shape, step)
+    bits = bits_per_dimension(-elbo, shape, step)
     psnr = -10 * np.log10(np.maximum(mse, 1e-12))
     peak = {"psnr": mean_quantity(psnr, "dB", "peak signal-to-noise ratio, mean over images")} if images else {}
     share = "" if scores.aggregate_variance is None else " of the latent's own"
@@ -85,10 +99,16 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration, images
         "profile_distortion": mean_quantity(profile, "nats", "with sigma^2*(x) of each example; not a density"),
         "profile_elbo": mean_quantity(-profile - rate, "nats", "the paper's likelihood; not a density"),
         "calibrated_distortion": mean_quantity(calibrated, "nats", "variance frozen at the training set's optimum"),
-        "calibrated_elbo": mean_quantity(-calibrated - rate, "nats", "lower bound of log p(x), a density"),
+        "calibrated_elbo": mean_quantity(elbo, "nats", "lower bound of log p(x), a density"),
         "calibrated_bits_per_dimension": mean_quantity(np.asarray(bits), "bits/dim", "upper bound, from calibrated_elbo"),
-        "calibrated_elbo_per_pixel_variance": Quantity(
-            float(-per_pixel - rate.mean()), None, "nats", "the same with one frozen variance per pixel"
+        "calibrated_elbo_per_pixel_variance": mean_quantity(
+            -per_pixel - rate, "nats", "the same with one frozen variance per pixel"
+        ),
+        "posterior_samples": Quantity(len(rate), None, "per image", "samples of q(z|x) that these numbers are averaged over"),
+        **(
+            {"sampling_error": Quantity(sampling_error(elbo), None, "nats", "what these samples leave in calibrated_elbo")}
+            if len(rate) > 1
+            else {}
         ),
         "mse": mean_quantity(mse, "intensity^2", "squared error per pixel"),
         **peak,
@@ -98,6 +118,32 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration, images
             float(active_latents(scores)), None, "latents", f"variance of the posterior mean > 0.01{share}"
         ),
     }
+
+
+_OF_THE_PRIOR = (
+    *("rate", "profile_elbo", "calibrated_elbo", "calibrated_bits_per_dimension", "calibrated_elbo_per_pixel_variance"),
+    *("aggregate_kl", "effective_samples", "fid", "kid", "lenet_fid", "lenet_kid"),
+)
+_BOUNDS = ("importance_weighted_bound", "own_importance_weighted_bound", "fid_", "kid_")
+
+
+def beside(before: Report, after: Report, fitted: str) -> Report:
+    """What a fitted prior changes, under names that begin with `fitted_`, each below the number of the model's own prior.
+
+    Args:
+      before: of `evaluate` on a run as it was trained.
+      after: of the same with its fitted prior.
+      fitted: what it is, for the meaning of the numbers.
+    """
+    report: Report = {}
+    for split, quantities in before.items():
+        report[split] = {}
+        for name, quantity in quantities.items():
+            report[split][name] = quantity
+            other = after[split].get(name)
+            if other is not None and (name in _OF_THE_PRIOR or name.startswith(_BOUNDS)):
+                report[split][f"fitted_{name}"] = other._replace(meaning=f"with the fitted prior, {fitted}")
+    return report
 
 
 def left_out(images: ImageSet) -> str | None:
@@ -137,11 +183,10 @@ def as_table(report: Report) -> str:
         error = "" if quantity.standard_error is None else f" ± {quantity.standard_error:.2g}"
         return f"{quantity.value:.5g}{error}"
 
-    splits = list(report)
-    names = list(next(iter(report.values())))
-    rows = [["± standard error of the mean", *splits, "unit", "meaning"]]
-    for name in names:
-        first = report[splits[0]][name]
-        rows.append([name, *(cell(report[split][name]) for split in splits), first.unit, first.meaning])
+    rows = [["± standard error over images", *report, "unit", "meaning"]]
+    for name in dict.fromkeys(name for quantities in report.values() for name in quantities):
+        found = [quantities.get(name) for quantities in report.values()]
+        first = next(filter(None, found))
+        rows.append([name, *("" if own is None else cell(own) for own in found), first.unit, first.meaning])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -21,10 +21,14 @@ def fetched(results: Iterable[Any]) -> Iterator[Any]:
     yield from map(jax.device_get, waiting)
 
 
-def run_over(images: DeviceImages, mesh: Mesh, batch_size: int, compute: Callable[..., Any]) -> Iterator[Any]:
-    """Host copies of `compute(stored, indices, weights)` of every batch of `padded_batches`, in order."""
-    batches = padded_batches(mesh, len(images), batch_size)
-    return fetched(compute(images.batch(indices), indices, weights) for indices, weights in batches)
+def run_over(images: DeviceImages, mesh: Mesh, batch_size: int, compute: Callable[..., Any], times: int = 1) -> Iterator[Any]:
+    """Host copies of `compute(stored, positions, weights)` of every batch of `padded_batches`, in order.
+
+    All images are taken several `times` over, one time after the other; positions count on, and batches have the same size.
+    """
+    count = len(images)
+    batches = padded_batches(mesh, times * count, min(batch_size, count))
+    return fetched(compute(images.batch(positions % count), positions, weights) for positions, weights in batches)
 
 
 def joined(batches: Iterable[Any], count: int) -> Any:

@@ -26,6 +26,12 @@ from bsvae_jax.random import example_keys, make_key
 EVALUATION_BATCH = 512
 """Images per device call, where the caller has no reason for another number."""
 
+SAMPLES_OF_SPLIT = 10_000
+"""Posterior samples over which the numbers of a split are averaged, where nobody asks for another number of each image."""
+
+MOST_SAMPLES = 16
+"""Of each image, where nobody asks for more."""
+
 SPLIT_SALT = {"train": 0x65760001, "test": 0x65760002, "validation": 0x65760003}
 """Folded into the config's seed for the posterior samples of a split, so that every evaluation takes the same ones; far from
 0 and 1, which `split` uses for the keys of training."""
@@ -36,15 +42,29 @@ def split_key(seed: int, split: str) -> Key[Array, ""]:
     return jax.random.fold_in(make_key(seed), SPLIT_SALT[split])
 
 
+def samples_of_each(asked: int | None, images: int) -> int:
+    """S, the posterior samples of each image in the evaluation of a split of so many `images`.
+
+    Args:
+      asked: of `Config.posterior_samples`; None: as many as make `SAMPLES_OF_SPLIT` of the split, at most `MOST_SAMPLES`. The
+        noise that they leave in a mean over the split falls with their number in all.
+      images: in the split.
+
+    >>> [samples_of_each(None, images) for images in (297, 1_500, 10_000, 60_000)]
+    [16, 7, 1, 1]
+    """
+    return min(MOST_SAMPLES, -(-SAMPLES_OF_SPLIT // images)) if asked is None else asked
+
+
 class SplitScores(NamedTuple):
-    """Per-example results for N images of D pixels with L latents, one posterior sample each; float64."""
+    """Results for each of N images of D pixels with L latents and each of S posterior samples of it; float64."""
 
     squared_error: np.ndarray
-    """`||x - mean||^2`, summed over pixels, [N]."""
+    """`||x - mean||^2`, summed over pixels, [S, N]."""
     rate: np.ndarray
-    """`KL(q(z|x) || p(z))`, nats, [N]."""
+    """`KL(q(z|x) || p(z))`, nats, [S, N]."""
     pixel_squared_error: np.ndarray
-    """Squared error averaged over the examples, in the shape of one, [H, W, C] of images."""
+    """Squared error averaged over examples and samples, in the shape of one example, [H, W, C] of images."""
     posterior_mean: np.ndarray
     """[N, L]"""
     latent_rate: np.ndarray
@@ -52,9 +72,11 @@ class SplitScores(NamedTuple):
     sums to the rate. The rate of another prior does not fall into latents: then `KL(q(z_l|x) || N(a, b))` with the mean and
     the variance of z_l over all examples, at least I(x; z_l)."""
     model_distortion: np.ndarray
-    """Distortion under the model's own decoder variance, nats, [N]; a shared optimal variance is shared over the N images."""
+    """Distortion under the model's own decoder variance, nats, [S, N]; a shared optimal variance is shared over all of them."""
     model_variance: float
     """The model's decoder variance, averaged over everything it depends on."""
+    scaled_error: np.ndarray
+    """Squared errors divided by the calibrated variance of their pixel, summed over pixels, [S, N]; by 1 before calibration."""
     aggregate_variance: np.ndarray | None = None
     """Variance of each latent under the aggregate posterior, [L]; None under a standard normal prior, whose scale is 1."""
 
@@ -77,16 +99,24 @@ class Calibration(NamedTuple):
     """v0 of the data."""
 
 
-class _BatchScores(NamedTuple):
+class _ExampleScores(NamedTuple):
+    """Of every example of a batch."""
+
     squared_error: Float[Array, " batch"]
+    scaled_error: Float[Array, " batch"]
     rate: Float[Array, " batch"]
-    pixel_squared_error: Float[Array, "*pixels"]
     posterior_mean: Float[Array, "batch latent"]
+    distortion: Float[Array, " batch"]
+    variance: Float[Array, " batch"]
+
+
+class _BatchTotals(NamedTuple):
+    """Summed over the examples of a batch."""
+
+    pixel_squared_error: Float[Array, "*pixels"]
     latent_rate: Float[Array, " latent"]
     latent_variance: Float[Array, " latent"]
     latent_log_variance: Float[Array, " latent"]
-    distortion: Float[Array, " batch"]
-    variance: Float[Array, " batch"]
 
 
 def _score_batch(
@@ -95,12 +125,13 @@ def _score_batch(
     indices: Int[Array, " batch"],
     weights: Float[Array, " batch"],
     key: Key[Array, ""],
+    pixel_variance: Float[Array, "*pixels"],
     *,
     model: VAE,
     levels: int,
-) -> _BatchScores:
+) -> tuple[_ExampleScores, _BatchTotals]:
     x = to_unit_interval(stored, levels)
-    # Noise by position in the split: the same for any batch size and number of devices.
+    # Noise by position in the split, and beyond its end for further samples: the same for any number of devices.
     output: Any = model.apply(variables, x, example_keys(key, indices))
     mean, log_variance = output.decoded
     terms = elbo_terms(x, mean, output.rate, model.decoder_variance, log_variance=log_variance, axis_name=DATA_AXIS)
@@ -118,22 +149,26 @@ def _score_batch(
         """Of all devices: each process reads all of it."""
         return jax.lax.all_gather(share, DATA_AXIS, tiled=True)
 
-    return _BatchScores(
-        squared_error=gathered(jnp.sum(residual_squared, axis=of_example)),
-        rate=gathered(terms.rate),
+    totals = _BatchTotals(
         pixel_squared_error=total(residual_squared),
-        posterior_mean=gathered(posterior_mean),
         latent_rate=total(latent_rate),
         latent_variance=total(jnp.exp(posterior_log_variance)),
         latent_log_variance=total(posterior_log_variance),
+    )
+    examples = _ExampleScores(
+        squared_error=gathered(jnp.sum(residual_squared, axis=of_example)),
+        scaled_error=gathered(jnp.sum(residual_squared / pixel_variance[None], axis=of_example)),
+        rate=gathered(terms.rate),
+        posterior_mean=gathered(posterior_mean),
         distortion=gathered(terms.distortion),
         variance=gathered(jnp.broadcast_to(jnp.mean(variance, axis=of_example), terms.rate.shape)),
     )
+    return examples, totals
 
 
 @functools.cache
 def _parallelized(model: VAE, levels: int, mesh: Mesh, execution: Execution) -> Any:
-    specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED)
+    specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED, REPLICATED)
     score = functools.partial(_score_batch, model=model, levels=levels)
     return parallelize(score, mesh, specs, REPLICATED, execution=execution, shared=(1, 2, 3))
 
@@ -147,23 +182,32 @@ def score_split(
     levels: int,
     mesh: Mesh,
     batch_size: int,
+    samples: int = 1,
+    calibration: "Calibration | None" = None,
 ) -> SplitScores:
-    """Score every image of a split once, with one posterior sample each.
+    """Score every image of a split.
 
     Args:
       model: a VAE; its `axis_name` is not used, no batch statistics are taken.
       variables: `{"params": ..., "batch_stats": ...}`, replicated over the mesh.
       images: of the split, on the same mesh.
-      key: decides the posterior samples, one key per position in the split.
+      key: decides the posterior samples: sample s of the image at position n of N takes `fold_in(key, s * N + n)`.
       levels: gray levels of stored uint8 images.
       mesh: of `data_mesh`.
       batch_size: images per device call, rounded up to a multiple of the devices.
+      samples: S, posterior samples of each image; the first are the same whatever their number.
+      calibration: of the training set, for `scaled_error`.
     """
     variances = [model.decoder_variance]
-    (scores,) = score_members(
-        model, variables, images, key, variances, levels=levels, mesh=mesh, batch_size=batch_size, execution="loop"
-    )
+    pixel_variance = pixel_variance_of(calibration, images)
+    options: Any = dict(levels=levels, mesh=mesh, batch_size=batch_size, execution="loop", samples=samples)
+    (scores,) = score_members(model, variables, images, key, pixel_variance, variances, **options)
     return scores
+
+
+def pixel_variance_of(calibration: "Calibration | None", images: DeviceImages) -> np.ndarray:
+    """The calibrated variance of each pixel as devices take it, float32, in the shape of an example; 1 before calibration."""
+    return np.ones(images.shape, np.float32) if calibration is None else calibration.variance_per_pixel.astype(np.float32)
 
 
 def score_members(
@@ -171,12 +215,14 @@ def score_members(
     variables: Mapping[str, Any],
     images: DeviceImages,
     keys: Key[Array, "*members"],
+    pixel_variances: Any,
     decoder_variances: Sequence[DecoderVariance],
     *,
     levels: int,
     mesh: Mesh,
     batch_size: int,
     execution: Execution,
+    samples: int = 1,
 ) -> Iterator[SplitScores]:
     """`score_split` of several models at once, whose variables are stacked along a leading axis of members.
 
@@ -185,67 +231,68 @@ def score_members(
       variables: stacked, divided over the member axis of the mesh.
       images: as for `score_split`.
       keys: one per member.
+      pixel_variances: of `pixel_variance_of`, one per member.
       decoder_variances: of each member, in order; as many results are given.
       levels: as for `score_split`.
       mesh: of `sweep_mesh`.
       batch_size: images per device call.
       execution: 'scan' or 'vmap'; 'loop' for one model without an axis of members.
+      samples: as for `score_split`.
 
     Yields:
       The scores of each member, in order.
     """
-    batches = _score_batches(model, variables, images, keys, levels, mesh, batch_size, execution)
-    for member, decoder_variance in enumerate(decoder_variances):
-        own = [batch if execution == "loop" else _BatchScores(*(leaf[member] for leaf in batch)) for batch in batches]
-        yield _split_scores(own, len(images), decoder_variance, isinstance(model.prior, StandardNormal))
-
-
-def _score_batches(
-    model: VAE,
-    variables: Mapping[str, Any],
-    images: DeviceImages,
-    key: Array,
-    levels: int,
-    mesh: Mesh,
-    batch_size: int,
-    execution: Execution,
-) -> list[_BatchScores]:
-    """Host copies of the scores of every batch, in order; the last one is filled up with repetitions of an image."""
     score = _parallelized(model.clone(axis_name=None), levels, mesh, execution)
-    return list(run_over(images, mesh, batch_size, lambda *batch: score(variables, *batch, key)))
+    batches, scored = [], 0
+    totals: Any = None
+    for batch, sums in run_over(images, mesh, batch_size, lambda *b: score(variables, *b, keys, pixel_variances), samples):
+        # Every sample of an image has the same posterior: the first is enough.
+        batches.append(batch if scored < len(images) else batch._replace(posterior_mean=batch.posterior_mean[..., :0, :]))
+        scored += batch.rate.shape[-1]
+        sums = jax.tree.map(np.float64, sums)
+        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+    for member, decoder_variance in enumerate(decoder_variances):
+        own, sums = (batches, totals) if execution == "loop" else jax.tree.map(lambda leaf: leaf[member], (batches, totals))  # noqa: B023
+        yield _split_scores(own, sums, len(images), samples, decoder_variance, isinstance(model.prior, StandardNormal))
 
 
 def _split_scores(
-    batches: Sequence[_BatchScores], count: int, decoder_variance: DecoderVariance, standard_normal: bool
+    batches: Sequence[_ExampleScores],
+    totals: Any,
+    count: int,
+    samples: int,
+    decoder_variance: DecoderVariance,
+    standard_normal: bool,
 ) -> SplitScores:
     """What the batches of one model say of the whole split, in float64."""
 
     def examples(name: str) -> np.ndarray:
-        return np.concatenate([getattr(batch, name) for batch in batches])[:count].astype(np.float64)
+        values = np.concatenate([getattr(batch, name) for batch in batches])[: samples * count]
+        return values.astype(np.float64).reshape(samples, count)
 
-    def mean(name: str) -> np.ndarray:
-        return np.asarray(np.sum([getattr(batch, name) for batch in batches], axis=0, dtype=np.float64) / count)
-
+    means = jax.tree.map(lambda total: np.asarray(total / (samples * count)), totals)
     scores = SplitScores(
         squared_error=examples("squared_error"),
         rate=examples("rate"),
-        pixel_squared_error=mean("pixel_squared_error"),
-        posterior_mean=examples("posterior_mean"),
-        latent_rate=mean("latent_rate"),
+        pixel_squared_error=means.pixel_squared_error,
+        posterior_mean=np.concatenate([batch.posterior_mean for batch in batches])[:count].astype(np.float64),
+        latent_rate=means.latent_rate,
         model_distortion=examples("distortion"),
         model_variance=float(examples("variance").mean()),
+        scaled_error=examples("scaled_error"),
     )
     if not standard_normal:
-        aggregate = scores.posterior_mean.var(axis=0) + mean("latent_variance")
-        information = 0.5 * (np.log(aggregate) - mean("latent_log_variance"))
+        aggregate = scores.posterior_mean.var(axis=0) + means.latent_variance
+        information = 0.5 * (np.log(aggregate) - means.latent_log_variance)
         scores = scores._replace(latent_rate=information, aggregate_variance=aggregate)
-    batchwise = (scores.model_distortion, scores.model_variance)
-    distortion, variance = decoder_variance.split_distortion(scores.squared_error, scores.pixel_squared_error, batchwise)
-    return scores._replace(model_distortion=distortion, model_variance=variance)
+    batchwise = (scores.model_distortion.reshape(-1), scores.model_variance)
+    errors = scores.squared_error.reshape(-1), scores.pixel_squared_error
+    distortion, variance = decoder_variance.split_distortion(*errors, batchwise)
+    return scores._replace(model_distortion=distortion.reshape(samples, count), model_variance=variance)
 
 
 def optimal_variance_of_split(scores: SplitScores, over: str, floor: float) -> Any:
-    """`MSE + v0` over the split: [N] for 'example', a number for 'batch', the shape of an example for 'pixel'."""
+    """`MSE + v0` over the split: [S, N] for 'example', a number for 'batch', the shape of an example for 'pixel'."""
     if over == "pixel":
         return scores.pixel_squared_error + floor
     variance = scores.squared_error / scores.pixels + floor
@@ -259,6 +306,6 @@ def calibrate(scores: SplitScores, step: int, floor: float) -> Calibration:
 
 
 def distortion_at(scores: SplitScores, variance: Any, floor: float) -> np.ndarray:
-    """`D/2 log(2 pi v) + (SSE + D v0) / (2 v)` per example, nats, [N], for one variance or one per example ([N])."""
+    """`D/2 log(2 pi v) + (SSE + D v0) / (2 v)` per example, nats, [S, N], for one variance or one per example ([S, N])."""
     pixels = scores.pixels
     return 0.5 * pixels * (LOG_2PI + np.log(variance)) + (scores.squared_error + pixels * floor) / (2 * variance)

@@ -33,7 +33,15 @@ from bsvae_jax.distributed.mesh import (
     stack,
 )
 from bsvae_jax.errors import UserError
-from bsvae_jax.evaluation.scores import EVALUATION_BATCH, SplitScores, score_members, split_key
+from bsvae_jax.evaluation.scores import (
+    EVALUATION_BATCH,
+    Calibration,
+    SplitScores,
+    pixel_variance_of,
+    samples_of_each,
+    score_members,
+    split_key,
+)
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.random import arranged
 from bsvae_jax.training.state import build_hyperparameters, build_model, create_state, steps_per_dispatch
@@ -226,18 +234,26 @@ class Program:
             self.compiled = self.use(compiled)
         return sum(memory_sizes(compiled)) + besides
 
-    def score(self, state: TrainState, split: str, configs: Sequence[Config]) -> Iterator[SplitScores]:
-        """Scores of each member on a split, with the posterior samples that every evaluation of it takes."""
+    def score(
+        self, state: TrainState, split: str, configs: Sequence[Config], calibrations: Sequence[Calibration] | None = None
+    ) -> Iterator[SplitScores]:
+        """Scores of each member on a split, with the posterior samples that every evaluation of it takes.
+
+        One of each image on the way; given the `calibrations` of all members, as many as their configs say.
+        """
+        images, known = self.splits[split], [None] * len(configs) if calibrations is None else calibrations
         return score_members(
             self.model,
             state.variables(),
-            self.splits[split],
+            images,
             self.pack([split_key(config.seed, split) for config in configs]),
+            self.pack([pixel_variance_of(own, images) for own in known]),
             [build_model(config, self.images.image_shape, self.images.bin_width).decoder_variance for config in configs],
             levels=self.images.levels,
             mesh=self.mesh,
             batch_size=EVALUATION_BATCH,
             execution=self.execution,
+            samples=1 if calibrations is None else samples_of_each(self.config.posterior_samples, len(images)),
         )
 
 

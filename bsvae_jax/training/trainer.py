@@ -24,11 +24,12 @@ from bsvae_jax.distributed import multihost
 from bsvae_jax.distributed.preemption import Stop
 from bsvae_jax.errors import DivergenceError, UserError
 from bsvae_jax.evaluation.diagnosis import diagnose
-from bsvae_jax.evaluation.metrics import Report, summarize
+from bsvae_jax.evaluation.metrics import Report, calibrated_elbo, summarize
 from bsvae_jax.evaluation.scores import SplitScores, calibrate
 from bsvae_jax.training.callbacks import Callback, Callbacks, Run
 from bsvae_jax.training.failed_step import failing_step
 from bsvae_jax.training.metrics_log import MetricsRow
+from bsvae_jax.training.per_image import write_per_image
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.state import build_hyperparameters, create_state, learning_rate_schedule
 from bsvae_jax.training.step import LOG_EVERY, StepMetrics, TrainState, data_order
@@ -92,7 +93,6 @@ class Trainer:
         ]
         self._asked: dict[int, str] = {}  # which members are to stop, and why
         self._runs: list[Run] = []
-        self._held_out_scores: dict[int, list[SplitScores]] = {}
 
     def train(self, at: int | None = None) -> TrainState:
         """Run to the last step, or to where callbacks stop the last member, and evaluate; the state there.
@@ -350,7 +350,6 @@ class Trainer:
             member.findings = set(findings)
             self._call(index, "on_evaluation", row)
             saved.append(self._save(index, step, arrays[index], value))
-        self._held_out_scores = {step: scores}
         return all(saved)
 
     def _finish(self, state: TrainState, step: int, members: Sequence[int]) -> None:
@@ -364,24 +363,22 @@ class Trainer:
         missing = [index for index in members if self.members[index].report is None]
         if not missing:
             return
-        known = {images.choosing_split: self._held_out_scores.get(step)}
-        held_out = {
-            split: known.get(split) or list(self.program.score(state, split, self.configs)) for split in images.splits[1:]
-        }
-        test = held_out["test"]
         floor = objective.quantization_variance(images.bin_width)
+        calibrations = [calibrate(scores, step, floor) for scores in self.program.score(state, "train", self.configs)]
+        scored = [self.program.score(state, split, self.configs, calibrations) for split in images.splits]
         extra = self.extras(state) if self.extras is not None else None
-        for index, train_scores in enumerate(self.program.score(state, "train", self.configs)):
+        for index, of_splits in enumerate(zip(*scored, strict=True)):
             if index not in missing:
                 continue
-            member, config = self.members[index], self.configs[index]
-            calibration = calibrate(train_scores, step, floor)
+            member, config, calibration = self.members[index], self.configs[index], calibrations[index]
             member.run.write_calibration(calibration)
-            scores = {"train": train_scores} | {split: of[index] for split, of in held_out.items()}
+            scores = dict(zip(images.splits, of_splits, strict=True))
             report = {split: summarize(of, config.beta, calibration, images.holds_images) for split, of in scores.items()}
+            if multihost.is_primary():
+                write_per_image(member.run.folder, step, calibrated_elbo(scores["test"], calibration))
             if extra is not None:
-                extra(index, test[index])
-            member.run.write_evaluation(step, report, self._findings(test[index], config))
+                extra(index, scores["test"])
+            member.run.write_evaluation(step, report, self._findings(scores["test"], config))
             member.report = report
 
     def _findings(self, scores: SplitScores, config: Config) -> dict[str, str]:

@@ -5,6 +5,7 @@ metrics.jsonl      a row per line, training and test terms in nats per example
 tensorboard/       the same as TensorBoard events
 checkpoints/       Orbax, the latest two and the best
 calibration.npz    optimal variance of the training set (at the end)
+per_image.npz      calibrated ELBO of each test image (at the end)
 evaluation.json    every reported number of both splits (at the end, or by `bsvae evaluate`)
 failure.json       why training stopped, where it did; failure.npz has the state and the batch of that step
 prior.npz          a density fitted to the latents (by `bsvae fit-prior`)

@@ -30,6 +30,7 @@ def scores(mse=0.01, rate=20.0, active=True, variance=0.01):
         latent_rate=np.full(3, rate / 3),
         model_distortion=np.zeros(count),
         model_variance=variance,
+        scaled_error=np.zeros(count),
     )
 
 

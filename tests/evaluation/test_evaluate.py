@@ -7,33 +7,44 @@ import pytest
 from scipy import stats
 
 from bsvae_jax.evaluation import plots
-from bsvae_jax.evaluation.metrics import as_json, as_table, from_json, summarize
+from bsvae_jax.evaluation.metrics import (
+    as_json,
+    as_table,
+    calibrated_elbo,
+    from_json,
+    mean_quantity,
+    sampling_error,
+    summarize,
+)
 from bsvae_jax.evaluation.scores import SplitScores, calibrate, distortion_at, optimal_variance_of_split
 from bsvae_jax.objective import Optimal
 
-N, SHAPE, LATENTS, FLOOR = 40, (3, 2, 1), 3, 1 / (12 * 16**2)
+S, N, SHAPE, LATENTS, FLOOR = 3, 40, (3, 2, 1), 3, 1 / (12 * 16**2)
+PIXELS = (2, 3, 4)
+"""Axes of `residuals`."""
 
 
 @pytest.fixture
 def residuals():
-    return np.random.default_rng(0).normal(size=(N, *SHAPE)) * np.linspace(0.05, 0.3, N).reshape(-1, 1, 1, 1)
+    return np.random.default_rng(0).normal(size=(S, N, *SHAPE)) * np.linspace(0.05, 0.3, N).reshape(-1, 1, 1, 1)
 
 
 @pytest.fixture
 def scores(residuals):
     generator = np.random.default_rng(1)
-    rate = generator.uniform(1, 5, N)
+    rate = generator.uniform(1, 5, (S, N))
     posterior_mean = generator.normal(size=(N, LATENTS)) * np.array([1.0, 0.5, 0.01])  # the last one is inactive
     squared = np.square(residuals)
     latent_rate = generator.dirichlet(np.ones(LATENTS)) * rate.mean()
     return SplitScores(
-        squared_error=squared.sum(axis=(1, 2, 3)),
+        squared_error=squared.sum(axis=PIXELS),
         rate=rate,
-        pixel_squared_error=squared.mean(axis=0),
+        pixel_squared_error=squared.mean(axis=(0, 1)),
         posterior_mean=posterior_mean,
         latent_rate=latent_rate,
         model_distortion=2.0 * rate,
         model_variance=0.01,
+        scaled_error=(squared / (squared.mean(axis=(0, 1)) + FLOOR)).sum(axis=PIXELS),
     )
 
 
@@ -43,17 +54,44 @@ def test_likelihoods_are_gaussian_densities(scores, residuals):
     variance = np.square(residuals).mean() + FLOOR
     assert calibration.variance == pytest.approx(variance)
     # SciPy's normal density at the residuals, plus the expected dequantization noise D v0 / (2 v).
-    nll = -stats.norm.logpdf(residuals, scale=np.sqrt(variance)).sum(axis=(1, 2, 3)) + 6 * FLOOR / (2 * variance)
+    nll = -stats.norm.logpdf(residuals, scale=np.sqrt(variance)).sum(axis=PIXELS) + 6 * FLOOR / (2 * variance)
     assert summary["calibrated_distortion"].value == pytest.approx(nll.mean())
     assert summary["calibrated_distortion"].value == pytest.approx(3 * (np.log(2 * np.pi * variance) + 1))  # closed form
     assert summary["calibrated_elbo"].value == pytest.approx(-(nll + scores.rate).mean())
-    assert summary["calibrated_elbo"].standard_error == pytest.approx(stats.sem(nll + scores.rate))
-    per_pixel = np.square(residuals).mean(axis=0) + FLOOR
-    nll = -stats.norm.logpdf(residuals, scale=np.sqrt(per_pixel)).sum(axis=(1, 2, 3)) + (FLOOR / (2 * per_pixel)).sum()
-    assert summary["calibrated_elbo_per_pixel_variance"].value == pytest.approx(-(nll + scores.rate).mean())
-    own = np.square(residuals).mean(axis=(1, 2, 3), keepdims=True) + FLOOR
-    profile = -stats.norm.logpdf(residuals, scale=np.sqrt(own)).sum(axis=(1, 2, 3)) + 3 * FLOOR / own.ravel()
+    # Over images, of which each has the mean of its samples.
+    assert summary["calibrated_elbo"].standard_error == pytest.approx(stats.sem((nll + scores.rate).mean(axis=0)))
+    np.testing.assert_allclose(calibrated_elbo(scores, calibration), -(nll + scores.rate))
+    per_pixel = np.square(residuals).mean(axis=(0, 1)) + FLOOR
+    nll = -stats.norm.logpdf(residuals, scale=np.sqrt(per_pixel)).sum(axis=PIXELS) + (FLOOR / (2 * per_pixel)).sum()
+    found = summary["calibrated_elbo_per_pixel_variance"]
+    assert found.value == pytest.approx(-(nll + scores.rate).mean())
+    assert found.standard_error == pytest.approx(stats.sem((nll + scores.rate).mean(axis=0)))
+    own = np.square(residuals).mean(axis=PIXELS, keepdims=True) + FLOOR  # of each sample its own
+    profile = -stats.norm.logpdf(residuals, scale=np.sqrt(own)).sum(axis=PIXELS) + 3 * FLOOR / own.reshape(S, N)
     assert summary["profile_elbo"].value == pytest.approx(-(profile + scores.rate).mean())
+
+
+def test_the_noise_of_posterior_samples_is_told_from_that_of_images():
+    """Of 2,000 images, 5 samples with a deviation of 3 each about means that differ by 10: 0.03 nats, to 2%."""
+    generator = np.random.default_rng(0)
+    values = 10 * generator.normal(size=2_000) + 3 * generator.normal(size=(5, 2_000))
+    assert sampling_error(values) == pytest.approx(3 / np.sqrt(5 * 2_000), rel=0.02)
+    # The standard error holds both: sqrt(10^2 + 3^2 / 5) / sqrt(2,000), to 3 of its deviations, 1.6% each.
+    assert mean_quantity(values, "", "").standard_error == pytest.approx(np.sqrt(101.8 / 2_000), rel=0.05)
+
+
+def test_the_noise_of_one_posterior_sample_is_not_known(scores):
+    one = scores._replace(**{name: getattr(scores, name)[:1] for name in ("squared_error", "rate", "model_distortion")})
+    of_splits = {"train": one._replace(scaled_error=scores.scaled_error[:1]), "test": scores}
+    report = {split: summarize(own, 1.0, calibrate(scores, 7, FLOOR)) for split, own in of_splits.items()}
+    assert "sampling_error" not in report["train"]
+    assert [report[split]["posterior_samples"].value for split in report] == [1, S]
+    (line,) = [line for line in as_table(report).splitlines() if line.startswith("sampling_error ")]
+    assert line.split() == [
+        "sampling_error",
+        f"{report['test']['sampling_error'].value:.5g}",
+        *["nats", "what", "these", "samples", "leave", "in", "calibrated_elbo"],
+    ]
 
 
 def test_bits_per_dimension_and_objective(scores):
@@ -67,25 +105,25 @@ def test_bits_per_dimension_and_objective(scores):
 
 def test_reconstruction_error(scores, residuals):
     summary = summarize(scores, 3.0, calibrate(scores, 7, FLOOR))
-    mse = np.square(residuals).mean(axis=(1, 2, 3))
+    mse = np.square(residuals).mean(axis=PIXELS)
     assert summary["mse"].value == pytest.approx(mse.mean())
     assert summary["psnr"].value == pytest.approx(np.mean(10 * np.log10(1 / mse)))
 
 
 def test_a_split_shares_its_variance_in_three_ways(scores, residuals):
     squared = np.square(residuals)
-    np.testing.assert_allclose(optimal_variance_of_split(scores, "example", FLOOR), squared.mean(axis=(1, 2, 3)) + FLOOR)
+    np.testing.assert_allclose(optimal_variance_of_split(scores, "example", FLOOR), squared.mean(axis=PIXELS) + FLOOR)
     assert optimal_variance_of_split(scores, "batch", FLOOR) == pytest.approx(squared.mean() + FLOOR)
-    np.testing.assert_allclose(optimal_variance_of_split(scores, "pixel", FLOOR), squared.mean(axis=0) + FLOOR)
+    np.testing.assert_allclose(optimal_variance_of_split(scores, "pixel", FLOOR), squared.mean(axis=(0, 1)) + FLOOR)
     np.testing.assert_allclose(
-        distortion_at(scores, 0.5, 0.0), 3 * np.log(np.pi) + squared.sum(axis=(1, 2, 3)), rtol=1e-12
+        distortion_at(scores, 0.5, 0.0), 3 * np.log(np.pi) + squared.sum(axis=PIXELS), rtol=1e-12
     )  # sigma^2 = 1/2: D/2 log(pi) + SSE, the paper's first reading
 
 
 @pytest.mark.parametrize("over", ["batch", "pixel", "channel"])
 def test_an_optimal_variance_of_a_whole_split_is_shared_over_the_split(residuals, over):
     """Against SciPy's densities and the dequantization noise, averaged over the split; shapes [3, 2, 2]: two channels."""
-    residuals = np.stack([residuals[..., 0], 2 * residuals[..., 0]], axis=-1)
+    residuals = np.stack([residuals[0, ..., 0], 2 * residuals[0, ..., 0]], axis=-1)
     squared = np.square(residuals)
     variance = squared.mean(axis={"batch": None, "pixel": 0, "channel": (0, 1, 2)}[over]) + FLOOR
     noise = np.sum(np.broadcast_to(FLOOR / (2 * variance), squared.shape[1:]))
