@@ -20,15 +20,16 @@ def report(folder: Merged[Workdir]) -> None:
 
 def print_report(folder: Path) -> None:
     """Write the report of a sweep, and print its table and what it says."""
-    from bsvae_jax.sweeps.report import best_beta, findings, status, write_report
-    from bsvae_jax.sweeps.results import as_text, read_results
+    from bsvae_jax.sweeps.report import best_beta, differences, findings, status, write_report
+    from bsvae_jax.sweeps.results import as_text, display_rows, error_bars, read_results
 
     page = None
     with numbers_without_figures():
         *_, page = write_report(folder)
     results = read_results(folder)
-    print(f"{status(results)} Test set, mean ± standard deviation over seeds:\n\n{as_text(results)}\n")
-    print("\n".join([*best_beta(results), *findings(results)]))
+    bars = error_bars(display_rows(results, "test")[0])
+    print(f"{status(results)} Test set. {bars}\n\n{as_text(results)}\n")
+    print("\n".join([*best_beta(results), *differences(results), *findings(results)]))
     if page is not None:
         print(f"\nreport: {page}")
 

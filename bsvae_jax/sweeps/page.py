@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 import bsvae_jax
 from bsvae_jax.config import to_dict
-from bsvae_jax.sweeps.results import SweepResults, display_rows
+from bsvae_jax.sweeps.results import SweepResults, display_rows, error_bars
 
 STYLE = """
 :root { color-scheme: light; }
@@ -87,7 +87,7 @@ def page(results: SweepResults, sentences: Sequence[str], pictures: Mapping[str,
         )
     for split, heading in (("test", "Test set"), ("train", "Training set")):
         headings, rows = display_rows(results, split)
-        parts.append(f"<h2>{heading}</h2><p>Mean ± standard deviation over seeds. A click on a heading sorts the rows.</p>")
+        parts.append(f"<h2>{heading}</h2><p>{error_bars(headings)} A click on a heading sorts the rows.</p>")
         cells = [[html.escape(cell).replace("± ", "±&nbsp;") for cell in row] for row in rows]
         parts.append(_table(headings, cells))
     parts += ["<h2>Members</h2>", _table(["folder", "state", "found"], _members(results), "members")]

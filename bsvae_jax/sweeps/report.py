@@ -29,16 +29,20 @@ from bsvae_jax.sweeps.plots import Curve, Line
 from bsvae_jax.sweeps.results import (
     HEADINGS,
     SPLITS,
+    Family,
     MemberResult,
     SweepResults,
     as_csv,
     as_markdown,
+    best_setting,
     collapse_constants,
+    differences_to,
     display,
     families,
     mean_and_deviation,
     members_csv,
     read_results,
+    setting_of,
     tabled_quantities,
 )
 
@@ -74,7 +78,7 @@ def write_report(folder: str | Path) -> list[Path]:
     files = save_all({name: picture.figure for name, picture in pictures.items()}, folder / "figures")
     images = {file.stem: file.read_bytes() for file in files}
     paths += [*files, folder / "report.html"]
-    sentences = [status(results), *best_beta(results), *findings(results)]
+    sentences = [status(results), *best_beta(results), *differences(results), *findings(results)]
     write_atomically(paths[-1], page(results, sentences, pictures, images).encode())
     return paths
 
@@ -100,13 +104,35 @@ def best_beta(results: SweepResults) -> list[str]:
     for family in families(results):
         if len(family.betas) < 2:
             continue
-        best = int(np.argmax([mean_and_deviation(own, "calibrated_elbo", split)[0] for own in family.members]))
+        best = _best(family, split)
         value = display(*mean_and_deviation(family.members[best], "calibrated_elbo", "test"))
         where = chosen.format(value)
         sentences.append(
             f"{family.label}: of {len(family.betas)} β, {family.betas[best]:g} has the best calibrated ELBO {where}."
         )
     return sentences
+
+
+def _best(family: Family, split: str) -> int:
+    """Index of the beta of the best calibrated ELBO on a split."""
+    return int(np.argmax([mean_and_deviation(own, "calibrated_elbo", split)[0] for own in family.members]))
+
+
+def differences(results: SweepResults) -> list[str]:
+    """A sentence that compares the best setting of every model with the best of all, image by image; none of one model."""
+    reference = best_setting(results)
+    found, parts, base = differences_to(results, reference), [], ""
+    for family in families(results):
+        own = family.members[_best(family, results.choosing_split)][0].config
+        name, difference = f"{family.label} at β = {own.beta:g}", found.get(setting_of(own))
+        if setting_of(own) == reference:
+            base = name
+        elif difference is not None:
+            parts.append(f"{name}: {display(*difference)}")
+    if not parts:
+        return []
+    unit = "nats (± standard error over images and seeds)"
+    return [f"Calibrated ELBO of the test set less that of {base}, paired by image and seed: {'; '.join(parts)} {unit}."]
 
 
 def findings(results: SweepResults) -> list[str]:

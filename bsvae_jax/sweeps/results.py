@@ -15,8 +15,10 @@ from bsvae_jax.config import CHOICES, Config, Prior, StandardNormal
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.objective import Constant, DecoderVariance, Kind, Learned, Optimal, Predicted
+from bsvae_jax.sweeps.differences import Difference, paired_difference
 from bsvae_jax.sweeps.fit_sweep import SweepInfo, read_sweep
 from bsvae_jax.training.identity import read_run_arrays
+from bsvae_jax.training.per_image import read_per_image
 from bsvae_jax.training.stopped import read_failure
 from bsvae_jax.training.workdir import read_evaluation, read_info
 
@@ -28,6 +30,7 @@ TABLED = (
     "distortion",
     "profile_elbo",
     "calibrated_elbo",
+    "calibrated_elbo_per_pixel_variance",
     "importance_weighted_bound_dequantized",
     "variance",
     "mse",
@@ -48,6 +51,8 @@ HEADINGS = {
     "distortion": "distortion [nats]",
     "profile_elbo": "profile ELBO [nats]",
     "calibrated_elbo": "calibrated ELBO [nats]",
+    "calibrated_elbo_difference": "paired difference to the best calibrated ELBO [nats]",
+    "calibrated_elbo_per_pixel_variance": "the same, a variance per pixel [nats]",
     "importance_weighted_bound_dequantized": "importance-weighted bound, dequantized [nats]",
     "variance": "decoder variance [intensity²]",
     "mse": "mean squared error [intensity²]",
@@ -72,6 +77,8 @@ class MemberResult(NamedTuple):
     """What is wrong with the model, by the name of the ailment."""
     pictures: dict[str, np.ndarray]
     """Of `pictures.npz`; empty where it is missing."""
+    test_elbo: np.ndarray | None = None
+    """Calibrated ELBO of each test image, nats, [N]; None where it was not kept."""
 
     def value(self, quantity: str, split: str) -> float:
         """A reported number, NaN where there is none."""
@@ -159,7 +166,8 @@ def read_results(folder: str | Path) -> SweepResults:
         failure = read_failure(own)
         if set(report) >= set(SPLITS) and (own / "pictures.npz").is_file():
             pictures = read_run_arrays(own / "pictures.npz", "delete it, and `bsvae sweep` makes it again")
-            members.append(MemberResult(name, read_info(own).config, report, findings, pictures))
+            elbo = read_per_image(own, evaluation.step) if evaluation is not None else None
+            members.append(MemberResult(name, read_info(own).config, report, findings, pictures, elbo))
         elif failure is not None:
             failures[name] = failure
             setting = setting_of(read_info(own).config)
@@ -180,6 +188,33 @@ def mean_and_deviation(members: Sequence[MemberResult], quantity: str, split: st
     return mean, float(values.std(ddof=1)) if len(values) > 1 else math.nan
 
 
+def best_setting(results: SweepResults) -> Setting:
+    """The one of the best mean calibrated ELBO, on the split by which that is chosen."""
+    means = {
+        setting: mean_and_deviation(members, "calibrated_elbo", results.choosing_split)[0]
+        for setting, members in results.settings().items()
+    }
+    return max(means, key=lambda setting: np.nan_to_num(means[setting], nan=-math.inf))
+
+
+def differences_to(results: SweepResults, reference: Setting) -> dict[Setting, Difference]:
+    """Calibrated ELBO of the test images less that of the reference, of every setting with a seed in common with it.
+
+    Paired: of the same images and the same seeds.
+    """
+    values: dict[Setting, dict[int, np.ndarray]] = {
+        setting: {member.config.seed: member.test_elbo for member in members if member.test_elbo is not None}
+        for setting, members in results.settings().items()
+    }
+    found = {}
+    for setting, own in values.items():
+        seeds = sorted(own.keys() & values[reference].keys())
+        if seeds and setting != reference:
+            one, other = (np.stack([of[seed] for seed in seeds]) for of in (own, values[reference]))
+            found[setting] = paired_difference(one, other)
+    return found
+
+
 class TableRow(NamedTuple):
     """One setting on one split."""
 
@@ -189,15 +224,19 @@ class TableRow(NamedTuple):
     diverged: int
     cells: dict[str, tuple[float, float]]
     """Quantity to mean and standard deviation over seeds."""
+    difference: Difference | None
+    """To the setting of the best calibrated ELBO on the test set; None of that itself, and of the training set."""
 
 
 def table_rows(results: SweepResults) -> Iterator[TableRow]:
     """The rows of the table: test first, then training; every setting once in each."""
     quantities = tabled_quantities(results)
+    differences = differences_to(results, best_setting(results)) if results.members else {}
     for split in SPLITS:
         for setting, members in results.settings().items():
             cells = {quantity: mean_and_deviation(members, quantity, split) for quantity in quantities}
-            yield TableRow(setting, split, len(members), results.diverged.get(setting, 0), cells)
+            difference = differences.get(setting) if split == "test" else None
+            yield TableRow(setting, split, len(members), results.diverged.get(setting, 0), cells, difference)
 
 
 def tabled_quantities(results: SweepResults) -> list[str]:
@@ -216,9 +255,13 @@ def has_several_priors(results: SweepResults) -> bool:
 
 
 def as_csv(results: SweepResults) -> str:
-    """The table for programs: a row per setting and split, mean and standard deviation of each quantity in full precision."""
+    """The table for programs: a row per setting and split, mean and standard deviation of each quantity in full precision.
+
+    Last the mean difference to the best calibrated ELBO of the test set and its standard error, as `differences_to` has them.
+    """
     quantities = tabled_quantities(results)
     names = [f"{quantity}_{what}" for quantity in quantities for what in ("mean", "std")]
+    names += ["calibrated_elbo_difference", "calibrated_elbo_difference_standard_error"]
     rows = [["split", "decoder_variance", "prior", "learning_rate", "beta", "seeds", "diverged", *names]]
     for row in table_rows(results):
         variance, prior, rate, beta = row.setting
@@ -232,7 +275,8 @@ def as_csv(results: SweepResults) -> str:
             str(row.seeds),
             str(row.diverged),
         ]
-        rows.append([*start, *numbers])
+        difference = ["", ""] if row.difference is None else [repr(value) for value in row.difference]
+        rows.append([*start, *numbers, *difference])
     return _csv(rows)
 
 
@@ -275,15 +319,18 @@ def display_rows(results: SweepResults, split: str) -> tuple[list[str], list[lis
         *(HEADINGS[quantity] for quantity in quantities),
     ]
     rows = []
-    for row in table_rows(results):
-        if row.split != split:
-            continue
+    own = [row for row in table_rows(results) if row.split == split]
+    paired = any(row.difference is not None for row in own)
+    if paired:
+        headings.append(HEADINGS["calibrated_elbo_difference"])
+    for row in own:
         setting = row.setting
         seeds = f"{row.seeds}" + (f" ({row.diverged} diverged)" if row.diverged else "")
         rate = [f"{setting.learning_rate:g}"] if several else []
         cells = [display(*row.cells[quantity]) for quantity in quantities]
         prior = [setting.prior.label] if priors else []
-        rows.append([setting.decoder_variance.label, *prior, *rate, f"{setting.beta:g}", seeds, *cells])
+        difference = (display(*row.difference) if row.difference else "n/a",) if paired else ()
+        rows.append([setting.decoder_variance.label, *prior, *rate, f"{setting.beta:g}", seeds, *cells, *difference])
     return headings, rows
 
 
@@ -312,16 +359,25 @@ def as_markdown(results: SweepResults) -> str:
         headings, rows = display_rows(results, split)
         lines = [headings, ["---"] * len(headings), *rows]
         title = "Test set" if split == "test" else "Training set"
-        parts.append(f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+        parts.append(
+            f"### {title}\n\n{error_bars(headings)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        )
     return "\n".join(parts)
+
+
+def error_bars(headings: Sequence[str]) -> str:
+    """What `±` is in a table of these headings."""
+    paired = HEADINGS["calibrated_elbo_difference"] in headings
+    differences = "; of paired differences, the standard error over test images and seeds" if paired else ""
+    return f"Mean ± standard deviation over seeds{differences}."
 
 
 def as_text(results: SweepResults) -> str:
     """The test set's table for a terminal, the most telling columns only."""
     headings, rows = display_rows(results, "test")
     shown = (
-        *("rate", "profile_elbo", "calibrated_elbo", "psnr", "active_units", "mutual_information", "aggregate_kl"),
-        *("fid", "lenet_fid"),
+        *("rate", "profile_elbo", "calibrated_elbo", "calibrated_elbo_difference", "importance_weighted_bound_dequantized"),
+        *("psnr", "active_units", "mutual_information", "aggregate_kl", "fid", "lenet_fid"),
     )
     kept = [i for i, heading in enumerate(headings) if heading not in HEADINGS.values()]
     kept += [headings.index(HEADINGS[name]) for name in shown if HEADINGS[name] in headings]

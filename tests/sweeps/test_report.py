@@ -269,7 +269,7 @@ def test_what_is_no_sweep_or_has_no_result_is_refused(tmp_path, folder):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["evaluation.json", "pictures.npz", "config.json", "failure.json"])
+@pytest.mark.parametrize("name", ["evaluation.json", "pictures.npz", "per_image.npz", "config.json", "failure.json"])
 def test_a_damaged_file_of_a_member_is_named(folder, tmp_path, name):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

@@ -25,6 +25,7 @@ from bsvae_jax.evaluation.scores import score_split
 from bsvae_jax.objective import Constant, Learned, Optimal, quantization_variance
 from bsvae_jax.training import state as building
 from bsvae_jax.training.fit import fit
+from bsvae_jax.training.per_image import read_per_image
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.state import build_model, build_optimizer, create_state, learning_rate_schedule, steps_per_dispatch
 from bsvae_jax.training.step import train_step
@@ -287,6 +288,10 @@ def test_a_run_ends_with_its_evaluation(tmp_path):
     assert (written["step"], written["checkpoint"]) == (6, "latest")
     assert written["splits"] == as_json(result.report)
     assert list(written["splits"]) == ["train", "test"]
+    kept = read_per_image(tmp_path / "run", 6)
+    assert kept.shape == (297,)
+    assert kept.mean() == pytest.approx(result.report["test"]["calibrated_elbo"].value, rel=1e-12)
+    assert read_per_image(tmp_path / "run", 3) is None
     # Against another pass over the data, by the parameters read back, on all eight devices.
     again = evaluate(restore(tmp_path / "run"), result.images).report
     for split, quantities in result.report.items():

@@ -60,6 +60,7 @@ def test_sound_runs_are_opened(runs):
         ("calibration.npz", bv.restore),
         ("evaluation.json", read_evaluation),
         ("pictures.npz", lambda run: read_results(run.parents[1])),
+        ("per_image.npz", lambda run: read_results(run.parents[1])),
     ],
 )
 def test_files_of_another_run(name, use, runs):
