@@ -87,11 +87,12 @@ COUNTS = [
     (Config, "epochs", "epochs", 1),
     (Config, "batch_size", "batch_size", 1),
     (Config, "evaluate_every", "evaluate_every", 1),
+    (Config, "posterior_samples", "posterior_samples", 1),
     (Config, "steps_per_dispatch", "steps_per_dispatch", 1),
     (Config, "devices", "devices", 1),
     (Config, "seed", "seed", 0),
 ]
-OPTIONAL = {"size", "crop", "gradient_clip", "ema_decay", "steps_per_dispatch", "devices"}
+OPTIONAL = {"size", "crop", "gradient_clip", "ema_decay", "posterior_samples", "steps_per_dispatch", "devices"}
 
 
 @pytest.mark.parametrize(
@@ -351,6 +352,7 @@ def test_to_dict_written_by_hand():
         "epochs": 50,
         "batch_size": 128,
         "evaluate_every": 1,
+        "posterior_samples": None,
         "precision": "float32",
         "gradient_accumulation": 1,
         "rematerialize": False,

@@ -177,7 +177,7 @@ def rate_decomposition(
     )
     left.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0))  # above: any place inside may hold a bar
     left.set_axisbelow(True)
-    left.set_xlabel("nats per image")
+    left.set_xlabel("nats per image, ± standard error over images")
     order = np.argsort(-next(iter(latents.values())))
     for (name, per_latent), color, marker in zip(latents.items(), COLORS, "osd^", strict=False):
         right.plot(np.arange(1, len(order) + 1), per_latent[order], color=color, marker=marker, markersize=3, label=name)

@@ -192,8 +192,9 @@ def _rate_distortion(results: SweepResults) -> Picture:
         squares = [Line(label, rates, mse)]
     caption = (
         f"Rate and distortion on {results.info.data_name}, test set, mean over seeds; black bars of one standard deviation. "
-        "Left: a β-VAE with a constant variance has another likelihood under each reading of its σ²; BS-VAE has one. Right: "
-        "squared error, for which no reading is needed. The dashed line, Shannon's R(D), is the best that any model could do "
+        "Left: a β-VAE with a constant variance has another likelihood under each reading of its σ²; BS-VAE has one. With an "
+        "optimal σ² it is a profile likelihood, no density, to be compared with its like alone; the table has calibrated ones. "
+        "Right: squared error, which needs no reading. The dashed line, Shannon's R(D), is the best that any model could do "
         "on Gaussian data of the same covariance, with one variance for all images; structure beyond the covariance and a "
         "variance per image may pass below it."
     )
@@ -228,8 +229,8 @@ def _metrics(results: SweepResults) -> Picture:
         ]
     caption = (
         f"Every quantity of the table against β on {results.info.data_name}. Objective and distortion are each model's own and "
-        "cannot be compared between models; profile and calibrated likelihood can, each among its kind. Lines between points "
-        "guide the eye only."
+        "cannot be compared between models; profile and calibrated likelihood can, each among its kind. Means over seeds, with "
+        "bars of one standard deviation; lines between points guide the eye only."
     )
     alt = f"{len(panels)} panels, a quantity of the table each, against β: a line per model and split."
     return Picture(plots.metrics_against_beta(panels), alt, caption)

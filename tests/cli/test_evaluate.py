@@ -18,6 +18,7 @@ from bsvae_jax.evaluation.evaluate import Fid
 from bsvae_jax.evaluation.fid import distance, inception, lenet
 from bsvae_jax.evaluation.fid.features import FeatureNetwork
 from bsvae_jax.sweeps.report import write_report  # noqa: F401 (Python 3.11 may fail to compile it deep inside a call)
+from bsvae_jax.training.per_image import read_per_image
 from bsvae_jax.training.restore import restore
 
 CONFIG = """
@@ -100,8 +101,11 @@ def test_every_number_and_figure(trained, capsys):
             assert min(image.size) > 300, name
             assert len(image.convert("L").getcolors(256)) > 20, f"{name} shows nothing"
     # A later call that asks for less keeps what was found.
-    main("evaluate", trained, "--split", "test", "--no-figures")
-    assert values(trained)["test"]["importance_weighted_bound"] == found["test"]["importance_weighted_bound"]
+    main("evaluate", trained, "--split", "test", "--posterior-samples", 2, "--no-figures")
+    again = values(trained)
+    assert again["test"]["importance_weighted_bound"] == found["test"]["importance_weighted_bound"]
+    assert [own["posterior_samples"] for own in (found["train"], found["test"], again["test"])] == [7, 16, 2]
+    assert read_per_image(trained, 6).mean() == pytest.approx(again["test"]["calibrated_elbo"], rel=1e-12)
 
 
 @pytest.mark.long
@@ -150,6 +154,7 @@ def test_an_interrupted_bound_continues(trained, monkeypatch):
         (["--samples", 0], "must lie in 1 ... 5,000, got 0"),
         (["--samples", 5001], "must lie in 1 ... 5,000, got 5001"),
         (["--samples", 2, "--bound-images", 0], "needs at least one image, got 0"),
+        (["--posterior-samples", 0], "--posterior-samples must be a whole number >= 1, got 0"),
         (["--fid", 3], "at least 4, got 3"),
         (["--inception-weights", "x.npz"], "give --fid N"),
         (["--fid-network", "lenet"], "give --fid N"),

@@ -274,6 +274,11 @@ ROWS = [
     ("evaluate", of_run(lambda run, done: bv.evaluate(run, done.images, samples=0)), r"must lie in 1 \.\.\. 5,000, got 0"),
     ("evaluate", of_run(lambda run, done: bv.evaluate(run, done.images, samples="5")), r"must lie in 1 \.\.\. 5,000, got '5'"),
     ("evaluate", of_run(lambda run, done: bv.evaluate(run, done.images, bound_images=0)), "needs at least one image, got 0"),
+    (
+        "evaluate",
+        of_run(lambda run, done: bv.evaluate(run, done.images, posterior_samples=0)),
+        "posterior_samples must be a whole number >= 1",
+    ),
     ("evaluate", of_run(lambda run, done: bv.evaluate(run, done.images, fid_options=50)), "fid_options must be of type Fid"),
     ("evaluate", of_run(lambda run, done: bv.evaluate(run, done.images, workdir="nowhere")), "There is no folder nowhere"),
     ("evaluate", of_run(lambda run, _: bv.evaluate(run, data.ImageSet("x", IMAGES[:, :4], IMAGES[:, :4]))), "the data have"),

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
-from helpers import float64
 from scipy import stats
 
 from bsvae_jax import config as configs
@@ -29,7 +28,6 @@ from bsvae_jax.sweeps.grid import Sweep, base_config, choose_priors
 from bsvae_jax.sweeps.report import draw
 from bsvae_jax.sweeps.results import as_csv, read_results
 from bsvae_jax.training import state as building
-from bsvae_jax.training import step as training
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.state import build_model, check_against_data, create_state
@@ -254,27 +252,6 @@ def test_gradients_reach_every_parameter_of_a_prior(prior, network, images, key)
             moved = moved[:, *np.triu_indices(3, 1)]
         assert np.isfinite(moved).all()
         assert np.any(moved != 0), name
-
-
-@pytest.mark.long
-def test_the_gradient_is_that_of_finite_differences(images, key):
-    """Of the whole objective in the pseudo-inputs and in the encoder, through both of its roles, in float64."""
-    with float64():
-        state = state_of(VampPrior(2), MLP((4,)))
-        config = Config(network=MLP((4,)), latent_size=3, prior=VampPrior(2))
-        model = build_model(config, (6, 5, 1), 1 / 16, dtype=jnp.float64)
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state.params)
-        x = images.astype(jnp.float64)
-
-        def loss(params):
-            return training.objective.mean_objective(model.apply({"params": params}, x, key, method="elbo_terms"), 1.0)
-
-        loss, gradient = jax.jit(loss), jax.jit(jax.grad(loss))(params)
-        direction = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape, jnp.float64), params)
-        moved = [jax.tree.map(lambda p, d, s=s: p + s * 1e-5 * d, params, direction) for s in (1.0, -1.0)]
-        numeric = (loss(moved[0]) - loss(moved[1])) / 2e-5
-        analytic = sum(jnp.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
-        np.testing.assert_allclose(analytic, numeric, rtol=1e-5)
 
 
 @pytest.mark.long
