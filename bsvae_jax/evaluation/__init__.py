@@ -4,7 +4,8 @@ Begin with `scores`, the one pass over a data set that everything else is comput
 units; `evaluate` computes all. `plots` draws arrays, `figures` draws models; `fid` compares distributions of images. A new
 figure is a function of arrays in `plots`, called in `figures`. What is computed:
 
-* Likelihood: profile and calibrated ELBO, and the importance-weighted bound with exactly K samples (1 to 5,000, in bounded
+* Likelihood: profile and calibrated ELBO, averaged over posterior samples of each image, as many as make 10,000 of a split and
+  at most 16, with the noise that they leave; and the importance-weighted bound with exactly K samples (1 to 5,000, in bounded
   memory) at the grid points and with dequantization noise, in nats and bits/dim, with the effective number of samples. On
   linear models, whose likelihood is known, the bound is exact to 0.05 nats.
 * Where the bits go: the rate as mutual information I(x; z), total correlation and dimension-wise KL. I(x; z) of N images is at

@@ -130,7 +130,8 @@ class DecoderVariance(Kind, abc.ABC):
     ) -> SplitDistortion:
         """Distortion of the N examples of a whole split, nats, [N], and the variance averaged over all that it depends on.
 
-        A variance that is shared over the batch in training is shared over the split here: override it there.
+        A variance that is shared over the batch in training is shared over the split here: override it there. An example of
+        which there are several posterior samples is as many examples.
 
         Args:
           squared_error: of each example, summed over pixels, [N], float64.
