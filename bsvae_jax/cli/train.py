@@ -12,6 +12,7 @@ def train(
     experiment: Merged[Experiment],
     processes: Merged[Processes],
     workdir: Path | None = None,
+    start_from: Path | None = None,
 ) -> None:
     """Train the experiment of a config file; run it again to continue where it stopped.
 
@@ -21,11 +22,15 @@ def train(
 
     Example: bsvae train configs/digits.py --beta 4 --decoder-variance constant --decoder-variance.variance 0.1
 
+    From the weights of another run: bsvae train configs/digits.py --beta 4 --start-from runs/digits --workdir runs/beta4
+
     Args:
       config_file: A Python file with get_config(); configs/ holds ready ones.
       experiment: The experiment of a config file, changed by options.
       processes: Several processes, one a machine, that train one model.
       workdir: Folder of this run; runs/NAME-OF-CONFIG if not given.
+      start_from: Folder of another run with whose weights a new one begins, for other data, another beta, variance or prior.
+        Layers of other shapes start anew, and so do the optimizer and its schedule; it is said which layers do.
     """
     from bsvae_jax.distributed import multihost
     from bsvae_jax.evaluation import figures, metrics
@@ -35,7 +40,7 @@ def train(
     processes.join()
     keep_compiled_programs()
     folder = Path("runs") / config_file.stem if workdir is None else workdir
-    result = fit(experiment.config, folder)
+    result = fit(experiment.config, folder, start_from=start_from)
     if not multihost.is_primary():
         return
     print(metrics.as_table(result.report))

@@ -2,7 +2,8 @@
 
 Begin with `step`, the pure function that is compiled; `program` lays it and the data on the devices; `trainer` has the loop,
 `fit` the whole run, `callbacks` what is done beside it. `checkpoints` and `workdir` keep what a run leaves; `restore` reads
-it. `fit_prior` fits a density to the latents of a trained run, `import_torch` and `export` carry weights in and out.
+it. `start` has what a run takes from another that it begins from. `fit_prior` fits a density to the latents of a trained run,
+`import_torch` and `export` carry weights in and out.
 
 Any run may be interrupted and repeated. It ends with the numbers, files and figures of one never interrupted, to the bit on
 the same hardware (on GPUs with `XLA_FLAGS=--xla_gpu_deterministic_ops=true`), and on another number of devices up to the

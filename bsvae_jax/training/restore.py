@@ -9,15 +9,19 @@ import jax
 from bsvae_jax._io.files import as_path, digest
 from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config, load_module
+from bsvae_jax.data import ImageSet
 from bsvae_jax.distributed.hardware import check_platform
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.trained import Restored
+from bsvae_jax.models.pytorch import flatten
 from bsvae_jax.training.checkpoints import Checkpoints
 from bsvae_jax.training.fitted_prior import FILE, read_fitted
 from bsvae_jax.training.identity import identity
+from bsvae_jax.training.start import Start, check_beginning, take
 from bsvae_jax.training.state import build_model, create_state
 from bsvae_jax.training.step import PRIOR
-from bsvae_jax.training.workdir import check_switches, read_calibration, read_info
+from bsvae_jax.training.switches import check_switches
+from bsvae_jax.training.workdir import read_calibration, read_info
 
 
 def restore(
@@ -62,7 +66,7 @@ def restore(
     info = read_info(folder, config if isinstance(config, Config) else None)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} has no checkpoint yet; train it with bsvae train.")
-    check_switches(folder, info)
+    check_switches(folder, info.switches)
     model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
     target = jax.eval_shape(lambda: create_state(info.config, model, 1).arrays())
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device()), target)
@@ -101,3 +105,28 @@ def _with_fitted_prior(folder: Path, run: Restored, checkpoint: str) -> Restored
 
 def _one_device() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def read_start(source: str | Path, workdir: Path, config: Config, images: ImageSet) -> Start | None:
+    """What a new run in `workdir` begins with from the run `source`; None where it has begun, for then it has that itself.
+
+    The weights are those that the latest checkpoint of `source` is evaluated with.
+
+    Raises:
+      UserError: as `restore`; `source` is the workdir itself or of another network, or the run in `workdir` began elsewhere.
+    """
+    folder = as_path(source, "start_from")
+    place = str(folder.resolve())
+    if place == str(workdir.resolve()):
+        raise UserError(
+            f"--start-from {folder} is the --workdir itself. Leave it out to continue that run, or choose another --workdir."
+        )
+    if (workdir / "config.json").is_file():
+        check_beginning(workdir, read_info(workdir, config).started_from, place)
+        return None
+    run = restore(folder, config=config)
+    model = build_model(config, images.image_shape, images.bin_width)
+    own = flatten(jax.eval_shape(lambda: create_state(config, model, 1).variables()))
+    record = {"workdir": place, "run": identity(folder), "step": run.step, "sha256": digest(run.variables)}
+    shapes = {name: leaf.shape for name, leaf in own.items()}
+    return take(shapes, flatten(run.variables), f"{folder} (step {run.step})", record)

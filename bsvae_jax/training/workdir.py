@@ -1,6 +1,8 @@
 """The folder of one run: what it holds, who may write to it, and what is shown while it is written.
 
-config.json        the config, the data it met, versions of the libraries, switches of JAX; of imported weights, the file
+config.json        the config, the data it met, versions of the libraries, switches of JAX; of imported weights, the file; of
+                   weights that were taken from another run, which and from where
+start.npz          those weights
 metrics.jsonl      a row per line, training and test terms in nats per example
 tensorboard/       the same as TensorBoard events
 checkpoints/       Orbax, the latest two and the best
@@ -23,16 +25,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 
 from bsvae_jax import config as configs
 from bsvae_jax._io.disk import MARGIN, check_room, free_bytes, mebibytes, tree_bytes
 from bsvae_jax._io.files import (
+    digest_of,
     is_used,
     read_json,
     read_metrics,
     take_folder,
+    write_arrays,
     write_atomically,
     write_json,
 )
@@ -47,13 +50,13 @@ from bsvae_jax.evaluation.scores import Calibration
 from bsvae_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, SaveError, check_place
 from bsvae_jax.training.identity import EDITED, check_run, identity, read_run_arrays, write_run_arrays
 from bsvae_jax.training.metrics_log import incomplete_epochs
+from bsvae_jax.training.start import FILE as STARTED
+from bsvae_jax.training.start import Start, begin_with
 from bsvae_jax.training.stopped import Stopped, read_stopped
+from bsvae_jax.training.switches import check_switches, switches
 
 FORMAT = 1
 """Version of the layout of a run folder."""
-
-SWITCHES = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision", "jax_disable_jit")
-"""Of JAX, by which the same run comes to other numbers."""
 
 State = TypeVar("State")
 
@@ -70,6 +73,8 @@ class RunInfo(NamedTuple):
     """Whether they are images in [0, 1], `ImageSet.holds_images`."""
     switches: Mapping[str, Any] = MappingProxyType({})
     """The `SWITCHES` under which the run began; empty where they were not recorded."""
+    started_from: Mapping[str, Any] | None = None
+    """Where its weights are from (`Start.record`), if not from its seed."""
 
 
 def shape_and_levels(data: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
@@ -103,26 +108,8 @@ def read_info(folder: Path, like: Config | None = None) -> RunInfo:
         config, data = configs.from_dict(values["config"], given=configs.kinds_of(like)), values["data"]
         shape, levels = shape_and_levels(data)
         images = bool(data.get("images", is_image(shape)))  # earlier versions did not write it
-        switches = dict(values.get("switches", {}))
-        return RunInfo(config, shape, levels, str(data["fingerprint"]), images, switches)
-
-
-def _switches() -> dict[str, Any]:
-    return {name: getattr(jax.config, name) for name in SWITCHES}
-
-
-def check_switches(folder: Path, info: RunInfo) -> None:
-    """Warn if JAX does not draw and round as it did when the run in `folder` began."""
-    changed = [
-        f"{name.upper()} was {info.switches[name]} and is {now}"
-        for name, now in _switches().items()
-        if info.switches.get(name, now) != now
-    ]
-    if changed:
-        log.warning(
-            f"{folder} began under other switches of JAX ({'; '.join(changed)}): random numbers and rounding differ. Set them "
-            "back for the numbers that it would have come to."
-        )
+        began_under, started_from = dict(values.get("switches", {})), values.get("started_from")
+        return RunInfo(config, shape, levels, str(data["fingerprint"]), images, began_under, started_from)
 
 
 def describe_run(config: Config, images: ImageSet, **also: Any) -> dict[str, Any]:
@@ -138,7 +125,7 @@ def describe_run(config: Config, images: ImageSet, **also: Any) -> dict[str, Any
             **{split: len(getattr(images, split)) for split in images.splits},
             "fingerprint": images.fingerprint(),
         },
-        "switches": _switches(),
+        "switches": switches(),
         "versions": {name: version(name) for name in ("bsvae_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")},
         **also,
     }
@@ -238,8 +225,8 @@ class RunDirectory:
     Of several processes the primary one has the folder; in the others the same methods keep nothing and say nothing.
     """
 
-    def __init__(self, folder: Path, config: Config, images: ImageSet, primary: bool = True):
-        """Opens or creates the folder.
+    def __init__(self, folder: Path, config: Config, images: ImageSet, primary: bool = True, start: Start | None = None):
+        """Opens or creates the folder; a new run begins with the weights of `start`, where they are given.
 
         Raises:
           UserError: it holds another config or other data, it is something else's, or it cannot be written.
@@ -251,16 +238,17 @@ class RunDirectory:
         """Why the last checkpoint could not be saved; empty where it could."""
         self._said: set[str] = set()
         if primary:
-            self._check_folder(config, images)
+            self._check_folder(config, images, start)
             description = {"run": identity(folder), "config": configs.to_dict(config)}
             self._checkpoints = Checkpoints(folder / "checkpoints", description=description)
 
-    def _check_folder(self, config: Config, images: ImageSet) -> None:
+    def _check_folder(self, config: Config, images: ImageSet, start: Start | None) -> None:
         folder = self.folder
         check_place(folder, "choose another --workdir")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
-        if is_used(folder):
+        self._started = start is not None
+        if is_used(folder, STARTED):
             if not (folder / "config.json").is_file():
                 raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
             info = read_info(folder)
@@ -270,10 +258,16 @@ class RunDirectory:
                     f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir or that config."
                 )
             check_same_data(folder, info, images)
-            check_switches(folder, info)
+            check_switches(folder, info.switches)
+            self._started = info.started_from is not None
         self._lock = take_folder(folder, "training")
         if not (folder / "config.json").is_file():
-            write_json(folder / "config.json", describe_run(config, images))
+            values = describe_run(config, images)
+            if start is not None:  # the weights first, because a folder is a run by its config.json
+                check_room(folder, tree_bytes(start.arrays))
+                values["started_from"] = start.record
+                write_arrays(folder / STARTED, run=np.array(digest_of(values)), **start.arrays)
+            write_json(folder / "config.json", values)
 
     def __enter__(self) -> "RunDirectory":
         """Nothing more to open."""
@@ -291,17 +285,24 @@ class RunDirectory:
         return self._checkpoints.steps() if self.primary else []
 
     def state_before(self, state: State, step: int) -> State:
-        """The newest checkpoint before `step` that loads, else `state`, the beginning."""
+        """The newest checkpoint before `step` that loads, else the beginning, `state` with the weights that the run took."""
         self.settle()
         for saved in reversed([saved for saved in self._checkpoints.steps() if saved < step]):
             try:
                 return state.with_arrays(self._checkpoints.restore(state.arrays(), saved)[1])  # type: ignore[attr-defined]
             except DamagedCheckpointError as error:
                 log.warning(str(error))
-        return state
+        return self._beginning(state)
+
+    def _beginning(self, state: State) -> State:
+        """`state`, with the weights that the run took from another where it did."""
+        if not self._started:
+            return state
+        arrays = read_run_arrays(self.folder / STARTED, "begin again in another --workdir")
+        return begin_with(state, arrays)  # type: ignore[arg-type, return-value]
 
     def resume(self, state: State, at: int | None = None) -> State:
-        """The checkpoint of step `at`, or the newest that loads, or `state` itself in a new run; later metrics are dropped."""
+        """The checkpoint of step `at`, or the newest that loads, or the beginning of a new run; later metrics are dropped."""
         if not self.primary:
             return state
         check_room(self.folder, tree_bytes(state.arrays()), saved=len(self._checkpoints.steps()))  # type: ignore[attr-defined]
@@ -309,7 +310,7 @@ class RunDirectory:
             (self.folder / name).unlink(missing_ok=True)
         metrics = self.folder / "metrics.jsonl"
         if not self._checkpoints.steps():
-            step = 0
+            step, state = 0, self._beginning(state)
             if metrics.is_file():
                 log.info(f"{self.folder} has no checkpoint; starting from the beginning")
         else:

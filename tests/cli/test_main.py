@@ -161,6 +161,8 @@ def test_the_module_runs_as_a_program(tmp_path):
         (["--data", "mnist", "--data.folder", "nowhere"], "nowhere lacks train-images-idx3-ubyte.gz"),
         (["--data", "arrays", "--data.path", "nowhere.npz"], "There is no file 'nowhere.npz'"),
         (["--workdir", "/dev/null/run"], "/dev/null/run cannot be written"),
+        (["--start-from", "nowhere"], "nowhere is not a run: it has no config.json"),
+        (["--start-from", "runs/x", "--workdir", "runs/x"], "--start-from runs/x is the --workdir itself"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
