@@ -38,19 +38,14 @@ from bsvae_jax.sweeps.gallery import PICTURES, draw_members, write_pictures
 from bsvae_jax.sweeps.grid import GridMember, Sweep, base_config
 from bsvae_jax.training.callbacks import Callback, Callbacks, with_own
 from bsvae_jax.training.checkpoints import DamagedCheckpointError, check_place, saved_steps
+from bsvae_jax.training.evaluated import evaluation_at
 from bsvae_jax.training.identity import EDITED
 from bsvae_jax.training.program import Program, program_config
 from bsvae_jax.training.state import check_against_data
 from bsvae_jax.training.step import TrainState
 from bsvae_jax.training.stopped import final_step, read_failure
 from bsvae_jax.training.trainer import Member, Trainer
-from bsvae_jax.training.workdir import (
-    RunDirectory,
-    check_same_data,
-    evaluation_at,
-    read_info,
-    shape_and_levels,
-)
+from bsvae_jax.training.workdir import RunDirectory, check_same_data, read_info, shape_and_levels
 
 FORMAT = 1
 """Version of the layout of a sweep's folder."""

@@ -16,9 +16,10 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.objective import Constant, DecoderVariance, Kind, Learned, Optimal, Predicted
 from bsvae_jax.sweeps.fit_sweep import SweepInfo, read_sweep
+from bsvae_jax.training.evaluated import read_evaluation
 from bsvae_jax.training.identity import read_run_arrays
 from bsvae_jax.training.stopped import read_failure
-from bsvae_jax.training.workdir import read_evaluation, read_info
+from bsvae_jax.training.workdir import read_info
 
 SPLITS = ("test", "train")
 

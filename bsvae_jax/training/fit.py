@@ -66,10 +66,15 @@ def fit(
     callbacks: Sequence[Callback] = (),
     start_from: str | Path | None = None,
 ) -> FitResult:
-    """Train as the config says, in `workdir`; continue there if a run of the same config was interrupted.
+    """Train as the config says, in `workdir`; continue there if a run of the same config was interrupted, or is to go on.
 
     Writes `config.json`, `metrics.jsonl` (a row per line), TensorBoard events, checkpoints, and at the end `calibration.npz`,
     the variance of the training set, and `evaluation.json`. A finished run is not trained again.
+
+    A run goes on with more epochs, or with another learning rate, schedule, weight decay or number of steps that may be left
+    out, from its last checkpoint and with the state of its optimizer. Its learning rate is from there on that of the new
+    schedule over all steps, as if that had been given from the beginning: after 50 epochs of a cosine, 100 go on at half the
+    peak. `config.json` keeps what was changed and after which step. All else is another experiment, which `start_from` begins.
 
     Args:
       config: the experiment.

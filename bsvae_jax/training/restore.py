@@ -15,13 +15,14 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.models.pytorch import flatten
 from bsvae_jax.training.checkpoints import Checkpoints
+from bsvae_jax.training.evaluated import read_calibration
 from bsvae_jax.training.fitted_prior import FILE, read_fitted
-from bsvae_jax.training.identity import identity
+from bsvae_jax.training.identity import identities, identity
 from bsvae_jax.training.start import Start, check_beginning, take
 from bsvae_jax.training.state import build_model, create_state
 from bsvae_jax.training.step import PRIOR
 from bsvae_jax.training.switches import check_switches
-from bsvae_jax.training.workdir import read_calibration, read_info
+from bsvae_jax.training.workdir import read_info
 
 
 def restore(
@@ -70,7 +71,8 @@ def restore(
     model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
     target = jax.eval_shape(lambda: create_state(info.config, model, 1).arrays())
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device()), target)
-    with Checkpoints(folder / "checkpoints", read_only=True, description={"run": identity(folder)}) as checkpoints:
+    run_id, *earlier = identities(folder)
+    with Checkpoints(folder / "checkpoints", True, {"run": run_id}, earlier) as checkpoints:
         step, arrays = checkpoints.restore(target, checkpoints.best_step() if checkpoint == "best" else None, log.warning)
     params = arrays["ema_params"] or arrays["params"]
     calibration = read_calibration(folder)

@@ -1,7 +1,7 @@
 """The folder of one run: what it holds, who may write to it, and what is shown while it is written.
 
-config.json        the config, the data it met, versions of the libraries, switches of JAX; of imported weights, the file; of
-                   weights that were taken from another run, which and from where
+config.json        the config and its changes, the data it met, versions of the libraries, switches of JAX; of imported weights,
+                   the file; of weights that were taken from another run, which and from where
 start.npz          those weights
 metrics.jsonl      a row per line, training and test terms in nats per example
 tensorboard/       the same as TensorBoard events
@@ -45,10 +45,12 @@ from bsvae_jax.data import ImageSet
 from bsvae_jax.data.datasets import with_absolute_paths
 from bsvae_jax.data.image_set import is_image
 from bsvae_jax.errors import UserError
-from bsvae_jax.evaluation.metrics import Report, as_json, from_json
+from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.evaluation.scores import Calibration
-from bsvae_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, SaveError, check_place
-from bsvae_jax.training.identity import EDITED, check_run, identity, read_run_arrays, write_run_arrays
+from bsvae_jax.training.changes import AGAIN, Change, check_change, describe_change, read_changes, with_change
+from bsvae_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, SaveError, check_place, saved_steps
+from bsvae_jax.training.evaluated import write_evaluation
+from bsvae_jax.training.identity import EDITED, identities, identity, read_run_arrays, write_run_arrays
 from bsvae_jax.training.metrics_log import incomplete_epochs
 from bsvae_jax.training.start import FILE as STARTED
 from bsvae_jax.training.start import Start, begin_with
@@ -75,6 +77,14 @@ class RunInfo(NamedTuple):
     """The `SWITCHES` under which the run began; empty where they were not recorded."""
     started_from: Mapping[str, Any] | None = None
     """Where its weights are from (`Start.record`), if not from its seed."""
+    changes: tuple[Change, ...] = ()
+    """Of its config while it was trained, oldest first."""
+
+    def provenance(self) -> list[str]:
+        """What config and seed do not say of the run: where its weights are from, and what was changed on the way."""
+        source = self.started_from
+        began = [] if source is None else [f"It began with the weights of {source['workdir']} (step {source['step']})."]
+        return began + [f"It went on after step {change.step} with {'; '.join(change.changed)}." for change in self.changes]
 
 
 def shape_and_levels(data: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
@@ -109,7 +119,7 @@ def read_info(folder: Path, like: Config | None = None) -> RunInfo:
         shape, levels = shape_and_levels(data)
         images = bool(data.get("images", is_image(shape)))  # earlier versions did not write it
         began_under, started_from = dict(values.get("switches", {})), values.get("started_from")
-        return RunInfo(config, shape, levels, str(data["fingerprint"]), images, began_under, started_from)
+        return RunInfo(config, shape, levels, str(data["fingerprint"]), images, began_under, started_from, read_changes(values))
 
 
 def describe_run(config: Config, images: ImageSet, **also: Any) -> dict[str, Any]:
@@ -145,80 +155,6 @@ def check_same_data(folder: Path, info: RunInfo, images: ImageSet) -> None:
         )
 
 
-def read_calibration(folder: Path) -> Calibration | None:
-    """Read `calibration.npz`; None before the run has ended."""
-    path = folder / "calibration.npz"
-    if not path.is_file():
-        return None
-    remedy = "delete it, and `bsvae train` or `bsvae evaluate` measures it again"
-    values = read_run_arrays(path, remedy)
-    try:
-        per_pixel = values["variance_per_pixel"]
-        return Calibration(int(values["step"]), float(values["variance"]), per_pixel, float(values["floor"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}.") from error
-
-
-class Evaluation(NamedTuple):
-    """What `evaluation.json` says."""
-
-    step: int
-    checkpoint: str
-    report: Report
-    findings: dict[str, str]
-    """What is wrong with the model, by the name of the finding (`diagnosis`)."""
-
-
-def read_evaluation(folder: Path) -> Evaluation | None:
-    """Read `evaluation.json`; None before anything was evaluated.
-
-    Raises:
-      UserError: a damaged file.
-    """
-    path = folder / "evaluation.json"
-    if not path.is_file():
-        return None
-    remedy = "delete it and evaluate again"
-    with read_json(path, remedy) as values:
-        check_run(path, values, remedy)
-        findings = {str(name): str(sentence) for name, sentence in values.get("findings", {}).items()}
-        return Evaluation(int(values["step"]), str(values["checkpoint"]), from_json(values["splits"]), findings)
-
-
-def evaluation_at(folder: Path, step: int, checkpoint: str = "latest") -> Report:
-    """The report of `evaluation.json` for the parameters of a step; empty where it is of others."""
-    evaluation = read_evaluation(folder)
-    same = evaluation is not None and (evaluation.step, evaluation.checkpoint) == (step, checkpoint)
-    return evaluation.report if evaluation is not None and same else {}
-
-
-def write_evaluation(
-    folder: Path, step: int, report: Report, checkpoint: str = "latest", findings: Mapping[str, str] | None = None
-) -> None:
-    """Write `evaluation.json`; splits, quantities and findings from before, for the same parameters, stay."""
-    known = read_evaluation(folder)
-    same = known is not None and (known.step, known.checkpoint) == (step, checkpoint)
-    before, found = (known.report, known.findings) if known is not None and same else ({}, {})
-    findings = found if findings is None else findings
-    report = before | {split: before.get(split, {}) | quantities for split, quantities in report.items()}
-    _write(folder, Evaluation(step, checkpoint, report, dict(findings)))
-
-
-def _write(folder: Path, evaluation: Evaluation) -> None:
-    step, checkpoint, report, findings = evaluation
-    values = {"run": identity(folder), "step": step, "checkpoint": checkpoint, "findings": findings, "splits": as_json(report)}
-    write_json(folder / "evaluation.json", values)
-
-
-def forget_quantities(folder: Path, prefix: str) -> None:
-    """Leave out of `evaluation.json`, where there is one, the quantities whose names begin with `prefix`."""
-    known = read_evaluation(folder)
-    if known is None or not any(name.startswith(prefix) for quantities in known.report.values() for name in quantities):
-        return
-    kept = {s: {name: q for name, q in own.items() if not name.startswith(prefix)} for s, own in known.report.items()}
-    _write(folder, known._replace(report=kept))
-
-
 class RunDirectory:
     """The open folder of a run that trains; use it in a `with` block.
 
@@ -239,8 +175,12 @@ class RunDirectory:
         self._said: set[str] = set()
         if primary:
             self._check_folder(config, images, start)
-            description = {"run": identity(folder), "config": configs.to_dict(config)}
-            self._checkpoints = Checkpoints(folder / "checkpoints", description=description)
+            self._checkpoints = self._open_checkpoints()
+
+    def _open_checkpoints(self) -> Checkpoints:
+        own, *earlier = identities(self.folder)
+        description = {"run": own, "config": configs.to_dict(self._config)}
+        return Checkpoints(self.folder / "checkpoints", description=description, earlier=earlier)
 
     def _check_folder(self, config: Config, images: ImageSet, start: Start | None) -> None:
         folder = self.folder
@@ -252,11 +192,9 @@ class RunDirectory:
             if not (folder / "config.json").is_file():
                 raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
             info = read_info(folder)
-            changed = configs.changes(info.config, config)
-            if changed:
-                raise UserError(
-                    f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir or that config."
-                )
+            if configs.changes(info.config, config):
+                step = max(saved_steps(folder / "checkpoints"), default=0)
+                check_change(folder, info.config, config, step, self._images)
             check_same_data(folder, info, images)
             check_switches(folder, info.switches)
             self._started = info.started_from is not None
@@ -323,9 +261,30 @@ class RunDirectory:
         if incomplete := incomplete_epochs(kept, self._config, self._images, step):
             lost = f"{len(incomplete)} epochs up to step {step}, the first of epoch {incomplete[0]}"
             log.warning(f"{metrics} lacks rows of {lost}: they were lost or removed, and curves have gaps there.")
-        if (stopped := read_stopped(self.folder)) is not None and stopped.step != step:
+        changes = self._go_on(step)
+        stopped = read_stopped(self.folder)
+        if stopped is not None and (stopped.step != step or any(change.step == step for change in changes)):
             (self.folder / "stopped.json").unlink()
         return state
+
+    def _go_on(self, step: int) -> tuple[Change, ...]:
+        """Record where the run goes on after `step` with another config than it had; all that was changed so far.
+
+        One file is replaced, and what lies beside it belongs to the run before and after.
+        """
+        info = read_info(self.folder, self._config)
+        changed = configs.changes(info.config, self._config)
+        if not changed and all(change.step <= step for change in info.changes):
+            return info.changes
+        if changed:
+            log.info(describe_change(self.folder, info.config, self._config, step, self._images))
+        config = configs.to_dict(configs.with_execution_of(self._config, info.config))
+        path, change = self.folder / "config.json", Change(step, tuple(changed) or AGAIN, identity(self.folder))
+        with read_json(path, EDITED) as values:
+            write_json(path, with_change(values, config, change))
+        self._checkpoints.__exit__(None, None, None)
+        self._checkpoints = self._open_checkpoints()
+        return (*info.changes, change)
 
     def stopped_step(self) -> int | None:
         """The step at which a callback stopped this run, None where none did."""
