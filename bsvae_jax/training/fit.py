@@ -20,11 +20,12 @@ from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.training.callbacks import Callback, Callbacks, with_own
 from bsvae_jax.training.program import Program
-from bsvae_jax.training.restore import read_start
+from bsvae_jax.training.restore import read_source, start_with
+from bsvae_jax.training.start import check_beginning
 from bsvae_jax.training.state import check_against_data
 from bsvae_jax.training.step import TrainState
 from bsvae_jax.training.trainer import Member, Trainer
-from bsvae_jax.training.workdir import RunDirectory
+from bsvae_jax.training.workdir import RunDirectory, read_info
 
 
 class FitResult(NamedTuple):
@@ -126,10 +127,14 @@ def _fit(
     other = RunDirectory(folder, config, images, primary=False)
 
     def open_folder() -> RunDirectory:
-        start = None if start_from is None else read_start(start_from, folder, config, images)
+        if start_from is None:
+            return RunDirectory(folder, config, images)
+        if (folder / "config.json").is_file():  # it has what it began with
+            check_beginning(folder, read_info(folder, config).started_from, start_from)
+            return RunDirectory(folder, config, images)
+        start = start_with(read_source(start_from, folder, config), config, images)
         opened = RunDirectory(folder, config, images, start=start)
-        if start is not None:
-            log.info(start.sentence)
+        log.info(start.sentence)
         return opened
 
     directory = multihost.on_primary(open_folder, other)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import numpy as np
 
 from bsvae_jax._io.files import as_path, digest
 from bsvae_jax._io.terminal import log
@@ -18,7 +19,7 @@ from bsvae_jax.training.checkpoints import Checkpoints
 from bsvae_jax.training.evaluated import read_calibration
 from bsvae_jax.training.fitted_prior import FILE, read_fitted
 from bsvae_jax.training.identity import identities, identity
-from bsvae_jax.training.start import Start, check_beginning, take
+from bsvae_jax.training.start import Source, Start, take
 from bsvae_jax.training.state import build_model, create_state
 from bsvae_jax.training.step import PRIOR
 from bsvae_jax.training.switches import check_switches
@@ -109,26 +110,25 @@ def _one_device() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def read_start(source: str | Path, workdir: Path, config: Config, images: ImageSet) -> Start | None:
-    """What a new run in `workdir` begins with from the run `source`; None where it has begun, for then it has that itself.
-
-    The weights are those that the latest checkpoint of `source` is evaluated with.
+def read_source(start_from: str | Path, workdir: Path, config: Config) -> Source:
+    """The run that another, of `config` in `workdir`, is to begin from, at its latest checkpoint.
 
     Raises:
-      UserError: as `restore`; `source` is the workdir itself or of another network, or the run in `workdir` began elsewhere.
+      UserError: as `restore`, or it is the workdir itself.
     """
-    folder = as_path(source, "start_from")
-    place = str(folder.resolve())
-    if place == str(workdir.resolve()):
+    folder = as_path(start_from, "start_from")
+    if folder.resolve() == workdir.resolve():
         raise UserError(
             f"--start-from {folder} is the --workdir itself. Leave it out to continue that run, or choose another --workdir."
         )
-    if (workdir / "config.json").is_file():
-        check_beginning(workdir, read_info(workdir, config).started_from, place)
-        return None
     run = restore(folder, config=config)
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten(run.variables).items()}
+    record = {"workdir": str(folder.resolve()), "run": identity(folder), "step": run.step, "sha256": digest(run.variables)}
+    return Source(f"{folder} (step {run.step})", arrays, record)
+
+
+def start_with(source: Source, config: Config, images: ImageSet) -> Start:
+    """What a run of `config` on `images` begins with from another; raises a UserError where nothing fits."""
     model = build_model(config, images.image_shape, images.bin_width)
     own = flatten(jax.eval_shape(lambda: create_state(config, model, 1).variables()))
-    record = {"workdir": place, "run": identity(folder), "step": run.step, "sha256": digest(run.variables)}
-    shapes = {name: leaf.shape for name, leaf in own.items()}
-    return take(shapes, flatten(run.variables), f"{folder} (step {run.step})", record)
+    return take({name: leaf.shape for name, leaf in own.items()}, source)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bsvae_jax._io.files import as_path
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.pytorch import flatten, unflatten
 from bsvae_jax.training.step import TrainState
@@ -23,14 +24,24 @@ SHOWN = 5
 """Arrays that a sentence names."""
 
 
+class Source(NamedTuple):
+    """A run that others begin from."""
+
+    name: str
+    """For sentences."""
+    arrays: dict[str, np.ndarray]
+    """The weights that it is evaluated with, by names like `params.encoder.posterior.kernel`."""
+    record: dict[str, Any]
+    """Its workdir, identity and step, and the SHA-256 of those weights."""
+
+
 class Start(NamedTuple):
     """What a run begins with in place of weights drawn from its seed."""
 
     arrays: dict[str, np.ndarray]
-    """The weights that it takes, by names like `params.encoder.posterior.kernel`."""
+    """The weights that it takes, by name."""
     record: dict[str, Any]
-    """For `config.json`: the other run's workdir, identity and step, the SHA-256 of its weights, and the names of those taken
-    and of those that start anew."""
+    """For `config.json`: that of the `Source`, and the names of the arrays that were taken and that start anew."""
     sentence: str
     """All of that for people."""
 
@@ -57,13 +68,13 @@ def fitting(shapes: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int
     return [name for name in shapes if _layer(name) not in anew]
 
 
-def take(shapes: Mapping[str, tuple[int, ...]], other: Mapping[str, Any], whose: str, record: Mapping[str, Any]) -> Start:
-    """The weights of `other`, arrays by name, that fit into a model of these `shapes`; `whose` names that run in sentences.
+def take(shapes: Mapping[str, tuple[int, ...]], source: Source) -> Start:
+    """The weights of `source` that fit into a model of these `shapes`, by name.
 
     Raises:
       UserError: no layer of the encoder or the decoder fits.
     """
-    there = {name: tuple(array.shape) for name, array in other.items()}
+    there = {name: tuple(array.shape) for name, array in source.arrays.items()}
     taken = fitting(shapes, there)
     anew = [name for name in shapes if name not in taken]
     unlike = [
@@ -73,16 +84,16 @@ def take(shapes: Mapping[str, tuple[int, ...]], other: Mapping[str, Any], whose:
     ]
     if not any(name.startswith(("params.encoder.", "params.decoder.")) for name in taken):
         raise UserError(
-            f"{whose} is of another network: no layer fits ({_listed(unlike)}). Give a run of this config's network."
+            f"{source.name} is of another network: no layer fits ({_listed(unlike)}). Give a run of this config's network."
         )
-    count = sum(other[name].size for name in taken)
-    sentence = f"Beginning with the weights of {whose}: {len(taken)} of {len(shapes)} arrays, {count:,} numbers."
+    arrays = {name: source.arrays[name] for name in taken}
+    count = sum(array.size for array in arrays.values())
+    sentence = f"Beginning with the weights of {source.name}: {len(taken)} of {len(shapes)} arrays, {count:,} numbers."
     if anew:
         sentence += f" These start anew: {_listed(anew)} ({_listed(unlike)}; a layer is taken whole)."
-    if left := [name for name in other if name not in shapes]:
+    if left := [name for name in there if name not in shapes]:
         sentence += f" These have no place here: {_listed(left)}."
-    arrays = {name: np.asarray(other[name]) for name in taken}
-    return Start(arrays, {**record, "taken": taken, "anew": anew}, sentence)
+    return Start(arrays, {**source.record, "taken": taken, "anew": anew}, sentence)
 
 
 def _listed(names: list[str]) -> str:
@@ -102,11 +113,11 @@ def begin_with(state: TrainState, arrays: Mapping[str, Any]) -> TrainState:
     )
 
 
-def check_beginning(workdir: Path, record: Mapping[str, Any] | None, place: str) -> None:
-    """Raise a UserError unless the run in `workdir` began from the one at `place`, as its `record` says."""
+def check_beginning(workdir: Path, record: Mapping[str, Any] | None, start_from: str | Path) -> None:
+    """Raise a UserError unless what is in `workdir` began from the run at `start_from`, as its `record` says."""
+    place = str(as_path(start_from, "start_from").resolve())
     if record is None or record["workdir"] != place:
         began = "with weights drawn from its seed" if record is None else f"from {record['workdir']}"
         raise UserError(
-            f"{workdir} holds a run that began {began}, not from {place}. Leave out --start-from to continue it, or choose "
-            "another --workdir."
+            f"{workdir} began {began}, not from {place}. Leave out --start-from to continue it, or choose another --workdir."
         )

@@ -79,6 +79,8 @@ class RunInfo(NamedTuple):
     """Where its weights are from (`Start.record`), if not from its seed."""
     changes: tuple[Change, ...] = ()
     """Of its config while it was trained, oldest first."""
+    train: int | None = None
+    """Size of the training set, where it was recorded."""
 
     def provenance(self) -> list[str]:
         """What config and seed do not say of the run: where its weights are from, and what was changed on the way."""
@@ -119,7 +121,8 @@ def read_info(folder: Path, like: Config | None = None) -> RunInfo:
         shape, levels = shape_and_levels(data)
         images = bool(data.get("images", is_image(shape)))  # earlier versions did not write it
         began_under, started_from = dict(values.get("switches", {})), values.get("started_from")
-        return RunInfo(config, shape, levels, str(data["fingerprint"]), images, began_under, started_from, read_changes(values))
+        changes, train = read_changes(values), data.get("train")
+        return RunInfo(config, shape, levels, str(data["fingerprint"]), images, began_under, started_from, changes, train)
 
 
 def describe_run(config: Config, images: ImageSet, **also: Any) -> dict[str, Any]:

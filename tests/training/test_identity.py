@@ -11,8 +11,9 @@ from bsvae_jax._io.files import read_json, write_json
 from bsvae_jax.config import MLP, Config
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Constant
-from bsvae_jax.sweeps.fit_sweep import fit_sweep, read_sweep
+from bsvae_jax.sweeps.fit_sweep import fit_sweep
 from bsvae_jax.sweeps.grid import Sweep
+from bsvae_jax.sweeps.info import read_sweep
 from bsvae_jax.sweeps.results import read_results
 from bsvae_jax.training.evaluated import read_evaluation
 from bsvae_jax.training.identity import identity

@@ -16,7 +16,7 @@ from bsvae_jax.data import load
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.pytorch import flatten
 from bsvae_jax.objective import Learned
-from bsvae_jax.training.restore import read_start
+from bsvae_jax.training.restore import read_source, start_with
 from bsvae_jax.training.start import fitting
 from bsvae_jax.training.state import build_model, create_state
 from bsvae_jax.training.workdir import RunDirectory, read_info
@@ -37,7 +37,7 @@ def source(tmp_path_factory):
 def beginning(config, folder, source):
     """The state before the first step of a run that begins from another, the state of one that does not, and the sentence."""
     images = load(config.data)
-    start = read_start(source, folder, config, images)
+    start = start_with(read_source(source, folder, config), config, images)
     new = create_state(config, build_model(config, images.image_shape, images.bin_width), 6, images=images)
     with RunDirectory(folder, config, images, start=start) as run:
         return run.resume(new), new, start.sentence
@@ -123,7 +123,7 @@ def test_a_run_that_began_from_another_goes_on_without_it(source, tmp_path, capl
         assert read_metrics(again) == read_metrics(tmp_path / "whole")
         shutil.rmtree(again / "checkpoints")  # from the beginning, which is that of the source still
         chex.assert_trees_all_equal(bv.fit(config, again, progress=False).state.arrays(), whole.state.arrays())
-    with pytest.raises(UserError, match=r"began from .*/source, not from .*/fresh. Leave out --start-from"):
+    with pytest.raises(UserError, match=r"run began from .*/source, not from .*/fresh. Leave out --start-from"):
         bv.fit(config, tmp_path / "run", progress=False, start_from=tmp_path / "fresh")
     with pytest.raises(UserError, match=r"began with weights drawn from its seed, not from"):
         bv.fit(config, tmp_path / "fresh", progress=False, start_from=copy)
