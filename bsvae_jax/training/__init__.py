@@ -11,6 +11,7 @@ rounding of sums:
 
     Ctrl-C, SIGTERM            the step in flight is finished and saved; exit status 130 or 143; a second Ctrl-C quits at once
     SIGKILL, power loss        the steps since the last checkpoint (`evaluate_every` epochs) are repeated
+    more epochs                after the last one: the run goes on, and `config.json` keeps what was changed and when
     a damaged checkpoint       is seen by its SHA-256, reported and moved aside; the one before is used
     a disk that is too small   refused before training; if it fills up later, saving pauses and says so, and the run goes on
     a disk only for reading    refused in a sentence; finished runs and prepared images on it are used

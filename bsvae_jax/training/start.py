@@ -21,7 +21,7 @@ FILE = "start.npz"
 """What the weights that were taken are called in the folder of the run that took them."""
 
 SHOWN = 5
-"""Arrays that a sentence names."""
+"""Layers that a sentence names."""
 
 
 class Source(NamedTuple):
@@ -47,7 +47,7 @@ class Start(NamedTuple):
 
 
 def _layer(name: str) -> str:
-    """`encoder.posterior` of `params.encoder.posterior.kernel`."""
+    """`encoder.posterior` of `params.encoder.posterior.kernel`, '' of the trained log-variance."""
     return name.partition(".")[2].rpartition(".")[0]
 
 
@@ -77,27 +77,28 @@ def take(shapes: Mapping[str, tuple[int, ...]], source: Source) -> Start:
     there = {name: tuple(array.shape) for name, array in source.arrays.items()}
     taken = fitting(shapes, there)
     anew = [name for name in shapes if name not in taken]
-    unlike = [
-        f"{name} is {shapes[name]} here and {there.get(name, 'absent')} there"
+    unlike = {
+        _layer(name) or name: f"{name.rpartition('.')[2]} is {shapes[name]} here and {there.get(name, 'absent')} there"
         for name in anew
         if there.get(name) != shapes[name]
-    ]
+    }
+    differing = _listed([f"{layer} ({why})" for layer, why in unlike.items()])
     if not any(name.startswith(("params.encoder.", "params.decoder.")) for name in taken):
         raise UserError(
-            f"{source.name} is of another network: no layer fits ({_listed(unlike)}). Give a run of this config's network."
+            f"{source.name} is of another network, of which no layer fits: {differing}. Give a run of this config's network."
         )
     arrays = {name: source.arrays[name] for name in taken}
     count = sum(array.size for array in arrays.values())
     sentence = f"Beginning with the weights of {source.name}: {len(taken)} of {len(shapes)} arrays, {count:,} numbers."
     if anew:
-        sentence += f" These start anew: {_listed(anew)} ({_listed(unlike)}; a layer is taken whole)."
-    if left := [name for name in there if name not in shapes]:
-        sentence += f" These have no place here: {_listed(left)}."
+        sentence += f" These layers start anew: {differing}."
+    if left := dict.fromkeys(_layer(name) or name for name in there if name not in shapes):
+        sentence += f" These have no place here: {_listed(list(left))}."
     return Start(arrays, {**source.record, "taken": taken, "anew": anew}, sentence)
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+def _listed(items: list[str]) -> str:
+    return ", ".join(items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
 
 
 def begin_with(state: TrainState, arrays: Mapping[str, Any]) -> TrainState:

@@ -81,11 +81,16 @@ class RunInfo(NamedTuple):
     """Of its config while it was trained, oldest first."""
     train: int | None = None
     """Size of the training set, where it was recorded."""
+    imported: Mapping[str, Any] | None = None
+    """The file that its weights are from, if they were imported."""
 
     def provenance(self) -> list[str]:
         """What config and seed do not say of the run: where its weights are from, and what was changed on the way."""
-        source = self.started_from
-        began = [] if source is None else [f"It began with the weights of {source['workdir']} (step {source['step']})."]
+        began = []
+        if (source := self.started_from) is not None:
+            began = [f"It began with the weights of {source['workdir']} (step {source['step']})."]
+        if self.imported is not None:
+            began = [f"It began with the weights of {self.imported['file']} ({self.imported['kind']})."]
         return began + [f"It went on after step {change.step} with {'; '.join(change.changed)}." for change in self.changes]
 
 
@@ -122,7 +127,18 @@ def read_info(folder: Path, like: Config | None = None) -> RunInfo:
         images = bool(data.get("images", is_image(shape)))  # earlier versions did not write it
         began_under, started_from = dict(values.get("switches", {})), values.get("started_from")
         changes, train = read_changes(values), data.get("train")
-        return RunInfo(config, shape, levels, str(data["fingerprint"]), images, began_under, started_from, changes, train)
+        return RunInfo(
+            config,
+            shape,
+            levels,
+            str(data["fingerprint"]),
+            images,
+            began_under,
+            started_from,
+            changes,
+            train,
+            values.get("imported"),
+        )
 
 
 def describe_run(config: Config, images: ImageSet, **also: Any) -> dict[str, Any]:
@@ -190,7 +206,6 @@ class RunDirectory:
         check_place(folder, "choose another --workdir")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
-        self._started = start is not None
         if is_used(folder, STARTED):
             if not (folder / "config.json").is_file():
                 raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
@@ -200,7 +215,6 @@ class RunDirectory:
                 check_change(folder, info.config, config, step, self._images)
             check_same_data(folder, info, images)
             check_switches(folder, info.switches)
-            self._started = info.started_from is not None
         self._lock = take_folder(folder, "training")
         if not (folder / "config.json").is_file():
             values = describe_run(config, images)
@@ -237,7 +251,7 @@ class RunDirectory:
 
     def _beginning(self, state: State) -> State:
         """`state`, with the weights that the run took from another where it did."""
-        if not self._started:
+        if read_info(self.folder, self._config).started_from is None:
             return state
         arrays = read_run_arrays(self.folder / STARTED, "begin again in another --workdir")
         return begin_with(state, arrays)  # type: ignore[arg-type, return-value]
@@ -251,6 +265,11 @@ class RunDirectory:
             (self.folder / name).unlink(missing_ok=True)
         metrics = self.folder / "metrics.jsonl"
         if not self._checkpoints.steps():
+            if read_info(self.folder, self._config).imported is not None:
+                raise UserError(
+                    f"{self.folder} has no checkpoint, and with them the imported weights are gone; import them into another "
+                    "--workdir."
+                )
             step, state = 0, self._beginning(state)
             if metrics.is_file():
                 log.info(f"{self.folder} has no checkpoint; starting from the beginning")
