@@ -4,6 +4,7 @@ The tests against PyTorch skip where it is not installed. Every other one writes
 """
 
 import collections
+import dataclasses
 import enum
 import functools
 import hashlib
