@@ -183,9 +183,10 @@ def read_arrays(path: Path, remedy: str, choose: Callable[[list[str]], Iterable[
         raise UserError(f"{path} cannot be read as a NumPy file ({what}): it is damaged or holds objects; {remedy}.") from error
 
 
-def is_used(folder: Path) -> bool:
-    """Whether there is a folder that holds more than its lock and what a kill left of a first file."""
-    return folder.is_dir() and any(path.name != ".lock" and not TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
+def is_used(folder: Path, *first: str) -> bool:
+    """Whether there is a folder that holds more than its lock, files named `first`, and what a kill left of a first file."""
+    unused = (".lock", *first)
+    return folder.is_dir() and any(path.name not in unused and not TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
 
 
 def take_folder(folder: Path, doing: str, option: str = "--workdir") -> TextIO:

@@ -111,14 +111,16 @@ def _evaluate_run(
 ) -> None:
     from bsvae_jax.evaluation import diagnostic_figures, metrics
     from bsvae_jax.evaluation import evaluate as evaluation
-    from bsvae_jax.training import workdir as rundir
+    from bsvae_jax.training.evaluated import write_evaluation
     from bsvae_jax.training.fitted_prior import read_fitted
     from bsvae_jax.training.per_image import write_per_image
+    from bsvae_jax.training.workdir import check_same_data, read_info
 
     restored = run.restore("model", folder)
     with_fitted = run.restore("fitted", folder) if prior == "fitted" else None
     images = load(restored.config.data)
-    rundir.check_same_data(folder, rundir.read_info(folder), images)
+    info = read_info(folder)
+    check_same_data(folder, info, images)
 
     def evaluate(restored: "Restored") -> "Evaluated":
         return evaluation.evaluate(restored, images, split, **numbers, workdir=folder, progress=True)
@@ -127,12 +129,13 @@ def _evaluate_run(
     report = evaluated.report
     if with_fitted is not None and (fitted := read_fitted(folder)) is not None:
         report = metrics.beside(report, evaluate(with_fitted).report, fitted.describe())
-    rundir.write_evaluation(folder, restored.step, report, run.checkpoint)
+    write_evaluation(folder, restored.step, report, run.checkpoint)
     if run.checkpoint == "latest" and (test := evaluated.splits.get("test")) is not None:
         write_per_image(folder, restored.step, metrics.calibrated_elbo(test.scores, evaluated.calibration))
     print(metrics.as_table(report))
     if (sentence := metrics.left_out(images)) is not None:
         print(sentence)
+    print("".join(f"{sentence}\n" for sentence in info.provenance()), end="")
     if not figures:
         return
     with numbers_without_figures():

@@ -80,8 +80,9 @@ def sweep(
     workdir: Path | None = None,
     execution: EXECUTION | None = None,
     members_at_once: int | None = None,
+    start_from: Path | None = None,
 ) -> None:
-    """Train every combination of the lists and write the report; run it again to continue, or with longer lists.
+    """Train every combination of the lists and write the report; run it again to continue, with longer lists or more --epochs.
 
     Members that differ only in beta, seed, learning rate or a constant variance are trained as one compiled program. Each
     ends as a run of its own in WORKDIR/members, just as bsvae train leaves it.
@@ -98,6 +99,7 @@ def sweep(
       execution: How members share a program: one after the other in separate calls, one after the other in one call, or side
         by side; what was measured to be fastest if not given.
       members_at_once: Members in one program; as many as fit into memory if not given.
+      start_from: Folder of a run with whose weights all members begin, as for bsvae train.
     """
     from bsvae_jax.sweeps.fit_sweep import fit_sweep
 
@@ -105,7 +107,7 @@ def sweep(
     grid = lists.grid(base, file_grid)
     keep_compiled_programs()
     folder = Path("runs") / f"{config_file.stem}-sweep" if workdir is None else workdir
-    result = fit_sweep(base, grid, folder, execution, members_at_once)
+    result = fit_sweep(base, grid, folder, execution, members_at_once, start_from=start_from)
     print_report(folder)
     if result.failed:
         raise DivergenceError(f"{len(result.failed)} diverged: {', '.join(result.failed)}. The report has the rest.")

@@ -1,7 +1,8 @@
 """Sweeps: many members, trained a stack at a time, each in a folder that is a run like any other.
 
-sweep.json         the base config, the data and the spectrum of its covariance; when, by which command and on what it was begun
-members/NAME/      a run (see `rundir`) of one decoder variance, beta and seed, and its pictures.npz
+sweep.json         the base config, the run that members began from, the data and the spectrum of its covariance; when, by which
+                   command and on what it was begun
+members/NAME/      a run (see `training.workdir`) of one decoder variance, beta and seed, and its pictures.npz
 
 A stack is only a way of computing: how members are grouped may change from one call to the next, and any member may be
 continued by `bsvae train` instead.
@@ -9,20 +10,15 @@ continued by `bsvae train` instead.
 
 import contextlib
 import functools
-import shlex
-import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from bsvae_jax import config as configs
-from bsvae_jax._io.files import as_path, is_used, read_json, take_folder, write_json
+from bsvae_jax._io.files import as_path, is_used, take_folder, write_json
 from bsvae_jax._io.terminal import ProgressBar, log, messages_shown
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet, load
@@ -36,24 +32,19 @@ from bsvae_jax.evaluation.scores import SplitScores
 from bsvae_jax.random import make_key
 from bsvae_jax.sweeps.gallery import PICTURES, draw_members, write_pictures
 from bsvae_jax.sweeps.grid import GridMember, Sweep, base_config
+from bsvae_jax.sweeps.info import FORMAT, Call, SweepInfo, read_sweep
 from bsvae_jax.training.callbacks import Callback, Callbacks, with_own
+from bsvae_jax.training.changes import check_change
 from bsvae_jax.training.checkpoints import DamagedCheckpointError, check_place, saved_steps
-from bsvae_jax.training.identity import EDITED
+from bsvae_jax.training.evaluated import evaluation_at
 from bsvae_jax.training.program import Program, program_config
+from bsvae_jax.training.restore import read_source, start_with
+from bsvae_jax.training.start import Source, Start, check_beginning
 from bsvae_jax.training.state import check_against_data
 from bsvae_jax.training.step import TrainState
 from bsvae_jax.training.stopped import final_step, read_failure
 from bsvae_jax.training.trainer import Member, Trainer
-from bsvae_jax.training.workdir import (
-    RunDirectory,
-    check_same_data,
-    evaluation_at,
-    read_info,
-    shape_and_levels,
-)
-
-FORMAT = 1
-"""Version of the layout of a sweep's folder."""
+from bsvae_jax.training.workdir import RunDirectory, check_same_data, read_info
 
 
 class SweepResult(NamedTuple):
@@ -92,11 +83,12 @@ def fit_sweep(
     members_at_once: int | None = None,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    start_from: str | Path | None = None,
 ) -> SweepResult:
     """Train every member of a grid, members that differ only in numbers in one compiled program.
 
-    Interrupted, the same call continues; a larger grid trains only what is new. A member that diverges is recorded and left
-    out, the others go on.
+    Interrupted, the same call continues; a larger grid trains only what is new, and with more epochs all members go on (`fit`
+    says what their learning rate does then). A member that diverges is recorded and left out, the others go on.
 
     Args:
       config: the base; the grid says what varies.
@@ -106,6 +98,8 @@ def fit_sweep(
       members_at_once: members in one stack; None: as many as fit into memory.
       progress: show a progress bar, and what is logged (`logging.getLogger("bsvae_jax")`), on standard error.
       callbacks: what else is done on the way (`Callback`), for every member; they may stop members early.
+      start_from: workdir of a run with whose weights all members begin, as for `fit`. Members that are added later begin with
+        them too, so that it is needed until the last has begun, and must not have been trained on.
 
     >>> import tempfile
     >>> config = Config(network=configs.MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
@@ -115,7 +109,8 @@ def fit_sweep(
     ['optimal_beta0.1_seed0', 'optimal_beta1_seed0']
 
     Raises:
-      UserError: before any training: grid, data, devices, memory or workdir do not fit; or the disk is full at a member's end.
+      UserError: before any training: grid, data, devices, memory, workdir or `start_from` do not fit; or the disk is full at a
+        member's end.
       Interrupted: SIGINT or SIGTERM; the steps in flight were finished and saved, the same call continues after them.
       CallbackError: a callback raised an error; the members in training were saved first, the same call continues them.
     """
@@ -143,11 +138,12 @@ def fit_sweep(
     images = load(config.data)
     for member in members:
         check_against_data(member.config, images)
-    directory = _SweepDirectory(folder, config, images, members, describe_devices(devices))
+    directory = _SweepDirectory(folder, config, images, members, describe_devices(devices), start_from)
     todo = [member for member in members if not directory.is_done(member)]
     programs: dict[Config, list[GridMember]] = {}
     for member in todo:
         programs.setdefault(program_config(member.config), []).append(member)
+    starts = {program: directory.start(program) for program in programs}
     stacks = {program: _stack(program, images, execution, len(own), members_at_once) for program, own in programs.items()}
     with stop_on_signals() as stop, directory, messages_shown(progress):
         log.info(
@@ -155,12 +151,14 @@ def fit_sweep(
             f"{images.name}: {images.sizes()}; "
             f"{describe_devices(devices)}; members executed by {execution}"
         )
+        for sentence in dict.fromkeys(start.sentence for start in starts.values() if start is not None):
+            log.info(sentence)
         total = steps_through(config.epochs, len(images.train), config.batch_size) * config.batch_size
         done = sum(max(directory.saved_steps(member), default=0) for member in todo) * config.batch_size
         with ProgressBar(total * len(todo), done, progress) as bar:
             every = with_own(callbacks, bar)
             for program, own in programs.items():
-                _train_all(directory, program, images, execution, own, stacks[program], bar, every, stop)
+                _train_all(directory, program, images, execution, own, stacks[program], starts[program], bar, every, stop)
         finished = [member.name for member in members if directory.is_finished(member)]
         failed = {member.name: error for member in members if (error := directory.failure(member)) is not None}
         return SweepResult(folder, finished, failed)
@@ -219,6 +217,7 @@ def _train_all(
     execution: Execution,
     members: Sequence[GridMember],
     stack: tuple[int, dict[int, Any]],
+    start: Start | None,
     bar: ProgressBar,
     callbacks: Sequence[Callback],
     stop: Stop,
@@ -235,7 +234,7 @@ def _train_all(
                 program.use(compiled[compiled_for])
         bar.describe(turn[0].name if len(turn) == 1 else f"{len(turn)} members from {turn[0].name}")
         try:
-            _train_turn(directory, program, turn, at, callbacks, stop)
+            _train_turn(directory, program, turn, at, start, callbacks, stop)
         except DamagedCheckpointError as error:  # moved aside, so the next look finds an earlier one
             log.warning(f"{error} Continuing from an earlier checkpoint.")
             continue
@@ -268,12 +267,13 @@ def _train_turn(
     program: Program,
     turn: Sequence[GridMember],
     at: int | None,
+    start: Start | None,
     callbacks: Sequence[Callback],
     stop: Stop,
 ) -> None:
     with contextlib.ExitStack() as runs:
         members = [
-            Member(own.config, runs.enter_context(RunDirectory(directory.member(own), own.config, program.images)))
+            Member(own.config, runs.enter_context(RunDirectory(directory.member(own), own.config, program.images, start=start)))
             for own in turn
         ]
         keys = program.pack([jax.random.fold_in(make_key(own.config.seed), 0x70696373) for own in turn])
@@ -304,13 +304,23 @@ def _train_turn(
 class _SweepDirectory:
     """The folder of a sweep while it trains."""
 
-    def __init__(self, folder: Path, config: Config, images: ImageSet, members: Sequence[GridMember], devices: str = ""):
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        images: ImageSet,
+        members: Sequence[GridMember],
+        devices: str = "",
+        start_from: str | Path | None = None,
+    ):
         """Looks at the folder, and writes nothing before it is entered; `devices` are noted there.
 
         Raises:
-          UserError: it holds another sweep or something else.
+          UserError: it holds another sweep or something else, or there is no run at `start_from`.
         """
         self.folder, self._config, self._images, self._devices = folder, config, images, devices
+        self._wanted, info = [member.name for member in members], None
+        self._source: Source | None = None
         check_place(folder, "choose another --workdir")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
@@ -319,13 +329,57 @@ class _SweepDirectory:
                 raise UserError(f"{folder} is not empty and not a sweep of bsvae; choose another --workdir.")
             info = read_sweep(folder)
             changed = configs.changes(info.config, base_config(config))
-            if changed:
+            if {change.partition(":")[0] for change in changed} - {"epochs"}:
                 raise UserError(
-                    f"{folder} holds a sweep of another config ({'; '.join(changed)}). Choose another --workdir or that config."
+                    f"{folder} holds a sweep of another config ({'; '.join(changed)}). Choose another --workdir or that "
+                    "config; a sweep that goes on may change epochs."
+                )
+            if changed and (left := [name for name in info.members if name not in self._wanted]):
+                raise UserError(
+                    f"{folder} goes on with all its members ({'; '.join(changed)}), and {left[0]} is none of these. Give lists "
+                    "with all of them, or another --workdir."
                 )
             if info.fingerprint != images.fingerprint():
                 raise UserError(f"{folder} was trained on other images of {images.name}; choose another --workdir.")
-        self._wanted = [member.name for member in members]
+            for member in members:
+                if self._has_begun(member):
+                    self._check(member)
+        self._begin_from(start_from, info, members)
+
+    def _has_begun(self, member: GridMember) -> bool:
+        return (self.member(member) / "config.json").is_file()
+
+    def _check(self, member: GridMember) -> None:
+        """Raise a UserError if the run of a member that has begun cannot become what is wanted."""
+        folder = self.member(member)
+        info = read_info(folder, member.config)
+        check_same_data(folder, info, self._images)
+        if configs.changes(info.config, member.config):
+            step = max(self.saved_steps(member), default=0)
+            check_change(folder, info.config, member.config, step, len(self._images.train), ("epochs",))
+
+    def _begin_from(self, start_from: str | Path | None, info: SweepInfo | None, members: Sequence[GridMember]) -> None:
+        """Find the run with whose weights members begin; not needed, and it may be gone, once all have begun."""
+        if info is not None and start_from is not None:
+            check_beginning(self.folder, info.started_from, start_from)
+        self.started_from = None if info is None else info.started_from
+        place = start_from if self.started_from is None else self.started_from["workdir"]
+        if place is not None and not all(map(self._has_begun, members)):
+            source = read_source(place, self.folder, self._config)
+            if self.started_from is not None and self.started_from["sha256"] != source.record["sha256"]:
+                raise UserError(
+                    f"{source.name} has other weights than at step {self.started_from['step']}, when {self.folder} began from "
+                    "it. Choose another --workdir for new members."
+                )
+            self._source, self.started_from = source, source.record
+
+    def start(self, program: Config) -> Start | None:
+        """What members of this `program_config` begin with, None where that is drawn from their seeds.
+
+        Raises:
+          UserError: nothing fits.
+        """
+        return None if self._source is None else start_with(self._source, program, self._images)
 
     def _description(self, members: list[str], before: "SweepInfo | None") -> dict[str, Any]:
         images = self._images
@@ -341,6 +395,7 @@ class _SweepDirectory:
                 "covariance_eigenvalues": None if spectrum is None else spectrum.tolist(),
             },
             "members": members,
+            **({} if self.started_from is None else {"started_from": self.started_from}),
             "calls": [call._asdict() for call in [*(before.calls if before else ()), Call.now(self._devices)]],
         }
 
@@ -355,7 +410,7 @@ class _SweepDirectory:
         info = read_sweep(folder) if (folder / "sweep.json").is_file() else None  # once more, now that it stays
         before = [] if info is None else info.members
         names = [*before, *(name for name in self._wanted if name not in before)]
-        if names != before:
+        if names != before or (info is not None and configs.changes(info.config, base_config(self._config))):
             write_json(folder / "sweep.json", self._description(names, info), indent=None)
         return self
 
@@ -372,18 +427,11 @@ class _SweepDirectory:
         return saved_steps(self.member(member) / "checkpoints")
 
     def is_finished(self, member: GridMember) -> bool:
-        """Whether its last step, or that where a callback stopped it, is evaluated and drawn, by this very config and data."""
+        """Whether its last step, or that where a callback stopped it, is evaluated and drawn."""
         folder = self.member(member)
         total = steps_through(member.config.epochs, len(self._images.train), member.config.batch_size)
         evaluated = set(evaluation_at(folder, final_step(folder, total)))
-        if not (folder / "pictures.npz").is_file() or evaluated != set(self._images.splits):
-            return False
-        info = read_info(folder)
-        changed = configs.changes(info.config, member.config)
-        if changed:
-            raise UserError(f"{folder} holds a run of another config ({'; '.join(changed)}); choose another --workdir.")
-        check_same_data(folder, info, self._images)
-        return True
+        return (folder / "pictures.npz").is_file() and evaluated == set(self._images.splits)
 
     def failure(self, member: GridMember) -> str | None:
         """Why it diverged."""
@@ -392,57 +440,3 @@ class _SweepDirectory:
     def is_done(self, member: GridMember) -> bool:
         """Finished, or known to diverge."""
         return self.is_finished(member) or self.failure(member) is not None
-
-
-class Call(NamedTuple):
-    """A call that added members to a sweep, for people to read."""
-
-    date: str
-    command: str
-    devices: str
-    versions: str
-
-    @classmethod
-    def now(cls, devices: str) -> "Call":
-        """The one of this process."""
-        command = shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
-        versions = f"bsvae_jax {version('bsvae_jax')}, JAX {version('jax')}"
-        return cls(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", command, devices, versions)
-
-
-class SweepInfo(NamedTuple):
-    """What `sweep.json` says."""
-
-    config: Config
-    """The base config."""
-    data_name: str
-    fingerprint: str
-    image_shape: tuple[int, ...]
-    levels: int
-    eigenvalues: np.ndarray | None
-    """Of the covariance of the training images in [0, 1], largest first; None for large images."""
-    members: list[str]
-    """Names of all members ever asked for."""
-    calls: tuple[Call, ...] = ()
-    """Of the oldest versions none were noted."""
-
-
-def read_sweep(folder: Path) -> SweepInfo:
-    """Read `sweep.json`.
-
-    Raises:
-      UserError: not a sweep, a damaged file, or one of a newer version.
-    """
-    path = folder / "sweep.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a sweep: it has no sweep.json. Give the folder that `bsvae sweep` wrote.")
-    with read_json(path, EDITED) as values:
-        if values["format"] > FORMAT:
-            raise UserError(f"{folder} was written by a newer bsvae_jax (format {values['format']}, this one knows {FORMAT}).")
-        config, data = configs.from_dict(values["config"]), values["data"]
-        shape, levels = shape_and_levels(data)
-        spectrum = data["covariance_eigenvalues"]
-        eigenvalues = None if spectrum is None else np.asarray(spectrum, np.float64)
-        members = [str(name) for name in values["members"]]
-        calls = tuple(Call(*(str(call[name]) for name in Call._fields)) for call in values.get("calls", ()))
-        return SweepInfo(config, str(data["name"]), str(data["fingerprint"]), shape, levels, eigenvalues, members, calls)

@@ -91,6 +91,8 @@ def status(results: SweepResults) -> str:
         text += f", {len(results.failures)} diverged"
     if results.unfinished:
         text += f"; {len(results.unfinished)} are still to be trained (`bsvae sweep` continues)"
+    if (source := results.info.started_from) is not None:
+        text += f"; all began with the weights of {source['workdir']} (step {source['step']})"
     return text + "."
 
 

@@ -12,15 +12,17 @@ import numpy as np
 
 from bsvae_jax._io.files import as_path
 from bsvae_jax.config import CHOICES, Config, Prior, StandardNormal
+from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.objective import Constant, DecoderVariance, Kind, Learned, Optimal, Predicted
 from bsvae_jax.sweeps.differences import Difference, paired_difference
-from bsvae_jax.sweeps.fit_sweep import SweepInfo, read_sweep
+from bsvae_jax.sweeps.info import SweepInfo, read_sweep
+from bsvae_jax.training.evaluated import read_evaluation
 from bsvae_jax.training.identity import read_run_arrays
 from bsvae_jax.training.per_image import read_per_image
-from bsvae_jax.training.stopped import read_failure
-from bsvae_jax.training.workdir import read_evaluation, read_info
+from bsvae_jax.training.stopped import final_step, read_failure
+from bsvae_jax.training.workdir import read_info
 
 SPLITS = ("test", "train")
 
@@ -160,9 +162,9 @@ def read_results(folder: str | Path) -> SweepResults:
     present = sorted(path.name for path in (folder / "members").glob("*") if (path / "config.json").is_file())
     for name in [*info.members, *(name for name in present if name not in info.members)]:
         own = folder / "members" / name
-        evaluation = read_evaluation(own) if name in present else None
-        latest = evaluation is not None and evaluation.checkpoint == "latest"
-        report, findings = (evaluation.report, evaluation.findings) if evaluation is not None and latest else ({}, {})
+        evaluation, report, findings = read_evaluation(own) if name in present else None, {}, {}
+        if evaluation is not None and evaluation.checkpoint == "latest" and _is_last(own, evaluation.step, info.config.epochs):
+            report, findings = evaluation.report, evaluation.findings
         failure = read_failure(own)
         if set(report) >= set(SPLITS) and (own / "pictures.npz").is_file():
             pictures = read_run_arrays(own / "pictures.npz", "delete it, and `bsvae sweep` makes it again")
@@ -179,6 +181,12 @@ def read_results(folder: str | Path) -> SweepResults:
         raise UserError(f"{folder} has no finished member yet ({what}); `bsvae sweep` continues it.")
     members.sort(key=lambda member: (_order(setting_of(member.config)), member.config.seed))
     return SweepResults(info, members, failures, unfinished, diverged)
+
+
+def _is_last(folder: Path, step: int, epochs: int) -> bool:
+    """Whether the run in `folder`, a member of a sweep of so many epochs, ends with this step; those before went on since."""
+    run = read_info(folder)
+    return run.train is None or step == final_step(folder, steps_through(epochs, run.train, run.config.batch_size))
 
 
 def mean_and_deviation(members: Sequence[MemberResult], quantity: str, split: str) -> tuple[float, float]:

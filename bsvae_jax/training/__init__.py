@@ -2,7 +2,8 @@
 
 Begin with `step`, the pure function that is compiled; `program` lays it and the data on the devices; `trainer` has the loop,
 `fit` the whole run, `callbacks` what is done beside it. `checkpoints` and `workdir` keep what a run leaves; `restore` reads
-it. `fit_prior` fits a density to the latents of a trained run, `import_torch` and `export` carry weights in and out.
+it. `start` has what a run takes from another that it begins from. `fit_prior` fits a density to the latents of a trained run,
+`import_torch` and `export` carry weights in and out.
 
 Any run may be interrupted and repeated. It ends with the numbers, files and figures of one never interrupted, to the bit on
 the same hardware (on GPUs with `XLA_FLAGS=--xla_gpu_deterministic_ops=true`), and on another number of devices up to the
@@ -10,6 +11,7 @@ rounding of sums:
 
     Ctrl-C, SIGTERM            the step in flight is finished and saved; exit status 130 or 143; a second Ctrl-C quits at once
     SIGKILL, power loss        the steps since the last checkpoint (`evaluate_every` epochs) are repeated
+    more epochs                after the last one: the run goes on, and `config.json` keeps what was changed and when
     a damaged checkpoint       is seen by its SHA-256, reported and moved aside; the one before is used
     a disk that is too small   refused before training; if it fills up later, saving pauses and says so, and the run goes on
     a disk only for reading    refused in a sentence; finished runs and prepared images on it are used

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +155,18 @@ class Checkpoints:
     is saved with them and compared when they are restored: a flipped bit is a damaged checkpoint, not another result.
     """
 
-    def __init__(self, folder: Path, read_only: bool = False, description: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        read_only: bool = False,
+        description: dict[str, Any] | None = None,
+        earlier: Collection[str] = (),
+    ):
         """`folder` is made if absent, unless `read_only`; `description` (plain JSON values) travels with every checkpoint.
 
-        Of its entries, `run` is compared when a checkpoint is restored.
+        Of its entries, `run` is compared when a checkpoint is restored, which may have one of the `earlier` ones in its place.
         """
-        self._description = description or {}
+        self._description, self._earlier = description or {}, earlier
         self._saving: int | None = None
         self._trusted = False
         check_place(folder)
@@ -367,7 +373,7 @@ class Checkpoints:
         if metadata.get("step", step) != step:
             raise OtherArraysError(f"it was saved as step {metadata['step']}, and its folder was renamed since")
         own = self._description.get("run")
-        if own is not None and metadata.get("run", own) != own:
+        if own is not None and metadata.get("run", own) not in (own, *self._earlier):
             raise OtherArraysError("it is of another run than the config.json of this folder")
         # As it was saved and on the host first: only there can be told what has changed from what is of another shape.
         tree = self._manager.item_metadata(step).tree

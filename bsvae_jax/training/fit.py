@@ -20,10 +20,12 @@ from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.training.callbacks import Callback, Callbacks, with_own
 from bsvae_jax.training.program import Program
+from bsvae_jax.training.restore import read_source, start_with
+from bsvae_jax.training.start import check_beginning
 from bsvae_jax.training.state import check_against_data
 from bsvae_jax.training.step import TrainState
 from bsvae_jax.training.trainer import Member, Trainer
-from bsvae_jax.training.workdir import RunDirectory
+from bsvae_jax.training.workdir import RunDirectory, read_info
 
 
 class FitResult(NamedTuple):
@@ -58,11 +60,22 @@ def _check_agreement(config: Config) -> None:
     multihost.check_agreement("config", to_dict(config), "Give every process the same command.")
 
 
-def fit(config: Config, workdir: str | Path, progress: bool = True, callbacks: Sequence[Callback] = ()) -> FitResult:
-    """Train as the config says, in `workdir`; continue there if a run of the same config was interrupted.
+def fit(
+    config: Config,
+    workdir: str | Path,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    start_from: str | Path | None = None,
+) -> FitResult:
+    """Train as the config says, in `workdir`; continue there if a run of the same config was interrupted, or is to go on.
 
     Writes `config.json`, `metrics.jsonl` (a row per line), TensorBoard events, checkpoints, and at the end `calibration.npz`,
     the variance of the training set, and `evaluation.json`. A finished run is not trained again.
+
+    A run goes on with more epochs, or with another learning rate, schedule, weight decay or number of steps that may be left
+    out, from its last checkpoint and with the state of its optimizer. Its learning rate is from there on that of the new
+    schedule over all steps, as if that had been given from the beginning: after 50 epochs of a cosine, 100 go on at half the
+    peak. `config.json` keeps what was changed and after which step. All else is another experiment, which `start_from` begins.
 
     Args:
       config: the experiment.
@@ -70,6 +83,11 @@ def fit(config: Config, workdir: str | Path, progress: bool = True, callbacks: S
         dies, JAX ends the others within a minute: they wait for it in the middle of a step.
       progress: show a progress bar, and what is logged (`logging.getLogger("bsvae_jax")`), on standard error.
       callbacks: what else is done on the way (`Callback`); they may stop the run early.
+      start_from: workdir of another run, with whose weights a new one begins (those of its latest checkpoint; the averaged
+        ones where it kept them): other data, beta, variance or prior, or a network of which some layers differ. A layer is
+        taken where all its arrays have the same shapes, else drawn from the seed; which are is logged and kept in
+        `config.json`. Optimizer, schedule and order of the data start anew. The run keeps what it took in `start.npz`:
+        continuing needs the other no more.
 
     >>> import tempfile
     >>> from bsvae_jax.config import MLP
@@ -80,8 +98,8 @@ def fit(config: Config, workdir: str | Path, progress: bool = True, callbacks: S
     ['config.json', 'evaluation.json']
 
     Raises:
-      UserError: before any training: the data, devices or workdir do not fit the config, or the processes do not agree; or at
-        its end: the disk is full.
+      UserError: before any training: the data, devices or workdir do not fit the config, or the processes do not agree, or
+        there is no run at `start_from` of which any layer fits; or at its end: the disk is full.
       DivergenceError: a loss, gradient or held-out objective is not finite; names the step, the terms and the last good
         checkpoint.
       Interrupted: SIGINT or SIGTERM; the steps in flight were finished and saved, the same call continues after them.
@@ -92,10 +110,12 @@ def fit(config: Config, workdir: str | Path, progress: bool = True, callbacks: S
     Callbacks(callbacks)  # checked before anything is computed
     check_platform()
     with multihost.ends_together(), messages_shown(progress and multihost.is_primary()):
-        return _fit(config, folder, progress, callbacks)
+        return _fit(config, folder, progress, callbacks, start_from)
 
 
-def _fit(config: Config, folder: Path, progress: bool, callbacks: Sequence[Callback]) -> FitResult:
+def _fit(
+    config: Config, folder: Path, progress: bool, callbacks: Sequence[Callback], start_from: str | Path | None
+) -> FitResult:
     _check_agreement(config)
     mesh = data_mesh(config.devices, config.batch_size, config.gradient_accumulation)
     check_precision(config.precision, mesh.devices.flat[0].device_kind)
@@ -105,7 +125,19 @@ def _fit(config: Config, folder: Path, progress: bool, callbacks: Sequence[Callb
     primary = multihost.is_primary()
     # What is not primary touches no file.
     other = RunDirectory(folder, config, images, primary=False)
-    directory = multihost.on_primary(lambda: RunDirectory(folder, config, images), other)
+
+    def open_folder() -> RunDirectory:
+        if start_from is None:
+            return RunDirectory(folder, config, images)
+        if (folder / "config.json").is_file():  # it has what it began with
+            check_beginning(folder, read_info(folder, config).started_from, start_from)
+            return RunDirectory(folder, config, images)
+        start = start_with(read_source(start_from, folder, config), config, images)
+        opened = RunDirectory(folder, config, images, start=start)
+        log.info(start.sentence)
+        return opened
+
+    directory = multihost.on_primary(open_folder, other)
     with stop_on_signals() as stop, directory as run:
         program = Program(config, images, mesh)
         if primary:

@@ -26,10 +26,11 @@ from bsvae_jax.models.vae import VAE
 from bsvae_jax.random import make_key
 from bsvae_jax.training import fitted_prior
 from bsvae_jax.training.checkpoints import saved_steps
+from bsvae_jax.training.evaluated import forget_quantities
 from bsvae_jax.training.fit_flow import finish, finish_killed, fit_flow_matching
 from bsvae_jax.training.fitted_prior import FILE, FittedPrior, fit_density, log_density, read_fitted, write_fitted
 from bsvae_jax.training.restore import restore
-from bsvae_jax.training.workdir import check_same_data, forget_quantities, read_info
+from bsvae_jax.training.workdir import check_same_data, read_info
 
 LEAST_SAMPLES = 50_000
 """Samples of the aggregate posterior: one per training image, or so many per image that there are at least as many."""

@@ -19,13 +19,19 @@ def identity(folder: Path) -> str:
     Raises:
       UserError: that file is damaged or was edited.
     """
+    return identities(folder)[0]
+
+
+def identities(folder: Path) -> list[str]:
+    """The `identity` of a run, and those it had before its config was changed, which its older files carry; raises as that."""
     with read_json(folder / "config.json", EDITED) as values:
-        return values.get("digest") or digest_of(values)  # earlier versions did not write it
+        own = values.get("digest") or digest_of(values)  # earlier versions did not write it
+        return [str(own), *(str(change["run"]) for change in values.get("changes", ()))]
 
 
 def check_run(path: Path, values: Mapping[str, Any], remedy: str) -> None:
     """Raise a UserError, which ends with `remedy`, if `values`, of the file `path` of a run, are those of another run."""
-    if "run" in values and str(values["run"]) != identity(path.parent):
+    if "run" in values and str(values["run"]) not in identities(path.parent):
         raise UserError(f"{path} is of another run than the config.json beside it; {remedy}.")
 
 

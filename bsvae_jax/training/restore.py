@@ -5,19 +5,25 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import numpy as np
 
 from bsvae_jax._io.files import as_path, digest
 from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config, load_module
+from bsvae_jax.data import ImageSet
 from bsvae_jax.distributed.hardware import check_platform
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.trained import Restored
+from bsvae_jax.models.pytorch import flatten
 from bsvae_jax.training.checkpoints import Checkpoints
+from bsvae_jax.training.evaluated import read_calibration
 from bsvae_jax.training.fitted_prior import FILE, read_fitted
-from bsvae_jax.training.identity import identity
+from bsvae_jax.training.identity import identities, identity
+from bsvae_jax.training.start import Source, Start, take
 from bsvae_jax.training.state import build_model, create_state
 from bsvae_jax.training.step import PRIOR
-from bsvae_jax.training.workdir import check_switches, read_calibration, read_info
+from bsvae_jax.training.switches import check_switches
+from bsvae_jax.training.workdir import read_info
 
 
 def restore(
@@ -62,11 +68,12 @@ def restore(
     info = read_info(folder, config if isinstance(config, Config) else None)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} has no checkpoint yet; train it with bsvae train.")
-    check_switches(folder, info)
+    check_switches(folder, info.switches)
     model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
     target = jax.eval_shape(lambda: create_state(info.config, model, 1).arrays())
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device()), target)
-    with Checkpoints(folder / "checkpoints", read_only=True, description={"run": identity(folder)}) as checkpoints:
+    run_id, *earlier = identities(folder)
+    with Checkpoints(folder / "checkpoints", True, {"run": run_id}, earlier) as checkpoints:
         step, arrays = checkpoints.restore(target, checkpoints.best_step() if checkpoint == "best" else None, log.warning)
     params = arrays["ema_params"] or arrays["params"]
     calibration = read_calibration(folder)
@@ -101,3 +108,27 @@ def _with_fitted_prior(folder: Path, run: Restored, checkpoint: str) -> Restored
 
 def _one_device() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def read_source(start_from: str | Path, workdir: Path, config: Config) -> Source:
+    """The run that another, of `config` in `workdir`, is to begin from, at its latest checkpoint.
+
+    Raises:
+      UserError: as `restore`, or it is the workdir itself.
+    """
+    folder = as_path(start_from, "start_from")
+    if folder.resolve() == workdir.resolve():
+        raise UserError(
+            f"--start-from {folder} is the --workdir itself. Leave it out to continue that run, or choose another --workdir."
+        )
+    run = restore(folder, config=config)
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten(run.variables).items()}
+    record = {"workdir": str(folder.resolve()), "run": identity(folder), "step": run.step, "sha256": digest(run.variables)}
+    return Source(f"{folder} (step {run.step})", arrays, record)
+
+
+def start_with(source: Source, config: Config, images: ImageSet) -> Start:
+    """What a run of `config` on `images` begins with from another; raises a UserError where nothing fits."""
+    model = build_model(config, images.image_shape, images.bin_width)
+    own = flatten(jax.eval_shape(lambda: create_state(config, model, 1).variables()))
+    return take({name: leaf.shape for name, leaf in own.items()}, source)

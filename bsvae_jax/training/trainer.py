@@ -27,13 +27,14 @@ from bsvae_jax.evaluation.diagnosis import diagnose
 from bsvae_jax.evaluation.metrics import Report, calibrated_elbo, summarize
 from bsvae_jax.evaluation.scores import SplitScores, calibrate
 from bsvae_jax.training.callbacks import Callback, Callbacks, Run
+from bsvae_jax.training.evaluated import evaluation_at
 from bsvae_jax.training.failed_step import failing_step
 from bsvae_jax.training.metrics_log import MetricsRow
 from bsvae_jax.training.per_image import write_per_image
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.state import build_hyperparameters, create_state, learning_rate_schedule
 from bsvae_jax.training.step import LOG_EVERY, StepMetrics, TrainState, data_order
-from bsvae_jax.training.workdir import RunDirectory, evaluation_at
+from bsvae_jax.training.workdir import RunDirectory
 
 Extras = Callable[[TrainState], Callable[[int, SplitScores], None]]
 """Given the state that is evaluated, what is called with a member's index and test scores before its evaluation is written."""

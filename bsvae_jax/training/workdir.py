@@ -1,6 +1,8 @@
 """The folder of one run: what it holds, who may write to it, and what is shown while it is written.
 
-config.json        the config, the data it met, versions of the libraries, switches of JAX; of imported weights, the file
+config.json        the config and its changes, the data it met, versions of the libraries, switches of JAX; of imported weights,
+                   the file; of weights that were taken from another run, which and from where
+start.npz          those weights
 metrics.jsonl      a row per line, training and test terms in nats per example
 tensorboard/       the same as TensorBoard events
 checkpoints/       Orbax, the latest two and the best
@@ -24,16 +26,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 
 from bsvae_jax import config as configs
 from bsvae_jax._io.disk import MARGIN, check_room, free_bytes, mebibytes, tree_bytes
 from bsvae_jax._io.files import (
+    digest_of,
     is_used,
     read_json,
     read_metrics,
     take_folder,
+    write_arrays,
     write_atomically,
     write_json,
 )
@@ -43,18 +46,20 @@ from bsvae_jax.data import ImageSet
 from bsvae_jax.data.datasets import with_absolute_paths
 from bsvae_jax.data.image_set import is_image
 from bsvae_jax.errors import UserError
-from bsvae_jax.evaluation.metrics import Report, as_json, from_json
+from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.evaluation.scores import Calibration
-from bsvae_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, SaveError, check_place
-from bsvae_jax.training.identity import EDITED, check_run, identity, read_run_arrays, write_run_arrays
+from bsvae_jax.training.changes import AGAIN, Change, check_change, describe_change, read_changes, with_change
+from bsvae_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, SaveError, check_place, saved_steps
+from bsvae_jax.training.evaluated import write_evaluation
+from bsvae_jax.training.identity import EDITED, identities, identity, read_run_arrays, write_run_arrays
 from bsvae_jax.training.metrics_log import incomplete_epochs
+from bsvae_jax.training.start import FILE as STARTED
+from bsvae_jax.training.start import Start, begin_with
 from bsvae_jax.training.stopped import Stopped, read_stopped
+from bsvae_jax.training.switches import check_switches, switches
 
 FORMAT = 1
 """Version of the layout of a run folder."""
-
-SWITCHES = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision", "jax_disable_jit")
-"""Of JAX, by which the same run comes to other numbers."""
 
 State = TypeVar("State")
 
@@ -71,6 +76,23 @@ class RunInfo(NamedTuple):
     """Whether they are images in [0, 1], `ImageSet.holds_images`."""
     switches: Mapping[str, Any] = MappingProxyType({})
     """The `SWITCHES` under which the run began; empty where they were not recorded."""
+    started_from: Mapping[str, Any] | None = None
+    """Where its weights are from (`Start.record`), if not from its seed."""
+    changes: tuple[Change, ...] = ()
+    """Of its config while it was trained, oldest first."""
+    train: int | None = None
+    """Size of the training set, where it was recorded."""
+    imported: Mapping[str, Any] | None = None
+    """The file that its weights are from, if they were imported."""
+
+    def provenance(self) -> list[str]:
+        """What config and seed do not say of the run: where its weights are from, and what was changed on the way."""
+        began = []
+        if (source := self.started_from) is not None:
+            began = [f"It began with the weights of {source['workdir']} (step {source['step']})."]
+        if self.imported is not None:
+            began = [f"It began with the weights of {self.imported['file']} ({self.imported['kind']})."]
+        return began + [f"It went on after step {change.step} with {'; '.join(change.changed)}." for change in self.changes]
 
 
 def shape_and_levels(data: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
@@ -104,25 +126,19 @@ def read_info(folder: Path, like: Config | None = None) -> RunInfo:
         config, data = configs.from_dict(values["config"], given=configs.kinds_of(like)), values["data"]
         shape, levels = shape_and_levels(data)
         images = bool(data.get("images", is_image(shape)))  # earlier versions did not write it
-        switches = dict(values.get("switches", {}))
-        return RunInfo(config, shape, levels, str(data["fingerprint"]), images, switches)
-
-
-def _switches() -> dict[str, Any]:
-    return {name: getattr(jax.config, name) for name in SWITCHES}
-
-
-def check_switches(folder: Path, info: RunInfo) -> None:
-    """Warn if JAX does not draw and round as it did when the run in `folder` began."""
-    changed = [
-        f"{name.upper()} was {info.switches[name]} and is {now}"
-        for name, now in _switches().items()
-        if info.switches.get(name, now) != now
-    ]
-    if changed:
-        log.warning(
-            f"{folder} began under other switches of JAX ({'; '.join(changed)}): random numbers and rounding differ. Set them "
-            "back for the numbers that it would have come to."
+        began_under, started_from = dict(values.get("switches", {})), values.get("started_from")
+        changes, train = read_changes(values), data.get("train")
+        return RunInfo(
+            config,
+            shape,
+            levels,
+            str(data["fingerprint"]),
+            images,
+            began_under,
+            started_from,
+            changes,
+            train,
+            values.get("imported"),
         )
 
 
@@ -139,7 +155,7 @@ def describe_run(config: Config, images: ImageSet, **also: Any) -> dict[str, Any
             **{split: len(getattr(images, split)) for split in images.splits},
             "fingerprint": images.fingerprint(),
         },
-        "switches": _switches(),
+        "switches": switches(),
         "versions": {name: version(name) for name in ("bsvae_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")},
         **also,
     }
@@ -159,88 +175,14 @@ def check_same_data(folder: Path, info: RunInfo, images: ImageSet) -> None:
         )
 
 
-def read_calibration(folder: Path) -> Calibration | None:
-    """Read `calibration.npz`; None before the run has ended."""
-    path = folder / "calibration.npz"
-    if not path.is_file():
-        return None
-    remedy = "delete it, and `bsvae train` or `bsvae evaluate` measures it again"
-    values = read_run_arrays(path, remedy)
-    try:
-        per_pixel = values["variance_per_pixel"]
-        return Calibration(int(values["step"]), float(values["variance"]), per_pixel, float(values["floor"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}.") from error
-
-
-class Evaluation(NamedTuple):
-    """What `evaluation.json` says."""
-
-    step: int
-    checkpoint: str
-    report: Report
-    findings: dict[str, str]
-    """What is wrong with the model, by the name of the finding (`diagnosis`)."""
-
-
-def read_evaluation(folder: Path) -> Evaluation | None:
-    """Read `evaluation.json`; None before anything was evaluated.
-
-    Raises:
-      UserError: a damaged file.
-    """
-    path = folder / "evaluation.json"
-    if not path.is_file():
-        return None
-    remedy = "delete it and evaluate again"
-    with read_json(path, remedy) as values:
-        check_run(path, values, remedy)
-        findings = {str(name): str(sentence) for name, sentence in values.get("findings", {}).items()}
-        return Evaluation(int(values["step"]), str(values["checkpoint"]), from_json(values["splits"]), findings)
-
-
-def evaluation_at(folder: Path, step: int, checkpoint: str = "latest") -> Report:
-    """The report of `evaluation.json` for the parameters of a step; empty where it is of others."""
-    evaluation = read_evaluation(folder)
-    same = evaluation is not None and (evaluation.step, evaluation.checkpoint) == (step, checkpoint)
-    return evaluation.report if evaluation is not None and same else {}
-
-
-def write_evaluation(
-    folder: Path, step: int, report: Report, checkpoint: str = "latest", findings: Mapping[str, str] | None = None
-) -> None:
-    """Write `evaluation.json`; splits, quantities and findings from before, for the same parameters, stay."""
-    known = read_evaluation(folder)
-    same = known is not None and (known.step, known.checkpoint) == (step, checkpoint)
-    before, found = (known.report, known.findings) if known is not None and same else ({}, {})
-    findings = found if findings is None else findings
-    report = before | {split: before.get(split, {}) | quantities for split, quantities in report.items()}
-    _write(folder, Evaluation(step, checkpoint, report, dict(findings)))
-
-
-def _write(folder: Path, evaluation: Evaluation) -> None:
-    step, checkpoint, report, findings = evaluation
-    values = {"run": identity(folder), "step": step, "checkpoint": checkpoint, "findings": findings, "splits": as_json(report)}
-    write_json(folder / "evaluation.json", values)
-
-
-def forget_quantities(folder: Path, prefix: str) -> None:
-    """Leave out of `evaluation.json`, where there is one, the quantities whose names begin with `prefix`."""
-    known = read_evaluation(folder)
-    if known is None or not any(name.startswith(prefix) for quantities in known.report.values() for name in quantities):
-        return
-    kept = {s: {name: q for name, q in own.items() if not name.startswith(prefix)} for s, own in known.report.items()}
-    _write(folder, known._replace(report=kept))
-
-
 class RunDirectory:
     """The open folder of a run that trains; use it in a `with` block.
 
     Of several processes the primary one has the folder; in the others the same methods keep nothing and say nothing.
     """
 
-    def __init__(self, folder: Path, config: Config, images: ImageSet, primary: bool = True):
-        """Opens or creates the folder.
+    def __init__(self, folder: Path, config: Config, images: ImageSet, primary: bool = True, start: Start | None = None):
+        """Opens or creates the folder; a new run begins with the weights of `start`, where they are given.
 
         Raises:
           UserError: it holds another config or other data, it is something else's, or it cannot be written.
@@ -252,29 +194,36 @@ class RunDirectory:
         """Why the last checkpoint could not be saved; empty where it could."""
         self._said: set[str] = set()
         if primary:
-            self._check_folder(config, images)
-            description = {"run": identity(folder), "config": configs.to_dict(config)}
-            self._checkpoints = Checkpoints(folder / "checkpoints", description=description)
+            self._check_folder(config, images, start)
+            self._checkpoints = self._open_checkpoints()
 
-    def _check_folder(self, config: Config, images: ImageSet) -> None:
+    def _open_checkpoints(self) -> Checkpoints:
+        own, *earlier = identities(self.folder)
+        description = {"run": own, "config": configs.to_dict(self._config)}
+        return Checkpoints(self.folder / "checkpoints", description=description, earlier=earlier)
+
+    def _check_folder(self, config: Config, images: ImageSet, start: Start | None) -> None:
         folder = self.folder
         check_place(folder, "choose another --workdir")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; --workdir must name a folder.")
-        if is_used(folder):
+        if is_used(folder, STARTED):
             if not (folder / "config.json").is_file():
                 raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
             info = read_info(folder)
-            changed = configs.changes(info.config, config)
-            if changed:
-                raise UserError(
-                    f"{folder} holds a run of another config ({'; '.join(changed)}). Choose another --workdir or that config."
-                )
+            if configs.changes(info.config, config):
+                step = max(saved_steps(folder / "checkpoints"), default=0)
+                check_change(folder, info.config, config, step, self._images)
             check_same_data(folder, info, images)
-            check_switches(folder, info)
+            check_switches(folder, info.switches)
         self._lock = take_folder(folder, "training")
         if not (folder / "config.json").is_file():
-            write_json(folder / "config.json", describe_run(config, images))
+            values = describe_run(config, images)
+            if start is not None:  # the weights first, because a folder is a run by its config.json
+                check_room(folder, tree_bytes(start.arrays))
+                values["started_from"] = start.record
+                write_arrays(folder / STARTED, run=np.array(digest_of(values)), **start.arrays)
+            write_json(folder / "config.json", values)
 
     def __enter__(self) -> "RunDirectory":
         """Nothing more to open."""
@@ -292,17 +241,24 @@ class RunDirectory:
         return self._checkpoints.steps() if self.primary else []
 
     def state_before(self, state: State, step: int) -> State:
-        """The newest checkpoint before `step` that loads, else `state`, the beginning."""
+        """The newest checkpoint before `step` that loads, else the beginning, `state` with the weights that the run took."""
         self.settle()
         for saved in reversed([saved for saved in self._checkpoints.steps() if saved < step]):
             try:
                 return state.with_arrays(self._checkpoints.restore(state.arrays(), saved)[1])  # type: ignore[attr-defined]
             except DamagedCheckpointError as error:
                 log.warning(str(error))
-        return state
+        return self._beginning(state)
+
+    def _beginning(self, state: State) -> State:
+        """`state`, with the weights that the run took from another where it did."""
+        if read_info(self.folder, self._config).started_from is None:
+            return state
+        arrays = read_run_arrays(self.folder / STARTED, "begin again in another --workdir")
+        return begin_with(state, arrays)  # type: ignore[arg-type, return-value]
 
     def resume(self, state: State, at: int | None = None) -> State:
-        """The checkpoint of step `at`, or the newest that loads, or `state` itself in a new run; later metrics are dropped."""
+        """The checkpoint of step `at`, or the newest that loads, or the beginning of a new run; later metrics are dropped."""
         if not self.primary:
             return state
         check_room(self.folder, tree_bytes(state.arrays()), saved=len(self._checkpoints.steps()))  # type: ignore[attr-defined]
@@ -310,7 +266,12 @@ class RunDirectory:
             (self.folder / name).unlink(missing_ok=True)
         metrics = self.folder / "metrics.jsonl"
         if not self._checkpoints.steps():
-            step = 0
+            if read_info(self.folder, self._config).imported is not None:
+                raise UserError(
+                    f"{self.folder} has no checkpoint, and with them the imported weights are gone; import them into another "
+                    "--workdir."
+                )
+            step, state = 0, self._beginning(state)
             if metrics.is_file():
                 log.info(f"{self.folder} has no checkpoint; starting from the beginning")
         else:
@@ -323,9 +284,30 @@ class RunDirectory:
         if incomplete := incomplete_epochs(kept, self._config, self._images, step):
             lost = f"{len(incomplete)} epochs up to step {step}, the first of epoch {incomplete[0]}"
             log.warning(f"{metrics} lacks rows of {lost}: they were lost or removed, and curves have gaps there.")
-        if (stopped := read_stopped(self.folder)) is not None and stopped.step != step:
+        changes = self._go_on(step)
+        stopped = read_stopped(self.folder)
+        if stopped is not None and (stopped.step != step or any(change.step == step for change in changes)):
             (self.folder / "stopped.json").unlink()
         return state
+
+    def _go_on(self, step: int) -> tuple[Change, ...]:
+        """Record where the run goes on after `step` with another config than it had; all that was changed so far.
+
+        One file is replaced, and what lies beside it belongs to the run before and after.
+        """
+        info = read_info(self.folder, self._config)
+        changed = configs.changes(info.config, self._config)
+        if not changed and all(change.step <= step for change in info.changes):
+            return info.changes
+        if changed:
+            log.info(describe_change(self.folder, info.config, self._config, step, self._images))
+        config = configs.to_dict(configs.with_execution_of(self._config, info.config))
+        path, change = self.folder / "config.json", Change(step, tuple(changed) or AGAIN, identity(self.folder))
+        with read_json(path, EDITED) as values:
+            write_json(path, with_change(values, config, change))
+        self._checkpoints.__exit__(None, None, None)
+        self._checkpoints = self._open_checkpoints()
+        return (*info.changes, change)
 
     def stopped_step(self) -> int | None:
         """The step at which a callback stopped this run, None where none did."""

@@ -161,6 +161,8 @@ def test_the_module_runs_as_a_program(tmp_path):
         (["--data", "mnist", "--data.folder", "nowhere"], "nowhere lacks train-images-idx3-ubyte.gz"),
         (["--data", "arrays", "--data.path", "nowhere.npz"], "There is no file 'nowhere.npz'"),
         (["--workdir", "/dev/null/run"], "/dev/null/run cannot be written"),
+        (["--start-from", "nowhere"], "nowhere is not a run: it has no config.json"),
+        (["--start-from", "runs/x", "--workdir", "runs/x"], "--start-from runs/x is the --workdir itself"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -473,8 +475,8 @@ def test_wrong_lists_are_answered_before_anything_is_written(options, sentence, 
 def test_folders_that_are_no_sweep(trained, swept, tmp_path, capsys):
     assert "is not a sweep: it has no sweep.json" in refused(["report", tmp_path], capsys)
     assert "is not empty and not a sweep" in refused(["sweep", swept.parent / "grid.py", "--workdir", trained], capsys)
-    text = refused(["sweep", swept.parent / "grid.py", "--workdir", swept, "--epochs", 2], capsys)
-    assert "holds a sweep of another config (epochs: 1 -> 2)" in text
+    text = refused(["sweep", swept.parent / "grid.py", "--workdir", swept, "--latent-size", 1], capsys)
+    assert "holds a sweep of another config (latent_size: 2 -> 1)" in text
     assert "is a sweep, not a run: give one of its members" in refused(["sample", swept], capsys)
 
 

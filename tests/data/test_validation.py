@@ -17,7 +17,7 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Quantity
 from bsvae_jax.sweeps.report import best_beta
 from bsvae_jax.sweeps.results import MemberResult, SweepResults
-from bsvae_jax.training.workdir import read_evaluation
+from bsvae_jax.training.evaluated import read_evaluation
 
 WARMED = Optimizer(warmup_steps=10, schedule="cosine")
 

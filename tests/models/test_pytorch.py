@@ -4,12 +4,14 @@ The tests against PyTorch skip where it is not installed. Every other one writes
 """
 
 import collections
+import dataclasses
 import enum
 import functools
 import hashlib
 import json
 import math
 import pickle
+import shutil
 import struct
 import types
 import zipfile
@@ -262,6 +264,13 @@ def imported(arrays, save, tmp_path):
     path = save(arrays)
     main.main(["import-torch", str(path), str(tmp_path / "small.py"), "--beta", "2", "--workdir", str(tmp_path / "run")])
     return tmp_path / "run"
+
+
+@pytest.mark.long
+def test_imported_weights_that_are_lost_are_not_drawn_anew(imported):
+    shutil.rmtree(imported / "checkpoints")
+    with pytest.raises(bv.UserError, match="has no checkpoint, and with them the imported weights are gone"):
+        bv.fit(dataclasses.replace(bv.load_config(imported.parent / "small.py"), beta=2.0), imported, progress=False)
 
 
 @pytest.mark.long

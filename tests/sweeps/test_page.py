@@ -10,8 +10,9 @@ from bsvae_jax.config import MLP, Config
 from bsvae_jax.data import load
 from bsvae_jax.objective import Constant, Optimal
 from bsvae_jax.sweeps import report
-from bsvae_jax.sweeps.fit_sweep import Call, SweepInfo, _SweepDirectory, read_sweep
+from bsvae_jax.sweeps.fit_sweep import _SweepDirectory
 from bsvae_jax.sweeps.grid import Sweep
+from bsvae_jax.sweeps.info import Call, SweepInfo, read_sweep
 from bsvae_jax.sweeps.page import Picture, page
 from bsvae_jax.sweeps.results import MemberResult, SweepResults
 

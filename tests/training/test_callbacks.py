@@ -16,9 +16,9 @@ from bsvae_jax._io.files import read_metrics
 from bsvae_jax.config import MLP, Config, Optimal
 from bsvae_jax.errors import UserError
 from bsvae_jax.training.callbacks import Run, StartWatch
+from bsvae_jax.training.evaluated import read_evaluation
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.stopped import read_stopped
-from bsvae_jax.training.workdir import read_evaluation
 
 CONFIG = Config(network=MLP((8,)), latent_size=2, epochs=4, batch_size=500, devices=1, evaluate_every=2)  # 3 steps an epoch
 GRID = bv.Sweep(beta=(0.5, 1.0, 2.0), decoder_variance=(Optimal(),), seeds=1)

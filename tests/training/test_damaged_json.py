@@ -11,9 +11,10 @@ import pytest
 from bsvae_jax._io.files import is_used, read_json, read_metrics, take_folder, write_arrays, write_atomically
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import from_json
-from bsvae_jax.sweeps.fit_sweep import read_sweep
+from bsvae_jax.sweeps.info import read_sweep
+from bsvae_jax.training.evaluated import read_evaluation
 from bsvae_jax.training.stopped import read_failure, read_stopped
-from bsvae_jax.training.workdir import read_evaluation, read_info, shape_and_levels
+from bsvae_jax.training.workdir import read_info, shape_and_levels
 
 NONSENSE = [b"", b"{", b"3", b"[]", b"null", b'"text"', b"{}", b"\xff\xfe{", b"[" * 100_000, b'{"step": 1e999}']
 READERS = {

@@ -28,7 +28,7 @@ from bsvae_jax.distributed.preemption import Interrupted, Stop
 from bsvae_jax.errors import DivergenceError, UserError
 from bsvae_jax.training import workdir
 from bsvae_jax.training.checkpoints import Checkpoints
-from bsvae_jax.training.workdir import read_evaluation
+from bsvae_jax.training.evaluated import read_evaluation
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 

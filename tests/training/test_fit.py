@@ -24,13 +24,14 @@ from bsvae_jax.evaluation.metrics import as_json
 from bsvae_jax.evaluation.scores import score_split
 from bsvae_jax.objective import Constant, Learned, Optimal, quantization_variance
 from bsvae_jax.training import state as building
+from bsvae_jax.training.evaluated import read_calibration
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.per_image import read_per_image
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.state import build_model, build_optimizer, create_state, learning_rate_schedule, steps_per_dispatch
 from bsvae_jax.training.step import train_step
 from bsvae_jax.training.stopped import read_failure
-from bsvae_jax.training.workdir import read_calibration, read_info
+from bsvae_jax.training.workdir import read_info
 
 SMALL = Config(
     network=MLP((16,)), latent_size=4, epochs=2, batch_size=500, devices=1, optimizer=Optimizer(ema_decay=0.9)

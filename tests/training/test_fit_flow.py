@@ -19,12 +19,12 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.models.priors.transformer import Block, VelocityNetwork, time_features
 from bsvae_jax.training import fit_flow
 from bsvae_jax.training.checkpoints import Checkpoints
+from bsvae_jax.training.evaluated import read_evaluation
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.fit_flow import fit_flow_matching, map_moments
 from bsvae_jax.training.fit_prior import fit_prior
 from bsvae_jax.training.fitted_prior import FittedPrior, fit_density, read_fitted
 from bsvae_jax.training.restore import restore
-from bsvae_jax.training.workdir import read_evaluation
 
 SMALL = FlowMatching(rows=2, columns=1, width=16, depth=1, heads=2, steps=20)
 

@@ -22,12 +22,12 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import evaluate
 from bsvae_jax.objective import Optimal
 from bsvae_jax.training import fitted_prior
+from bsvae_jax.training.evaluated import read_evaluation, write_evaluation
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.fit_prior import fit_prior
 from bsvae_jax.training.fitted_prior import FITTED_HERE, fit_density, read_fitted, write_fitted
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.trainer import Trainer
-from bsvae_jax.training.workdir import read_evaluation, write_evaluation
 
 MANY = 20_000
 KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "flow" else ()) for kind in FITTED_HERE]

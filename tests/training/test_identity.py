@@ -11,12 +11,14 @@ from bsvae_jax._io.files import read_json, write_json
 from bsvae_jax.config import MLP, Config
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Constant
-from bsvae_jax.sweeps.fit_sweep import fit_sweep, read_sweep
+from bsvae_jax.sweeps.fit_sweep import fit_sweep
 from bsvae_jax.sweeps.grid import Sweep
+from bsvae_jax.sweeps.info import read_sweep
 from bsvae_jax.sweeps.results import read_results
+from bsvae_jax.training.evaluated import read_evaluation
 from bsvae_jax.training.identity import identity
 from bsvae_jax.training.metrics_log import incomplete_epochs
-from bsvae_jax.training.workdir import read_evaluation, read_info
+from bsvae_jax.training.workdir import read_info
 
 CONFIG = Config(network=MLP((8,)), latent_size=2, epochs=2, batch_size=500, devices=1)
 SWEEP = Sweep(beta=(1.0, 4.0), decoder_variance=(Constant(0.1),), seeds=1)

@@ -1,0 +1,85 @@
+"""What a run was found to be worth: `evaluation.json`, and the variance of its training set in `calibration.npz`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from bsvae_jax._io.files import read_json, write_json
+from bsvae_jax.errors import UserError
+from bsvae_jax.evaluation.metrics import Report, as_json, from_json
+from bsvae_jax.evaluation.scores import Calibration
+from bsvae_jax.training.identity import check_run, identity, read_run_arrays
+
+
+def read_calibration(folder: Path) -> Calibration | None:
+    """Read `calibration.npz`; None before the run has ended."""
+    path = folder / "calibration.npz"
+    if not path.is_file():
+        return None
+    remedy = "delete it, and `bsvae train` or `bsvae evaluate` measures it again"
+    values = read_run_arrays(path, remedy)
+    try:
+        per_pixel = values["variance_per_pixel"]
+        return Calibration(int(values["step"]), float(values["variance"]), per_pixel, float(values["floor"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}.") from error
+
+
+class Evaluation(NamedTuple):
+    """What `evaluation.json` says."""
+
+    step: int
+    checkpoint: str
+    report: Report
+    findings: dict[str, str]
+    """What is wrong with the model, by the name of the finding (`diagnosis`)."""
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """Read `evaluation.json`; None before anything was evaluated.
+
+    Raises:
+      UserError: a damaged file.
+    """
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return None
+    remedy = "delete it and evaluate again"
+    with read_json(path, remedy) as values:
+        check_run(path, values, remedy)
+        findings = {str(name): str(sentence) for name, sentence in values.get("findings", {}).items()}
+        return Evaluation(int(values["step"]), str(values["checkpoint"]), from_json(values["splits"]), findings)
+
+
+def evaluation_at(folder: Path, step: int, checkpoint: str = "latest") -> Report:
+    """The report of `evaluation.json` for the parameters of a step; empty where it is of others."""
+    evaluation = read_evaluation(folder)
+    same = evaluation is not None and (evaluation.step, evaluation.checkpoint) == (step, checkpoint)
+    return evaluation.report if evaluation is not None and same else {}
+
+
+def write_evaluation(
+    folder: Path, step: int, report: Report, checkpoint: str = "latest", findings: Mapping[str, str] | None = None
+) -> None:
+    """Write `evaluation.json`; splits, quantities and findings from before, for the same parameters, stay."""
+    known = read_evaluation(folder)
+    same = known is not None and (known.step, known.checkpoint) == (step, checkpoint)
+    before, found = (known.report, known.findings) if known is not None and same else ({}, {})
+    findings = found if findings is None else findings
+    report = before | {split: before.get(split, {}) | quantities for split, quantities in report.items()}
+    _write(folder, Evaluation(step, checkpoint, report, dict(findings)))
+
+
+def _write(folder: Path, evaluation: Evaluation) -> None:
+    step, checkpoint, report, findings = evaluation
+    values = {"run": identity(folder), "step": step, "checkpoint": checkpoint, "findings": findings, "splits": as_json(report)}
+    write_json(folder / "evaluation.json", values)
+
+
+def forget_quantities(folder: Path, prefix: str) -> None:
+    """Leave out of `evaluation.json`, where there is one, the quantities whose names begin with `prefix`."""
+    known = read_evaluation(folder)
+    if known is None or not any(name.startswith(prefix) for quantities in known.report.values() for name in quantities):
+        return
+    kept = {s: {name: q for name, q in own.items() if not name.startswith(prefix)} for s, own in known.report.items()}
+    _write(folder, known._replace(report=kept))
