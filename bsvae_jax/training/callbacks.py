@@ -303,6 +303,11 @@ class EarlyStopping(Callback):
 
     def on_start(self, run: Run, history: Sequence[Row]) -> Answer:
         """Take in the evaluations before."""
+        if self.term == "objective" and run.config.beta_schedule.has_multiplier:
+            raise UserError(
+                f"EarlyStopping follows the objective, whose beta a {run.config.beta_schedule.label} changes, so that two of "
+                "them do not compare; give it term='distortion'."
+            )
         self._best[run.name], self._count[run.name] = math.inf, 0
         answers = [self.on_evaluation(run, row) for row in history if row["split"] != "train"]
         return answers[-1] if answers else None

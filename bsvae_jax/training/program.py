@@ -40,7 +40,7 @@ from bsvae_jax.training.state import build_hyperparameters, build_model, create_
 from bsvae_jax.training.step import StepMetrics, TrainState, run_steps, run_streamed_steps
 
 _DEFAULT = 0.5
-"""In place of every number of a decoder variance that a program takes as an array."""
+"""In place of every number of a decoder variance or of a schedule that a program takes as an array."""
 
 
 def program_config(config: Config) -> Config:
@@ -48,13 +48,16 @@ def program_config(config: Config) -> Config:
 
     Configs that agree in it can be trained by one program.
     """
-    model = config.decoder_variance
+    kinds: dict[str, Any] = {
+        name: dataclasses.replace(kind, **dict.fromkeys(kind.traced, _DEFAULT))
+        for name, kind in (("decoder_variance", config.decoder_variance), ("beta_schedule", config.beta_schedule))
+    }
     return dataclasses.replace(
         config,
         beta=1.0,
         seed=0,
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0),
-        decoder_variance=dataclasses.replace(model, **dict.fromkeys(model.traced, _DEFAULT)),
+        **kinds,
     )
 
 

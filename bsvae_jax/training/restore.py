@@ -29,8 +29,9 @@ def restore(
 
     Args:
       workdir: the folder given to `fit` or `bsvae train`.
-      checkpoint: 'latest' (the end of training), or 'best' (least held-out objective: chosen on the test split, so its test
-        numbers are slightly optimistic). A damaged latest one is reported on stderr, and the one before is used.
+      checkpoint: 'latest' (the end of training), or 'best' (least held-out objective, of the beta at which a schedule arrives,
+        or what `BetaSchedule.ranking` has in its place; on the test split where there is no other, so that its test numbers are
+        slightly optimistic). A damaged latest one is reported on stderr, and the one before is used.
       prior: 'model' (as it was trained), or 'fitted': the density that `fit_prior` fitted to this checkpoint takes its place,
         in `model.prior` and among the variables; the run's `config` still says how the model was trained.
       config: where the classes are that the run was trained with and the library does not have: the Python file that defines
@@ -70,7 +71,9 @@ def restore(
     if calibration is not None and calibration.step != step:
         calibration = None
     variables = {"params": params, "batch_stats": arrays["batch_stats"]}
-    run = Restored(model, variables, info.config, step, info.image_shape, info.levels, calibration, info.holds_images)
+    multiplier = float(arrays.get("multiplier", 1.0))
+    data = (info.image_shape, info.levels, calibration, info.holds_images)
+    run = Restored(model, variables, info.config, step, *data, multiplier)
     return run if prior == "model" else _with_fitted_prior(folder, run, checkpoint)
 
 

@@ -302,8 +302,8 @@ class Trainer:
         saved = [self._save(member, step, arrays[member], None) for member in self._active()]
         return all(saved)
 
-    def _save(self, member: int, step: int, arrays: Any, objective: float | None) -> bool:
-        saved = self.members[member].run.save(step, arrays, objective)
+    def _save(self, member: int, step: int, arrays: Any, ranking: float | None) -> bool:
+        saved = self.members[member].run.save(step, arrays, ranking)
         if saved:
             self._call(member, "on_checkpoint", step)
         return saved
@@ -315,12 +315,13 @@ class Trainer:
         """
         saved, split = [], self.program.images.choosing_split
         scores = list(self.program.score(state, split, self.configs))
-        arrays = self.program.unpack(state.arrays(), len(self.members))
+        arrays, betas = self.program.unpack(state.arrays(), len(self.members)), self._betas(state)
         for index in self._active() if only is None else only:
             own, config = scores[index], self.configs[index]
             member = self.members[index]
             distortion, rate = float(own.model_distortion.mean()), float(own.rate.mean())
-            value = distortion + config.beta * rate
+            weight, offset = config.beta_schedule.at_end(betas[index], rate)
+            value = distortion + weight * (rate - offset)
             if not math.isfinite(value):
                 what = f"The held-out objective after step {step} is not finite: distortion {distortion:g}, rate {rate:g}."
                 self._fail(index, step, what)
@@ -334,15 +335,17 @@ class Trainer:
                 "rate": rate,
                 "mse": float(own.squared_error.mean() / own.pixels),
                 "variance": own.model_variance,
+                "beta": weight,
             }
             member.run.log(row)
-            findings = self._findings(own, config)
+            findings = self._findings(own, config, betas[index])
             for name, sentence in findings.items():
                 if name in member.findings or step == self.program.total:  # what the next evaluation heals is none
                     member.run.warn_once(name, f"{name} after step {step}: {sentence}")
             member.findings = set(findings)
             self._call(index, "on_evaluation", row)
-            saved.append(self._save(index, step, arrays[index], value))
+            ranking = config.beta_schedule.ranking(value, distortion, rate)
+            saved.append(self._save(index, step, arrays[index], ranking))
         self._held_out_scores = {step: scores}
         return all(saved)
 
@@ -362,7 +365,7 @@ class Trainer:
             split: known.get(split) or list(self.program.score(state, split, self.configs)) for split in images.splits[1:]
         }
         test = held_out["test"]
-        floor = objective.quantization_variance(images.bin_width)
+        floor, betas = objective.quantization_variance(images.bin_width), self._betas(state)
         extra = self.extras(state) if self.extras is not None else None
         for index, train_scores in enumerate(self.program.score(state, "train", self.configs)):
             if index not in missing:
@@ -371,14 +374,25 @@ class Trainer:
             calibration = calibrate(train_scores, step, floor)
             member.run.write_calibration(calibration)
             scores = {"train": train_scores} | {split: of[index] for split, of in held_out.items()}
-            report = {split: summarize(of, config.beta, calibration, images.holds_images) for split, of in scores.items()}
+            report = {
+                split: summarize(of, betas[index], calibration, images.holds_images, config.beta_schedule)
+                for split, of in scores.items()
+            }
             if extra is not None:
                 extra(index, test[index])
-            member.run.write_evaluation(step, report, self._findings(test[index], config))
+            member.run.write_evaluation(step, report, self._findings(test[index], config, betas[index]))
             member.report = report
 
-    def _findings(self, scores: SplitScores, config: Config) -> dict[str, str]:
-        return diagnose(scores, config, self.program.images)
+    def _betas(self, state: TrainState) -> list[float]:
+        """Beta of each member, times the multiplier that its schedule has come to."""
+        betas = [config.beta for config in self.configs]
+        if state.multiplier is None:
+            return betas
+        multipliers = self.program.unpack(state.multiplier, len(self.members))
+        return [beta * float(multiplier) for beta, multiplier in zip(betas, multipliers, strict=True)]
+
+    def _findings(self, scores: SplitScores, config: Config, beta: float) -> dict[str, str]:
+        return diagnose(scores, config, self.program.images, beta)
 
 
 def _window_starts(step: int, ends: Sequence[int], window: int) -> Iterator[int]:
