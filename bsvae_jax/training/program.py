@@ -158,6 +158,11 @@ class Program:
         """Whether the images lie on the devices; they are streamed otherwise."""
         return self.splits["train"].resident is not None
 
+    def new_state(self, config: Config, images: ImageSet | None = None) -> TrainState:
+        """The state of a member before its first step, with this program's constants; arguments as for `create_state`."""
+        state = create_state(config, self.model, self.total, images=images)
+        return state.replace(beta_schedule=self.config.beta_schedule)
+
     def pack(self, trees: Sequence[Any]) -> Any:
         """The arrays of all members in the form in which they are driven; never aliases them."""
         return replicate(trees[0], self.mesh) if self.execution == "loop" else stack(list(trees), self.mesh)

@@ -29,7 +29,7 @@ from bsvae_jax.training.callbacks import Callback, Callbacks, Run
 from bsvae_jax.training.failed_step import failing_step
 from bsvae_jax.training.metrics_log import MetricsRow
 from bsvae_jax.training.program import Program
-from bsvae_jax.training.state import build_hyperparameters, create_state, learning_rate_schedule
+from bsvae_jax.training.state import build_hyperparameters, learning_rate_schedule
 from bsvae_jax.training.step import LOG_EVERY, StepMetrics, TrainState, data_order
 from bsvae_jax.training.workdir import RunDirectory, evaluation_at
 
@@ -134,7 +134,7 @@ class Trainer:
 
     def _begin(self, member: Member, at: int | None) -> TrainState:
         """The state to continue from, the primary process's in all of them."""
-        new = create_state(member.config, self.program.model, self.program.total, images=self.program.images)
+        new = self.program.new_state(member.config, self.program.images)
         state = multihost.on_primary(lambda: member.run.resume(new, at), new)
         return state if multihost.is_only() else state.with_arrays(multihost.from_primary(state.arrays()))
 

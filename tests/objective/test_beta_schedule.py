@@ -131,7 +131,7 @@ def state_of(config, axis_name=None):
 
 @pytest.mark.long
 def test_the_objective_of_a_step_with_a_capacity_and_free_bits(key):
-    """`distortion + beta |rate - C|`, by NumPy from the posteriors of the same network; and the gradient, of Adam's first step."""
+    """`distortion + beta |rate - C|` written out on the posteriors of the same network, and the norm of its gradient."""
     x = jax.random.uniform(key, (6, 8, 8, 1))
     free = FreeBits(0.02, 2)
     config = dataclasses.replace(SMALL, beta_schedule=Capacity(8.0, 4), free_bits=free)
@@ -165,7 +165,9 @@ def test_one_program_for_any_step_and_target(key):
         traces.append(1)
         return train_step(state, x, key, *hyperparameters)
 
-    configs = [dataclasses.replace(SMALL, beta_schedule=TargetRate(nats, 0.1), beta=beta) for nats, beta in ((5, 2), (9, 3))]
+    configs = [
+        dataclasses.replace(SMALL, beta_schedule=TargetRate(nats, 0.1), beta=beta) for nats, beta in ((5.0, 2.0), (9.0, 3.0))
+    ]
     assert program_config(configs[0]) == program_config(configs[1])
     base = program_config(configs[0])
     for config in configs:
