@@ -8,6 +8,9 @@ from bsvae_jax.models.linear import Linear
 from bsvae_jax.models.priors import StandardNormal
 from bsvae_jax.objective import Constant, Learned, quantization_variance
 
+OFF_TARGET = "rate off target"
+"""The finding that a schedule of beta has until the last step to prevent."""
+
 
 def diagnose(scores: SplitScores, config: Config, images: ImageSet, beta: float | None = None) -> dict[str, str]:
     """What is wrong with a model, by the name of the ailment; empty for a healthy one.
@@ -48,7 +51,7 @@ def diagnose(scores: SplitScores, config: Config, images: ImageSet, beta: float 
             "than the mean image: the decoder does not use z. A lower learning rate or gradient clipping helps."
         )
     if (missed := config.beta_schedule.finding(beta, rate)) is not None:
-        found["rate off target"] = missed
+        found[OFF_TARGET] = missed
     return found
 
 

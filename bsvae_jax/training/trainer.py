@@ -22,7 +22,7 @@ from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed import multihost
 from bsvae_jax.distributed.preemption import Stop
 from bsvae_jax.errors import DivergenceError, UserError
-from bsvae_jax.evaluation.diagnosis import diagnose
+from bsvae_jax.evaluation.diagnosis import OFF_TARGET, diagnose
 from bsvae_jax.evaluation.metrics import Report, summarize
 from bsvae_jax.evaluation.scores import SplitScores, calibrate
 from bsvae_jax.training.callbacks import Callback, Callbacks, Run
@@ -340,7 +340,7 @@ class Trainer:
             member.run.log(row)
             findings = self._findings(own, config, betas[index])
             for name, sentence in findings.items():
-                if name in member.findings or step == self.program.total:  # what the next evaluation heals is none
+                if step == self.program.total or (name in member.findings and name != OFF_TARGET):  # what heals is none
                     member.run.warn_once(name, f"{name} after step {step}: {sentence}")
             member.findings = set(findings)
             self._call(index, "on_evaluation", row)
