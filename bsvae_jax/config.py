@@ -1,9 +1,9 @@
 """An experiment as one frozen, typed value, checked when it is made.
 
 Every field can be overridden on the command line by its dotted name (`--optimizer.learning-rate 3e-4`). The fields `data`,
-`network`, `decoder_variance`, `prior` and `optimizer` are kinds: those of the library can be chosen by name
+`network`, `decoder_variance`, `prior`, `beta_schedule` and `optimizer` are kinds: those of the library can be chosen by name
 (`--decoder-variance constant`), and a config file may define its own by deriving `Dataset`, `Network`, `DecoderVariance`,
-`Prior` or `Optimizer`.
+`Prior`, `BetaSchedule` or `Optimizer`.
 """
 
 import contextlib
@@ -23,14 +23,16 @@ from typing import Any, Literal
 from bsvae_jax._io.files import as_path
 from bsvae_jax.data.augmentation import Augmentation
 from bsvae_jax.data.datasets import MNIST, TFDS, Arrays, Dataset, Digits, Folder, check_validation
-from bsvae_jax.errors import UserError, as_number, check_choice, check_count, check_flag, check_kind, check_number, nearest
+from bsvae_jax.errors import UserError, check_choice, check_count, check_flag, check_kind, check_number, nearest
 from bsvae_jax.models.latent_map import Spatial
 from bsvae_jax.models.linear import Linear
 from bsvae_jax.models.mlp import MLP
 from bsvae_jax.models.network import Network
 from bsvae_jax.models.priors import Flow, FlowMatching, Mixture, Prior, StandardNormal, VampPrior
 from bsvae_jax.models.residual import Residual
-from bsvae_jax.objective import Constant, DecoderVariance, Kind, Learned, Optimal, Predicted, check_kind_of
+from bsvae_jax.objective import Constant, DecoderVariance, FreeBits, Kind, Learned, Optimal, Predicted, check_kind_of
+from bsvae_jax.objective import beta_schedule as schedules
+from bsvae_jax.objective.kind import plain
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class Config:
     decoder_variance: DecoderVariance = field(default_factory=Optimal)
     beta: float = 1.0
     """Weight of the rate; 1 is the ELBO."""
+    beta_schedule: schedules.BetaSchedule = field(default_factory=schedules.ConstantBeta)
+    free_bits: FreeBits = field(default_factory=FreeBits)
     optimizer: Optimizer = field(default_factory=Optimizer)
     epochs: int = 50
     """Passes over the training set."""
@@ -150,7 +154,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for own in dataclasses.fields(self):
-            object.__setattr__(self, own.name, _plain(getattr(self, own.name)))
+            object.__setattr__(self, own.name, plain(getattr(self, own.name)))
         for name, base in KINDS.items():
             check_kind_of(name, getattr(self, name), base)
         check_validation(self.data)
@@ -169,6 +173,8 @@ class Config:
         if self.prior.latent_size not in (None, self.latent_size):
             raise UserError(f"prior.latent_size {self.prior.latent_size} is not latent_size {self.latent_size}; leave it out.")
         check_number("beta", self.beta, low=0.0)
+        check_kind("free_bits", self.free_bits, FreeBits)
+        self.free_bits.check(self.latent_size, splits=isinstance(self.prior, StandardNormal))
         check_count("epochs", self.epochs)
         check_count("batch_size", self.batch_size)
         check_count("gradient_accumulation", self.gradient_accumulation)
@@ -187,23 +193,12 @@ class Config:
         check_count("seed", self.seed, low=0, high=2**32 - 1)  # larger ones repeat smaller ones
 
 
-def _plain(value: Any) -> Any:
-    """The value with Python's own numbers, which `config.json` can hold, in place of scalars of NumPy and JAX."""
-    if isinstance(value, tuple):
-        values = tuple(map(_plain, value))
-        return value if all(new is old for new, old in zip(values, value, strict=True)) else values
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return as_number(value)
-    old = {own.name: getattr(value, own.name) for own in dataclasses.fields(value) if own.init}
-    new = {name: plain for name, part in old.items() if (plain := _plain(part)) is not part}
-    return dataclasses.replace(value, **new) if new else value
-
-
 KINDS: dict[str, type[Kind]] = {
     "data": Dataset,
     "network": Network,
     "decoder_variance": DecoderVariance,
     "prior": Prior,
+    "beta_schedule": schedules.BetaSchedule,
     "optimizer": Optimizer,
 }
 """The fields that are kinds, and the base that a class of your own derives."""
@@ -218,6 +213,13 @@ CHOICES: dict[str, dict[str, type]] = {
         "vamp": VampPrior,
         "flow": Flow,
         "flow_matching": FlowMatching,
+    },
+    "beta_schedule": {
+        "constant_beta": schedules.ConstantBeta,
+        "linear_warmup": schedules.LinearWarmup,
+        "cyclical": schedules.Cyclical,
+        "capacity": schedules.Capacity,
+        "target_rate": schedules.TargetRate,
     },
     "optimizer": {"adamw": Optimizer},
 }
@@ -309,6 +311,7 @@ def _unknown_field(class_name: str, name: str, *also: type) -> str:
     known_classes: list[Any] = [
         Config,
         Augmentation,
+        FreeBits,
         *also,
         *(c for choice in CHOICES.values() for c in choice.values()),
     ]

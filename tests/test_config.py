@@ -46,7 +46,20 @@ from bsvae_jax.config import (
 )
 from bsvae_jax.data.datasets import moved, with_absolute_paths
 from bsvae_jax.errors import UserError, nearest
-from bsvae_jax.objective import Constant, DecoderVariance, Learned, Optimal, Predicted
+from bsvae_jax.objective import (
+    BetaSchedule,
+    Capacity,
+    Constant,
+    ConstantBeta,
+    Cyclical,
+    DecoderVariance,
+    FreeBits,
+    Learned,
+    LinearWarmup,
+    Optimal,
+    Predicted,
+    TargetRate,
+)
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 
@@ -293,6 +306,17 @@ def test_frozen_and_hashable():
                 "flow_matching": FlowMatching,
             },
         ),
+        (
+            "beta_schedule",
+            BetaSchedule,
+            {
+                "constant_beta": ConstantBeta,
+                "linear_warmup": LinearWarmup,
+                "cyclical": Cyclical,
+                "capacity": Capacity,
+                "target_rate": TargetRate,
+            },
+        ),
         ("optimizer", Optimizer, {"adamw": Optimizer}),
     ],
 )
@@ -300,7 +324,7 @@ def test_choices_name_every_kind(field, base, expected):
     assert CHOICES[field] == expected
     assert KINDS[field] is base
     assert all(issubclass(kind, base) for kind in expected.values())
-    assert set(CHOICES) == {"data", "network", "decoder_variance", "prior", "optimizer"}
+    assert set(CHOICES) == {"data", "network", "decoder_variance", "prior", "beta_schedule", "optimizer"}
     names = [name for choice in CHOICES.values() for name in choice]
     assert len(names) == len(set(names))  # `from_dict` and `to_dict` look a name up without its field
 
@@ -322,6 +346,10 @@ EVERY_KIND = [
     Config(prior=Mixture(3, "full")),
     Config(prior=VampPrior(7)),
     Config(prior=Flow(2, 8)),
+    Config(beta_schedule=LinearWarmup(7), free_bits=FreeBits(0.5, 4)),
+    Config(beta_schedule=Cyclical(7, 0.25)),
+    Config(beta_schedule=Capacity(20, 7)),
+    Config(beta_schedule=TargetRate(20, 0.5)),
     Config(
         optimizer=Optimizer(schedule="constant", warmup_steps=7, ema_decay=0.9), precision="bfloat16", steps_per_dispatch=10
     ),
@@ -338,6 +366,8 @@ def test_to_dict_written_by_hand():
         "prior": {"kind": "standard_normal"},
         "decoder_variance": {"kind": "constant", "variance": 0.25},
         "beta": 2.0,
+        "beta_schedule": {"kind": "constant_beta"},
+        "free_bits": {"nats": 0.0, "group": 1},
         "optimizer": {
             "kind": "adamw",
             "learning_rate": 1e-3,

@@ -15,6 +15,7 @@ from bsvae_jax.errors import UserError
 DATA = Literal["digits", "mnist", "arrays", "folder", "tfds"]
 NETWORK = Literal["linear", "mlp", "residual", "spatial"]
 DECODER_VARIANCE = Literal["constant", "optimal", "learned", "predicted"]
+BETA_SCHEDULE = Literal["constant_beta", "linear_warmup", "cyclical", "capacity", "target_rate"]
 PRIOR = Literal["standard_normal", "mixture", "vamp", "flow"]
 
 ConfigFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
@@ -49,6 +50,8 @@ class Kinds(DataAndNetwork):
     """Kind of decoder variance to use instead of the config's."""
     prior: PRIOR | None = None
     """Kind of prior to use instead of the config's."""
+    beta_schedule: BETA_SCHEDULE | None = None
+    """How beta changes during training, instead of as the config says."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Fixed, Suppress, arg
 
 from bsvae_jax.cli.experiment import (
+    BETA_SCHEDULE,
     DECODER_VARIANCE,
     PRIOR,
     ConfigFile,
@@ -21,7 +22,7 @@ from bsvae_jax.cli.report import print_report
 from bsvae_jax.config import Config
 from bsvae_jax.errors import DivergenceError
 from bsvae_jax.objective.gaussian import Shared
-from bsvae_jax.sweeps.grid import Sweep, choose_priors, choose_variances, load_sweep
+from bsvae_jax.sweeps.grid import Sweep, choose_priors, choose_schedules, choose_variances, load_sweep
 
 EXECUTION = Literal["loop", "scan", "vmap"]
 
@@ -36,6 +37,7 @@ class _Base(Config):
     beta: _Fixed = _CONFIG.beta
     decoder_variance: _Fixed = _CONFIG.decoder_variance
     prior: _Fixed = _CONFIG.prior
+    beta_schedule: _Fixed = _CONFIG.beta_schedule
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,20 @@ class _Lists:
     """Numbers of components of the mixture kind, a member for each."""
     pseudo_inputs: Annotated[tuple[int, ...] | None, arg(name="prior.pseudo-inputs")] = None
     """Numbers of pseudo-inputs of the vamp kind, a member for each."""
+    beta_schedule: tuple[BETA_SCHEDULE, ...] | None = None
+    """Kinds of schedule of beta; those of the config file if not given."""
+    target_rates: Annotated[tuple[float, ...] | None, arg(name="beta-schedule.nats")] = None
+    """Rates of the target_rate kind, nats, a member for each in place of one for each beta."""
 
     def grid(self, config: Config, file_grid: Sweep) -> Sweep:
         """The sweep of these lists; what they leave open is that of the config file."""
         variances = choose_variances(config, file_grid.decoder_variance, self.decoder_variance, self.constant, self.optimal)
         priors = choose_priors(config, file_grid.prior, self.prior, self.components, self.pseudo_inputs)
+        schedules = choose_schedules(config, file_grid.beta_schedule, self.beta_schedule, self.target_rates)
         own_beta = tuple((variance, betas) for variance, betas in file_grid.own_beta if variance in variances)
         if self.beta is not file_grid.beta:  # given on the command line
             own_beta = ()
-        return Sweep(self.beta, variances, self.seeds, self.learning_rate, priors, own_beta)
+        return Sweep(self.beta, variances, self.seeds, self.learning_rate, priors, own_beta, schedules)
 
 
 def sweep(
@@ -84,10 +91,11 @@ def sweep(
 ) -> None:
     """Train every combination of the lists and write the report; run it again to continue, with longer lists or more --epochs.
 
-    Members that differ only in beta, seed, learning rate or a constant variance are trained as one compiled program. Each
-    ends as a run of its own in WORKDIR/members, just as bsvae train leaves it.
+    Members that differ only in beta, seed, learning rate, a constant variance or a target rate are trained as one compiled
+    program. Each ends as a run of its own in WORKDIR/members, just as bsvae train leaves it.
 
     Example: bsvae sweep configs/digits.py --beta 0.1 1 10 --decoder-variance optimal constant --seeds 3
+    Example: bsvae sweep configs/digits.py --beta-schedule target_rate --beta-schedule.nats 5 10 20
 
     Args:
       config_file: A Python file with get_config(), and get_sweep() if it has a grid of its own.

@@ -8,16 +8,21 @@ from bsvae_jax.models.linear import Linear
 from bsvae_jax.models.priors import StandardNormal
 from bsvae_jax.objective import Constant, Learned, quantization_variance
 
+OFF_TARGET = "rate off target"
+"""The finding that a schedule of beta has until the last step to prevent."""
 
-def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str, str]:
+
+def diagnose(scores: SplitScores, config: Config, images: ImageSet, beta: float | None = None) -> dict[str, str]:
     """What is wrong with a model, by the name of the ailment; empty for a healthy one.
 
     Args:
       scores: of the test set.
       config: of the run.
       images: its data.
+      beta: of these parameters, where it is not that of the config.
     """
     found = {}
+    beta = config.beta if beta is None else beta
     floor = quantization_variance(images.bin_width)
     if not isinstance(config.decoder_variance, Constant) and scores.model_variance < 2 * floor:
         found["variance collapse"] = (
@@ -38,17 +43,19 @@ def diagnose(scores: SplitScores, config: Config, images: ImageSet) -> dict[str,
     elif active_latents(scores) == 0:
         found["posterior collapse"] = (
             f"no latent is active (rate {rate:.3g} nats): z says nothing about the image. A smaller beta helps"
-            f"{_critical_beta(config, images)}; so does longer training, where this was short."
+            f"{_critical_beta(config, images, beta)}; so does longer training, where this was short."
         )
     elif rate > 1.0 and mse > 0.99 * images.test_variance:
         found["dead decoder"] = (
             f"the latents carry {rate:.3g} nats, but the reconstructions (squared error {mse:.3g} per pixel) are no better "
             "than the mean image: the decoder does not use z. A lower learning rate or gradient clipping helps."
         )
+    if (missed := config.beta_schedule.finding(beta, rate)) is not None:
+        found[OFF_TARGET] = missed
     return found
 
 
-def _critical_beta(config: Config, images: ImageSet) -> str:
+def _critical_beta(config: Config, images: ImageSet, beta: float) -> str:
     """Where theory puts the collapse of a linear model on these data."""
     eigenvalues = images.covariance_eigenvalues
     if eigenvalues is None or not isinstance(config.prior, StandardNormal):
@@ -57,4 +64,4 @@ def _critical_beta(config: Config, images: ImageSet) -> str:
     if critical is None:
         return ""
     linear = "this linear model" if isinstance(config.network, Linear) else "a linear model on these data"
-    return f" ({linear} collapses beyond beta = {critical:.4g} in theory, this run has {config.beta:g})"
+    return f" ({linear} collapses beyond beta = {critical:.4g} in theory, this run has {beta:.4g})"

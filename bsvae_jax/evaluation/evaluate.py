@@ -186,7 +186,7 @@ def evaluate(
             run, images, split, stored(split), scores[split], variables, calibration, samples, bound_images, workdir, progress
         )
         evaluated[split] = parts
-        summary = summarize(scores[split], run.config.beta, calibration, images.holds_images)
+        summary = summarize(scores[split], run.beta, calibration, images.holds_images, run.config.beta_schedule)
         report[split] = summary | _quantities(parts, images, samples)
     if fid_options is not None and network is not None:
         folder = cache_folder() / "samples" if workdir is None else workdir

@@ -22,7 +22,7 @@ TRAVERSAL = np.linspace(-3.0, 3.0, 13)
 
 def title_of(run: Restored, images: ImageSet) -> str:
     """What the figures of a run have in common."""
-    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.config.beta:g}"
+    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.beta:.4g}"
     return title if len(images.image_shape) <= 3 else f"{title}; middle slices"
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.image_set import no_images
 from bsvae_jax.evaluation.scores import Calibration, SplitScores, distortion_at, optimal_variance_of_split
-from bsvae_jax.objective import bits_per_dimension
+from bsvae_jax.objective import BetaSchedule, ConstantBeta, bits_per_dimension
 
 ACTIVE_THRESHOLD = 0.01
 """A latent is active if the variance of its posterior mean over the data exceeds this (Burda et al. 2016). Their prior has
@@ -62,15 +62,23 @@ def active_latents(scores: SplitScores) -> int:
     return int(np.sum(scores.posterior_mean.var(axis=0) > ACTIVE_THRESHOLD * scale))
 
 
-def summarize(scores: SplitScores, beta: float, calibration: Calibration, images: bool = True) -> dict[str, Quantity]:
+def summarize(
+    scores: SplitScores,
+    beta: float,
+    calibration: Calibration,
+    images: bool = True,
+    schedule: BetaSchedule | None = None,
+) -> dict[str, Quantity]:
     """All quantities of one split.
 
     Args:
       scores: of the split, from `score_split` with this calibration.
-      beta: weight of the rate in the model's objective.
+      beta: weight of the rate in the model's objective; times the multiplier, where its schedule has one.
       calibration: of the training set, for the same parameters.
       images: whether the examples are images in [0, 1], of whose peak the PSNR speaks.
+      schedule: of beta; the objective alone depends on it. None: constant.
     """
+    schedule = ConstantBeta() if schedule is None else schedule
     rate, floor = scores.rate, calibration.floor
     mse = scores.squared_error / scores.pixels
     profile = distortion_at(scores, optimal_variance_of_split(scores, "example", floor), floor)
@@ -80,10 +88,11 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration, images
     pixel_variance = calibration.variance_per_pixel
     per_pixel = 0.5 * (np.sum(np.log(2 * np.pi * pixel_variance) + floor / pixel_variance) + scores.scaled_error)
     elbo = calibrated_elbo(scores, calibration)
+    weight, offset = schedule.at_end(beta, float(rate.mean()))
     own = {
         name: mean_quantity(values, "nats", meaning)
         for name, values, meaning in (
-            ("objective", scores.model_distortion + beta * rate, "distortion + beta * rate, the model's own"),
+            ("objective", scores.model_distortion + weight * (rate - offset), schedule.meaning),
             ("distortion", scores.model_distortion, "-log p(x|z) under the model's decoder variance"),
         )
     }
@@ -93,8 +102,10 @@ def summarize(scores: SplitScores, beta: float, calibration: Calibration, images
     psnr = -10 * np.log10(np.maximum(mse, 1e-12))
     peak = {"psnr": mean_quantity(psnr, "dB", "peak signal-to-noise ratio, mean over images")} if images else {}
     share = "" if scores.aggregate_variance is None else " of the latent's own"
+    final = Quantity(beta, None, "", "weight of the rate that training came to, which the objective has")
     return {
         **own,
+        **({"final_beta": final} if schedule.has_multiplier else {}),
         "rate": mean_quantity(rate, "nats", "KL(q(z|x) || p(z))"),
         "profile_distortion": mean_quantity(profile, "nats", "with sigma^2*(x) of each example; not a density"),
         "profile_elbo": mean_quantity(-profile - rate, "nats", "the paper's likelihood; not a density"),

@@ -36,6 +36,13 @@ class Restored(NamedTuple):
     """Optimal variance of the training set for these very parameters, or None if the run has not recorded it."""
     holds_images: bool = True
     """Whether the data are images [H, W, C] in [0, 1], `ImageSet.holds_images`."""
+    multiplier: float = 1.0
+    """Of the config's beta, to which a target rate has come by this checkpoint."""
+
+    @property
+    def beta(self) -> float:
+        """Weight of the rate at this checkpoint; of a schedule, that at which it arrives."""
+        return self.config.beta * self.multiplier
 
     @property
     def floor(self) -> float:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import UserError, as_number
 
 
 class Kind:
@@ -53,3 +53,15 @@ def check_kind_of(what: str, value: Any, base: type[Kind]) -> None:
         hash(value)
     except TypeError as error:
         raise UserError(f"{what}: {name} must be hashable ({error}); a tuple can take the place of a list.") from error
+
+
+def plain(value: Any) -> Any:
+    """The value with Python's own numbers, which `config.json` can hold, in place of scalars of NumPy and JAX."""
+    if isinstance(value, tuple):
+        values = tuple(map(plain, value))
+        return value if all(new is old for new, old in zip(values, value, strict=True)) else values
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return as_number(value)
+    old = {own.name: getattr(value, own.name) for own in dataclasses.fields(value) if own.init}
+    new = {name: changed for name, part in old.items() if (changed := plain(part)) is not part}
+    return dataclasses.replace(value, **new) if new else value

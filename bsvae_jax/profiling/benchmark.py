@@ -28,7 +28,7 @@ from bsvae_jax.models.layers import exact
 from bsvae_jax.objective import Optimal
 from bsvae_jax.profiling.cost_analysis import ProgramCost, program_cost
 from bsvae_jax.training.program import Program
-from bsvae_jax.training.state import build_hyperparameters, check_against_data, create_state
+from bsvae_jax.training.state import build_hyperparameters, check_against_data
 from bsvae_jax.training.step import data_order
 
 
@@ -127,7 +127,7 @@ def _program(config: Config, images: ImageSet, members: int, execution: Executio
 def _windows(program: Program, config: Config, members: int = 1) -> Iterator[Callable[[], tuple[Any, float]]]:
     """What takes a window of steps at each call: its metrics, which are not waited for, and seconds of waiting for images."""
     configs = [dataclasses.replace(config, seed=config.seed + member) for member in range(members)]
-    states = [create_state(own, program.model, program.total) for own in configs]
+    states = [program.new_state(own) for own in configs]
     orders = [data_order(state, program.images, config.batch_size) for state in states]
     state, hyperparameters = program.pack(states), program.pack([build_hyperparameters(own) for own in configs])
     starts = itertools.count(0, program.window)

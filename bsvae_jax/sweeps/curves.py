@@ -101,9 +101,10 @@ def points_of(family: Family) -> list[tuple[float, list[MemberResult]]]:
 
 
 def families_of_one_prior(results: SweepResults) -> list[Family]:
-    """The families with the first of the sweep's priors, the standard normal one where it is among them."""
+    """The families with the first of the sweep's priors, standard normal if that is among them, and its first schedule."""
     found = families(results)
-    return [family for family in found if family.prior == found[0].prior]
+    first = found[0].prior, found[0].beta_schedule
+    return [family for family in found if (family.prior, family.beta_schedule) == first]
 
 
 def constant_grid(results: SweepResults, quantity: str) -> tuple[list[float], list[float], np.ndarray]:

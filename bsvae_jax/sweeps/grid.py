@@ -19,7 +19,7 @@ from bsvae_jax.config import (
     naming_fields,
 )
 from bsvae_jax.errors import UserError, as_number, check_count, shown
-from bsvae_jax.objective import Constant, DecoderVariance, Optimal
+from bsvae_jax.objective import BetaSchedule, Constant, ConstantBeta, DecoderVariance, Optimal, TargetRate
 
 
 class GridMember(NamedTuple):
@@ -55,11 +55,14 @@ class Sweep:
     """Priors of the latents; empty: the config's own."""
     own_beta: tuple[tuple[DecoderVariance, tuple[float, ...]], ...] = ()
     """Decoder variances with betas of their own in place of `beta`: a constant variance collapses at another one."""
+    beta_schedule: tuple[BetaSchedule, ...] = ()
+    """Schedules of beta; empty: the config's own. One that finds its beta itself, as `TargetRate`, has one member for all of
+    the betas here: it begins at the config's."""
 
     def __post_init__(self) -> None:
-        for name in ("beta", "decoder_variance", "learning_rate", "prior"):
+        for name in ("beta", "decoder_variance", "learning_rate", "prior", "beta_schedule"):
             values = getattr(self, name)
-            if not isinstance(values, tuple) or (not values and name not in ("learning_rate", "prior")):
+            if not isinstance(values, tuple) or (not values and name in ("beta", "decoder_variance")):
                 raise UserError(f"A sweep needs at least one {name}, got {shown(values)}.")
             values = tuple(map(as_number, values))
             if not all(isinstance(value, Hashable) for value in values):
@@ -75,7 +78,7 @@ class Sweep:
         check_count("seeds", self.seeds)
 
     def members(self, config: Config) -> list[GridMember]:
-        """All members, by decoder variance, prior, learning rate, beta and seed.
+        """All members, by decoder variance, prior, schedule of beta, learning rate, beta and seed.
 
         Raises:
           UserError: a value that no `Config` takes, or two members that would have one name.
@@ -83,17 +86,18 @@ class Sweep:
         rates = self.learning_rate or (config.optimizer.learning_rate,)
         seeds = range(config.seed, config.seed + self.seeds)
         own_beta = dict(self.own_beta)
+        schedules = self.beta_schedule or (config.beta_schedule,)
         product = (
-            (variance, *rest)
-            for variance in self.decoder_variance
-            for rest in itertools.product(self.prior or (config.prior,), rates, own_beta.get(variance, self.beta), seeds)
+            (variance, prior, schedule, *rest)
+            for variance, prior, schedule in itertools.product(self.decoder_variance, self.prior or (config.prior,), schedules)
+            for rest in itertools.product(rates, _betas(schedule, config, own_beta.get(variance, self.beta)), seeds)
         )
         members = []
-        for variance, prior, rate, beta, seed in product:
+        for variance, prior, schedule, rate, beta, seed in product:
             optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
             beta = float(beta) if type(beta) is int else beta  # what is no number is for Config to refuse
-            changes: dict[str, Any] = {"decoder_variance": variance, "prior": prior, "beta": beta, "seed": seed}
-            own = dataclasses.replace(config, optimizer=optimizer, **changes)
+            changes: dict[str, Any] = {"decoder_variance": variance, "prior": prior, "beta_schedule": schedule}
+            own = dataclasses.replace(config, optimizer=optimizer, beta=beta, seed=seed, **changes)
             members.append(GridMember(member_name(own, config.optimizer.learning_rate), own))
         names = [member.name for member in members]
         repeated = sorted({name for name in names if names.count(name) > 1})
@@ -105,17 +109,23 @@ class Sweep:
         return members
 
 
+def _betas(schedule: BetaSchedule, config: Config, betas: tuple[float, ...]) -> tuple[float, ...]:
+    return (config.beta,) if isinstance(schedule, BetaSchedule) and schedule.has_multiplier else betas
+
+
 def member_name(config: Config, usual_learning_rate: float) -> str:
-    """`optimal_beta0.1_seed2`; named as well: a prior that is not standard normal, an unusual learning rate."""
+    """`optimal_beta0.1_seed2`; named as well: other priors than standard normal, schedules, an unusual learning rate."""
     rate = config.optimizer.learning_rate
-    prior = "" if isinstance(config.prior, StandardNormal) else f"_{config.prior.name}"
-    unusual = prior + ("" if rate == usual_learning_rate else f"_rate{rate:.10g}")
+    unusual = "" if isinstance(config.prior, StandardNormal) else f"_{config.prior.name}"
+    unusual += "" if isinstance(config.beta_schedule, ConstantBeta) else f"_{config.beta_schedule.name}"
+    unusual += "" if rate == usual_learning_rate else f"_rate{rate:.10g}"
     return f"{config.decoder_variance.name}{unusual}_beta{config.beta:.10g}_seed{config.seed}"
 
 
 def base_config(config: Config) -> Config:
     """The config with a fixed value for everything that a sweep varies: two sweeps of one base may share a workdir."""
-    return dataclasses.replace(config, beta=1.0, seed=0, decoder_variance=Optimal(), prior=StandardNormal())
+    varied: dict[str, Any] = {"decoder_variance": Optimal(), "prior": StandardNormal(), "beta_schedule": ConstantBeta()}
+    return dataclasses.replace(config, beta=1.0, seed=0, **varied)
 
 
 def choose_variances(
@@ -162,6 +172,26 @@ def choose_priors(
     """
     settings = ((Mixture, "components", components), (VampPrior, "pseudo_inputs", pseudo_inputs))
     return _choose("prior", config, default or (config.prior,), names, settings)
+
+
+def choose_schedules(
+    config: Config,
+    default: tuple[BetaSchedule, ...],
+    names: Sequence[str] | None,
+    nats: Sequence[float] | None,
+) -> tuple[BetaSchedule, ...]:
+    """The schedules of beta that the command line asks for.
+
+    Args:
+      config: whose own schedule decides the settings of schedules of its kind.
+      default: of the config file's sweep; empty: the config's own.
+      names: kinds by name; None: those of `default`.
+      nats: one `TargetRate` for each.
+
+    Raises:
+      UserError: an empty list, or settings of a kind that is not among the schedules.
+    """
+    return _choose("beta_schedule", config, default or (config.beta_schedule,), names, ((TargetRate, "nats", nats),))
 
 
 def _choose(

@@ -127,7 +127,7 @@ def _lines(values: Mapping[str, object], prefix: str = "") -> list[str]:
     """`optimizer.learning_rate = 0.001`, a line per field, without what the sweep varies."""
     lines = []
     for name, value in values.items():
-        if not prefix and name in ("beta", "seed", "decoder_variance", "prior"):
+        if not prefix and name in ("beta", "seed", "decoder_variance", "prior", "beta_schedule"):
             continue
         dotted = f"{prefix}{name}"
         lines += _lines(value, f"{dotted}.") if isinstance(value, Mapping) else [f"{dotted} = {value}"]

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from bsvae_jax.config import CHOICES, Config, Prior, StandardNormal
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report
-from bsvae_jax.objective import Constant, DecoderVariance, Kind, Learned, Optimal, Predicted
+from bsvae_jax.objective import BetaSchedule, Constant, ConstantBeta, DecoderVariance, Kind, Learned, Optimal, Predicted
 from bsvae_jax.sweeps.differences import Difference, paired_difference
 from bsvae_jax.sweeps.info import SweepInfo, read_sweep
 from bsvae_jax.training.evaluated import read_evaluation
@@ -27,6 +27,7 @@ from bsvae_jax.training.workdir import read_info
 SPLITS = ("test", "train")
 
 TABLED = (
+    "final_beta",
     "objective",
     "rate",
     "distortion",
@@ -48,6 +49,7 @@ TABLED = (
 """Quantities of the table; those that no member has are left out."""
 
 HEADINGS = {
+    "final_beta": "β at the end",
     "objective": "objective [nats]",
     "rate": "rate [nats]",
     "distortion": "distortion [nats]",
@@ -94,6 +96,8 @@ class Setting(NamedTuple):
     prior: Prior
     learning_rate: float
     beta: float
+    """Of the config: a schedule that finds its beta begins there."""
+    beta_schedule: BetaSchedule
 
 
 class SweepResults(NamedTuple):
@@ -115,7 +119,7 @@ class SweepResults(NamedTuple):
         return "validation" if all("validation" in member.report for member in self.members) else "test"
 
     def settings(self) -> dict[Setting, list[MemberResult]]:
-        """Finished members by setting, sorted by variance, prior, learning rate and beta; a setting may have none."""
+        """Finished members by setting, sorted by variance, prior, schedule, learning rate and beta; a setting may have none."""
         found: dict[Setting, list[MemberResult]] = {setting: [] for setting in self.diverged}
         for member in self.members:
             found.setdefault(setting_of(member.config), []).append(member)
@@ -124,7 +128,7 @@ class SweepResults(NamedTuple):
 
 def setting_of(config: Config) -> Setting:
     """The setting of a member."""
-    return Setting(config.decoder_variance, config.prior, config.optimizer.learning_rate, config.beta)
+    return Setting(config.decoder_variance, config.prior, config.optimizer.learning_rate, config.beta, config.beta_schedule)
 
 
 _VARIANCES = (Optimal, Learned, Predicted, Constant)
@@ -132,9 +136,10 @@ _VARIANCES = (Optimal, Learned, Predicted, Constant)
 
 
 def _order(setting: Setting) -> tuple:
-    variance, prior = setting.decoder_variance, setting.prior
-    priors: tuple[type, ...] = tuple(CHOICES["prior"].values())
-    return (*_place(variance, _VARIANCES), *_place(prior, priors), setting.learning_rate, setting.beta)
+    variance, prior, schedule = setting.decoder_variance, setting.prior, setting.beta_schedule
+    priors, schedules = (tuple(CHOICES[name].values()) for name in ("prior", "beta_schedule"))
+    places = (*_place(variance, _VARIANCES), *_place(prior, priors), *_place(schedule, schedules))
+    return (*places, setting.learning_rate, setting.beta)
 
 
 def _place(kind: Kind, known: tuple[type, ...]) -> tuple:
@@ -262,6 +267,11 @@ def has_several_priors(results: SweepResults) -> bool:
     return len({setting.prior for setting in results.settings()}) > 1
 
 
+def has_schedules(results: SweepResults) -> bool:
+    """Whether the schedule of beta is worth a column."""
+    return any(not isinstance(setting.beta_schedule, ConstantBeta) for setting in results.settings())
+
+
 def as_csv(results: SweepResults) -> str:
     """The table for programs: a row per setting and split, mean and standard deviation of each quantity in full precision.
 
@@ -270,14 +280,17 @@ def as_csv(results: SweepResults) -> str:
     quantities = tabled_quantities(results)
     names = [f"{quantity}_{what}" for quantity in quantities for what in ("mean", "std")]
     names += ["calibrated_elbo_difference", "calibrated_elbo_difference_standard_error"]
-    rows = [["split", "decoder_variance", "prior", "learning_rate", "beta", "seeds", "diverged", *names]]
+    schedules = has_schedules(results)
+    heading = ["beta_schedule"] if schedules else []
+    rows = [["split", "decoder_variance", "prior", *heading, "learning_rate", "beta", "seeds", "diverged", *names]]
     for row in table_rows(results):
-        variance, prior, rate, beta = row.setting
+        variance, prior, rate, beta, schedule = row.setting
         numbers = ["" if math.isnan(value) else repr(value) for quantity in quantities for value in row.cells[quantity]]
         start = [
             row.split,
             variance.name,
             prior.name,
+            *([schedule.name] if schedules else []),
             repr(rate),
             repr(beta),
             str(row.seeds),
@@ -291,12 +304,15 @@ def as_csv(results: SweepResults) -> str:
 def members_csv(results: SweepResults) -> str:
     """Every finished member: a row per member and split."""
     quantities = sorted({name for member in results.members for name in member.report["test"]})
-    rows = [["name", "split", "decoder_variance", "prior", "learning_rate", "beta", "seed", *quantities]]
+    schedules = has_schedules(results)
+    heading = ["beta_schedule"] if schedules else []
+    rows = [["name", "split", "decoder_variance", "prior", *heading, "learning_rate", "beta", "seed", *quantities]]
     for member in results.members:
         config = member.config
         start = [
             config.decoder_variance.name,
             config.prior.name,
+            *([config.beta_schedule.name] if schedules else []),
             repr(config.optimizer.learning_rate),
             repr(config.beta),
             str(config.seed),
@@ -316,11 +332,12 @@ def _csv(rows: Sequence[Sequence[str]]) -> str:
 def display_rows(results: SweepResults, split: str) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of one split's table for people: `mean ± standard deviation` to the digits that it leaves."""
     quantities = tabled_quantities(results)
-    several, priors = has_several_learning_rates(results), has_several_priors(results)
+    several, priors, schedules = has_several_learning_rates(results), has_several_priors(results), has_schedules(results)
     rate_heading = ["learning rate"] if several else []
     headings = [
         "decoder variance",
         *(["prior"] if priors else []),
+        *(["β schedule"] if schedules else []),
         *rate_heading,
         "β",
         "seeds",
@@ -338,7 +355,9 @@ def display_rows(results: SweepResults, split: str) -> tuple[list[str], list[lis
         cells = [display(*row.cells[quantity]) for quantity in quantities]
         prior = [setting.prior.label] if priors else []
         difference = (display(*row.difference) if row.difference else "n/a",) if paired else ()
-        rows.append([setting.decoder_variance.label, *prior, *rate, f"{setting.beta:g}", seeds, *cells, *difference])
+        schedule = [setting.beta_schedule.label] if schedules else []
+        beta = f"from {setting.beta:g}" if setting.beta_schedule.has_multiplier else f"{setting.beta:g}"
+        rows.append([setting.decoder_variance.label, *prior, *schedule, *rate, beta, seeds, *cells, *difference])
     return headings, rows
 
 
@@ -384,8 +403,9 @@ def as_text(results: SweepResults) -> str:
     """The test set's table for a terminal, the most telling columns only."""
     headings, rows = display_rows(results, "test")
     shown = (
-        *("rate", "profile_elbo", "calibrated_elbo", "calibrated_elbo_difference", "importance_weighted_bound_dequantized"),
-        *("psnr", "active_units", "mutual_information", "aggregate_kl", "fid", "lenet_fid"),
+        *("final_beta", "rate", "profile_elbo", "calibrated_elbo", "calibrated_elbo_difference"),
+        *("importance_weighted_bound_dequantized", "psnr", "active_units", "mutual_information", "aggregate_kl"),
+        *("fid", "lenet_fid"),
     )
     kept = [i for i, heading in enumerate(headings) if heading not in HEADINGS.values()]
     kept += [headings.index(HEADINGS[name]) for name in shown if HEADINGS[name] in headings]
@@ -395,34 +415,47 @@ def as_text(results: SweepResults) -> str:
 
 
 class Family(NamedTuple):
-    """The settings of one decoder-variance model, prior and learning rate, by ascending beta."""
+    """The settings of one decoder-variance model, prior, schedule and learning rate, by ascending beta."""
 
     name: str
     """For file names."""
     label: str
     decoder_variance: DecoderVariance
     prior: Prior
+    beta_schedule: BetaSchedule
+    """Target rates are of one family, with the first of them here."""
     betas: np.ndarray
+    """Of target rates, those that training came to, means over seeds."""
     members: list[list[MemberResult]]
     """Finished members (seeds) of each beta; at least one."""
 
 
 def families(results: SweepResults) -> list[Family]:
-    """The curves of every figure: one per decoder-variance model, prior and learning rate."""
+    """The curves of every figure: one per decoder-variance model, prior, schedule of beta and learning rate."""
     several, priors = has_several_learning_rates(results), has_several_priors(results)
-    grouped: dict[tuple[DecoderVariance, Prior, float], list[tuple[float, list[MemberResult]]]] = {}
+    grouped: dict[tuple[Any, ...], list[tuple[float, BetaSchedule, list[MemberResult]]]] = {}
     for setting, members in results.settings().items():
         if members:
-            grouped.setdefault(setting[:3], []).append((setting.beta, members))
+            beta, schedule = setting.beta, setting.beta_schedule
+            group: Any = schedule
+            if schedule.has_multiplier:
+                beta = float(f"{mean_and_deviation(members, 'final_beta', 'test')[0]:.4g}")
+                group = type(schedule)
+            grouped.setdefault((*setting[:3], group), []).append((beta, schedule, members))
     found = []
-    for (variance, prior, rate), points in grouped.items():
+    for (variance, prior, rate, _), points in grouped.items():
+        points.sort(key=lambda point: point[0])
+        schedule = points[0][1]
         usual = isinstance(prior, StandardNormal)
         label = variance.label + (f", prior: {prior.label}" if priors or not usual else "")
+        name = variance.name + ("" if usual else f"_{prior.name}")
+        if not isinstance(schedule, ConstantBeta):
+            label += f", {'target rates' if schedule.has_multiplier else schedule.label}"
+            name += f"_{'target_rates' if schedule.has_multiplier else schedule.name}"
         label += f", learning rate {rate:g}" if several else ""
-        name = variance.name + ("" if usual else f"_{prior.name}") + (f"_rate{rate:g}" if several else "")
-        found.append(
-            Family(name, label, variance, prior, np.array([beta for beta, _ in points]), [members for _, members in points])
-        )
+        name += f"_rate{rate:g}" if several else ""
+        betas = np.array([beta for beta, _, _ in points])
+        found.append(Family(name, label, variance, prior, schedule, betas, [members for _, _, members in points]))
     return found
 
 

@@ -24,7 +24,8 @@ from bsvae_jax.training.step import LOG_EVERY
 Row = dict[str, Any]
 """A row of `metrics.jsonl`: `step`, `epoch`, `split` and the terms in nats per example, plain Python numbers.
 
-Terms of training are means over `steps` steps, of which the last is `step`."""
+Terms of training are means over `steps` steps, of which the last is `step`; `beta` is the weight of the rate in the objective,
+of held-out rows that at which a schedule arrives."""
 PLACE = ("step", "steps", "epoch", "split")
 """What of a row is no term."""
 
@@ -272,7 +273,8 @@ class TensorBoard(Callback):
 class EarlyStopping(Callback):
     """Stops a run whose held-out objective has not improved for some evaluations.
 
-    A run that was interrupted and goes on remembers the evaluations before. `restore(workdir, "best")` has the best one.
+    A run that was interrupted and goes on remembers the evaluations before. `restore(workdir, "best")` has the best one. With
+    a target rate, whose objectives do not compare, give another term.
 
     >>> import tempfile
     >>> import bsvae_jax as bv
@@ -303,6 +305,11 @@ class EarlyStopping(Callback):
 
     def on_start(self, run: Run, history: Sequence[Row]) -> Answer:
         """Take in the evaluations before."""
+        if self.term == "objective" and run.config.beta_schedule.has_multiplier:
+            raise UserError(
+                f"EarlyStopping follows the objective, whose beta a {run.config.beta_schedule.label} changes, so that two of "
+                "them do not compare; give it term='distortion'."
+            )
         self._best[run.name], self._count[run.name] = math.inf, 0
         answers = [self.on_evaluation(run, row) for row in history if row["split"] != "train"]
         return answers[-1] if answers else None

@@ -47,6 +47,8 @@ class FailedStep(NamedTuple):
     """Weight of the rate, []."""
     variance: dict[str, Array]
     """Numbers of the decoder variance by name, [] each: `variance` of `Constant`; empty for the other kinds."""
+    schedule: dict[str, Array] | None = None
+    """Numbers of the schedule of beta, in the same way: `nats` of `TargetRate`."""
 
 
 def failing_step(config: Config, images: ImageSet, total: int, step: int, run: RunDirectory) -> dict[str, np.ndarray]:
@@ -71,7 +73,7 @@ def failing_step(config: Config, images: ImageSet, total: int, step: int, run: R
         batch, key = batch_of(state, stored, levels=images.levels, augmentation=config.augmentation)
         if int(state.step) >= step - 1:
             break
-        state, _ = take(state, batch, key, hyperparameters.beta, hyperparameters.variance)
+        state, _ = take(state, batch, key, *hyperparameters)
     arrays = {f"state{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.arrays())}
     arrays |= {"images": batch, "key": jax.random.key_data(key), "total": np.int64(total)}
     return {name: np.asarray(array) for name, array in arrays.items()}
@@ -100,11 +102,9 @@ def failed_step(workdir: str | Path) -> FailedStep:
         restored: Mapping[str, Any] = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jnp.asarray(arrays[f"state{jax.tree_util.keystr(path)}"]), state.arrays()
         )
-        hyperparameters = build_hyperparameters(info.config)
         key = wrap_key(jnp.asarray(arrays["key"]))
-        return FailedStep(
-            state.with_arrays(restored), jnp.asarray(arrays["images"]), key, hyperparameters.beta, hyperparameters.variance
-        )
+        images = jnp.asarray(arrays["images"])
+        return FailedStep(state.with_arrays(restored), images, key, *build_hyperparameters(info.config))
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:

@@ -48,7 +48,7 @@ from bsvae_jax.training.state import build_hyperparameters, build_model, create_
 from bsvae_jax.training.step import StepMetrics, TrainState, run_steps, run_streamed_steps
 
 _DEFAULT = 0.5
-"""In place of every number of a decoder variance that a program takes as an array."""
+"""In place of every number of a decoder variance or of a schedule that a program takes as an array."""
 
 
 def program_config(config: Config) -> Config:
@@ -56,13 +56,16 @@ def program_config(config: Config) -> Config:
 
     Configs that agree in it can be trained by one program.
     """
-    model = config.decoder_variance
+    kinds: dict[str, Any] = {
+        name: dataclasses.replace(kind, **dict.fromkeys(kind.traced, _DEFAULT))
+        for name, kind in (("decoder_variance", config.decoder_variance), ("beta_schedule", config.beta_schedule))
+    }
     return dataclasses.replace(
         config,
         beta=1.0,
         seed=0,
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0),
-        decoder_variance=dataclasses.replace(model, **dict.fromkeys(model.traced, _DEFAULT)),
+        **kinds,
     )
 
 
@@ -162,6 +165,11 @@ class Program:
     def resident(self) -> bool:
         """Whether the images lie on the devices; they are streamed otherwise."""
         return self.splits["train"].resident is not None
+
+    def new_state(self, config: Config, images: ImageSet | None = None) -> TrainState:
+        """The state of a member before its first step, with this program's constants; arguments as for `create_state`."""
+        state = create_state(config, self.model, self.total, images=images)
+        return state.replace(beta_schedule=self.config.beta_schedule)
 
     def pack(self, trees: Sequence[Any]) -> Any:
         """The arrays of all members in the form in which they are driven; never aliases them."""

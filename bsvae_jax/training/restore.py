@@ -37,8 +37,8 @@ def restore(
     Args:
       workdir: the folder given to `fit` or `bsvae train`.
       checkpoint: 'latest' (the end of training), or 'best' (least objective of the images for validation, or of those for
-        testing where there are none, whose numbers are then slightly optimistic). A damaged latest one is reported on stderr,
-        and the one before is used.
+        testing where there are none, whose numbers are then slightly optimistic; of the beta at which a schedule arrives, or
+        what `BetaSchedule.ranking` has in its place). A damaged latest one is reported on stderr, and the one before is used.
       prior: 'model' (as it was trained), or 'fitted': the density that `fit_prior` fitted to this checkpoint takes its place,
         in `model.prior` and among the variables; the run's `config` still says how the model was trained.
       config: where the classes are that the run was trained with and the library does not have: the Python file that defines
@@ -80,7 +80,9 @@ def restore(
     if calibration is not None and calibration.step != step:
         calibration = None
     variables = {"params": params, "batch_stats": arrays["batch_stats"]}
-    run = Restored(model, variables, info.config, step, info.image_shape, info.levels, calibration, info.holds_images)
+    multiplier = float(arrays.get("multiplier", 1.0))
+    data = (info.image_shape, info.levels, calibration, info.holds_images)
+    run = Restored(model, variables, info.config, step, *data, multiplier)
     return run if prior == "model" else _with_fitted_prior(folder, run, checkpoint)
 
 

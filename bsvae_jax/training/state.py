@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Key
 
@@ -19,7 +20,7 @@ from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.vae import VAE, build_vae
 from bsvae_jax.random import make_key
-from bsvae_jax.training.step import LOG_EVERY, PRIOR, Hyperparameters, TrainState, data_shape_of
+from bsvae_jax.training.step import LOG_EVERY, PRIOR, Hyperparameters, TrainState, data_shape_of, initial_multiplier
 
 
 def learning_rate_schedule(optimizer: configs.Optimizer, steps: int) -> optax.Schedule:
@@ -85,8 +86,11 @@ def build_model(
 
 def build_hyperparameters(config: Config) -> Hyperparameters:
     """The numbers of a config's objective."""
-    model = config.decoder_variance
-    return Hyperparameters(jnp.float32(config.beta), {name: jnp.float32(getattr(model, name)) for name in model.traced})
+    variance, schedule = (
+        {name: jnp.float32(getattr(kind, name)) for name in kind.traced}
+        for kind in (config.decoder_variance, config.beta_schedule)
+    )
+    return Hyperparameters(jnp.float32(config.beta), variance, schedule)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -132,6 +136,9 @@ def create_state(
         config.optimizer.ema_decay,
         config.optimizer.skip_nonfinite > 0,
         config.gradient_accumulation,
+        config.beta_schedule,
+        config.free_bits,
+        initial_multiplier(config.beta_schedule),
     )
 
 
@@ -146,8 +153,8 @@ def check_against_data(config: Config, images: ImageSet) -> None:
     """What only config and data together can show to be wrong.
 
     Raises:
-      UserError: a batch larger than the training set, a warm-up longer than the run, more latents than pixels, or more
-        pseudo-inputs than training images.
+      UserError: a batch larger than the training set, a warm-up longer than the run, a schedule of beta that does not fit it
+        or that asks for more than can be carried, more latents than pixels, or more pseudo-inputs than training images.
     """
     if config.batch_size > len(images.train):
         raise UserError(f"batch_size {config.batch_size} exceeds the {len(images.train)} training images of {images.name}.")
@@ -159,6 +166,17 @@ def check_against_data(config: Config, images: ImageSet) -> None:
         )
     config.prior.check(len(images.train))
     check_against_shape(config, images.shape)
+    config.beta_schedule.check(config.beta, total, config.free_bits.least(config.latent_size), most_nats(config, images.shape))
+
+
+def most_nats(config: Config, data: DataShape) -> float:
+    """A rate, nats per example, beyond which nothing more is carried.
+
+    A decoder sees as many bits of each latent as its type has, and an image of D entries and n levels has D log(n) nats.
+    """
+    bits = {"float32": 24, "bfloat16": 8}[config.precision]
+    latents = config.latent_size * bits * math.log(2.0)
+    return min(latents, math.prod(data.image_shape) * math.log(data.levels)) if data.dtype == np.uint8 else latents
 
 
 def check_against_shape(config: Config, data: DataShape) -> None:

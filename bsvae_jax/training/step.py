@@ -19,7 +19,7 @@ from bsvae_jax import objective
 from bsvae_jax.data import ImageSet, ShuffledOrder, augment
 from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.errors import UserError, check_kind
-from bsvae_jax.models.vae import VAE
+from bsvae_jax.models.vae import VAE, Decoded, Posterior
 from bsvae_jax.random import check_key, example_keys, example_positions, wrap_key
 
 LOG_EVERY = 50
@@ -65,9 +65,23 @@ class TrainState(struct.PyTreeNode):
     """Whether a step whose loss or gradient is not finite changes nothing but the count of steps."""
     parts: int = struct.field(pytree_node=False, default=1)
     """Parts of a batch that follow one another (`Config.gradient_accumulation`)."""
+    beta_schedule: objective.BetaSchedule = struct.field(pytree_node=False, default=objective.ConstantBeta())
+    """How beta changes over the steps."""
+    free_bits: objective.FreeBits = struct.field(pytree_node=False, default=objective.FreeBits())
+    """Nats of the rate that cost nothing."""
+    multiplier: Any = None
+    """Of beta, where the schedule has one (`BetaSchedule.has_multiplier`); 1 at first."""
 
     @classmethod
-    def create(cls, model: VAE, optimizer: optax.GradientTransformation, key: Key[Array, ""], example: Array) -> "TrainState":
+    def create(
+        cls,
+        model: VAE,
+        optimizer: optax.GradientTransformation,
+        key: Key[Array, ""],
+        example: Array,
+        beta_schedule: objective.BetaSchedule | None = None,
+        free_bits: objective.FreeBits | None = None,
+    ) -> "TrainState":
         """The state of any `VAE` before its first step, for `train_step` without a `Config`.
 
         Args:
@@ -75,6 +89,8 @@ class TrainState(struct.PyTreeNode):
           optimizer: any of optax, with its own learning rate.
           key: decides the initial parameters, and all randomness of the run.
           example: a batch of the data, [B, ...]; only its shape and type are looked at.
+          beta_schedule: how beta changes over the steps; None: it does not.
+          free_bits: nats of the rate that cost nothing; None: none do.
 
         >>> from bsvae_jax.models import MLP, build_vae
         >>> x = jnp.ones((4, 8, 8, 1))
@@ -84,11 +100,14 @@ class TrainState(struct.PyTreeNode):
         1
 
         Raises:
-          UserError: something that is no VAE, no optimizer or no key, or modules that do not fit the example.
+          UserError: something that is no VAE, no optimizer, no schedule or no key, or modules that do not fit the example.
         """
         check_kind("model", model, VAE, "bsvae_jax.VAE(encoder, decoder, prior)")
         check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-3), say")
         check_key(key)
+        beta_schedule = objective.ConstantBeta() if beta_schedule is None else beta_schedule
+        objective.check_kind_of("beta_schedule", beta_schedule, objective.BetaSchedule)
+        check_kind("free_bits", free_bits, (objective.FreeBits, type(None)))
         init_key, run_key = jax.random.split(key)
         variables = jax.jit(model.clone(axis_name=None).init)(init_key, jnp.zeros(jnp.shape(example), example.dtype), init_key)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
@@ -102,6 +121,9 @@ class TrainState(struct.PyTreeNode):
             jnp.float32(1.0),
             model,
             optimizer,
+            beta_schedule=beta_schedule,
+            free_bits=free_bits or objective.FreeBits(),
+            multiplier=initial_multiplier(beta_schedule),
         )
 
     def variables(self) -> dict[str, Any]:
@@ -112,6 +134,7 @@ class TrainState(struct.PyTreeNode):
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint holds: plain arrays only, and nothing that the config says already."""
         ema = {} if self.ema_params is None else self.ema_params
+        multiplier = {} if self.multiplier is None else {"multiplier": self.multiplier}
         return {
             "step": self.step,
             "params": self.params,
@@ -119,13 +142,20 @@ class TrainState(struct.PyTreeNode):
             "optimizer_state": self.optimizer_state,
             "ema_params": ema,
             "key": jax.random.key_data(self.key),
+            **multiplier,
         }
 
     def with_arrays(self, arrays: Mapping[str, Any]) -> "TrainState":
         """The inverse of `arrays`."""
         ema = None if self.ema_params is None else arrays["ema_params"]
         rest = {name: arrays[name] for name in ("step", "params", "batch_stats", "optimizer_state")}
-        return self.replace(**rest, ema_params=ema, key=wrap_key(arrays["key"]))
+        multiplier = None if self.multiplier is None else arrays["multiplier"]
+        return self.replace(**rest, ema_params=ema, key=wrap_key(arrays["key"]), multiplier=multiplier)
+
+
+def initial_multiplier(schedule: objective.BetaSchedule) -> Float[Array, ""] | None:
+    """1, where a schedule has a multiplier."""
+    return jnp.float32(1.0) if schedule.has_multiplier else None
 
 
 class Hyperparameters(NamedTuple):
@@ -135,6 +165,8 @@ class Hyperparameters(NamedTuple):
     """Weight of the rate."""
     variance: dict[str, Float[Array, "*members"]]
     """Fields of the decoder variance by name: those that it lists as `traced`."""
+    schedule: dict[str, Float[Array, "*members"]]
+    """The same of the schedule of beta."""
 
 
 class StepMetrics(NamedTuple):
@@ -146,6 +178,8 @@ class StepMetrics(NamedTuple):
     mse: Float[Array, ""]
     variance: Float[Array, ""]
     gradient_norm: Float[Array, ""]
+    beta: Float[Array, ""]
+    """Weight of the rate in this step."""
 
 
 # --- The step ---------------------------------------------------------------------------------------------------------
@@ -157,8 +191,10 @@ def train_step(
     key: Key[Array, ""],
     beta: float | Float[Array, ""],
     variance: Mapping[str, Any] | float | Float[Array, ""] | None = None,
+    schedule: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """One step of gradient descent on `distortion + beta * rate`. Pure; jit, pmap or shard_map it.
+    """One step of gradient descent on `distortion + beta * rate`, as the state's schedule and free bits weigh the rate. Pure;
+    jit, pmap or shard_map it.
 
     Where `state.model.axis_name` names a device axis, `images` is this device's share of the global batch, and squared errors
     of a shared variance, batch statistics, gradients and metrics are averaged over the axis: every device ends in the same
@@ -168,9 +204,10 @@ def train_step(
       state: donated by the trainer, so not to be used again there.
       images: [B, ...], [B, H, W, C] in [0, 1] of images.
       key: for the posterior samples; each example takes its own by its position in the global batch.
-      beta: weight of the rate, may be traced.
+      beta: weight of the rate, which the state's schedule changes; may be traced.
       variance: fields of the decoder variance by name, in place of the model's own, may be traced; one number is the field
         `variance`, which `Constant` has. None: the model's own.
+      schedule: fields of the schedule of beta by name, in place of its own, may be traced. None: its own.
 
     Returns:
       The state after the step, and the metrics of the batch before it: nats per example, `mse` and `variance` in squared
@@ -191,26 +228,22 @@ def train_step(
     """
     check_kind("state", state, TrainState)
     axis_name = state.model.axis_name
-    model = state.model
+    model, beta_schedule = state.model, _with_fields(state.beta_schedule, schedule or {})
     if variance is not None:
         fields = variance if isinstance(variance, Mapping) else {"variance": variance}
-        unknown = fields.keys() - {field.name for field in dataclasses.fields(model.decoder_variance)}
-        if unknown:
-            raise UserError(f"{type(model.decoder_variance).__name__} has no field {min(unknown)!r} to replace.")
-        if fields:
-            model = model.clone(decoder_variance=dataclasses.replace(model.decoder_variance, **fields))
+        model = model.clone(decoder_variance=_with_fields(model.decoder_variance, fields))
 
-    def loss(params: Any) -> tuple[Float[Array, ""], tuple[objective.ElboTerms, Any]]:
+    def loss(params: Any) -> tuple[Float[Array, ""], tuple[objective.ElboTerms, Any, Any, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
-        if state.parts > 1:
-            terms, batch_stats = _terms_in_parts(model, variables, images, key, state.parts)
-        else:
-            terms, updates = model.apply(variables, images, key, train=True, method="elbo_terms", mutable=["batch_stats"])
-            batch_stats = updates.get("batch_stats", {})
+        terms, posterior, batch_stats = _terms(model, variables, images, key, state.parts)
+        rate = objective.mean_over_devices(jnp.mean(jax.lax.stop_gradient(terms.rate)), axis_name)
+        weight = beta_schedule.weight(beta, state.step, rate, state.multiplier)
+        weighed = state.free_bits.penalized(terms, *posterior, axis_name)
+        weighed = weighed._replace(rate=weighed.rate - beta_schedule.offset(state.step))
         # The average over the devices, so that gradients are right where JAX sums them itself (shard_map's check_vma).
-        return objective.mean_objective(terms, beta, axis_name), (terms, batch_stats)
+        return objective.mean_objective(weighed, weight, axis_name), (terms, batch_stats, rate, weight)
 
-    (value, (terms, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    (value, (terms, batch_stats, rate, weight)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     means = {name: jnp.mean(term) for name, term in terms._asdict().items()} | {"objective": value}
     gradient, means = objective.mean_over_devices((gradient, means), axis_name)
     updates, optimizer_state = state.optimizer.update(gradient, state.optimizer_state, state.params)
@@ -228,18 +261,43 @@ def train_step(
         batch_stats=batch_stats,
         optimizer_state=optimizer_state,
         ema_params=ema_params,
+        multiplier=None if state.multiplier is None else beta_schedule.next_multiplier(state.multiplier, rate),
     )
     if state.skip_nonfinite:
         finite = jnp.isfinite(means["objective"]) & jnp.isfinite(gradient_norm)
         before = state.replace(step=state.step + 1)
         after = jax.tree.map(lambda new, old: new if new is old else jax.lax.select(finite, new, old), after, before)
-    return after, StepMetrics(**means, gradient_norm=gradient_norm)
+    return after, StepMetrics(**means, gradient_norm=gradient_norm, beta=jnp.asarray(weight, jnp.float32))
+
+
+def _with_fields(kind: Any, fields: Mapping[str, Any]) -> Any:
+    """A decoder variance or a schedule with other values of some fields."""
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+        raise UserError(f"{type(kind).__name__} has no field {min(unknown)!r} to replace.")
+    return dataclasses.replace(kind, **fields) if fields else kind
+
+
+def _terms(
+    model: VAE, variables: Mapping[str, Any], images: Array, key: Key[Array, ""], parts: int
+) -> tuple[objective.ElboTerms, Posterior, Any]:
+    """ELBO terms and posteriors of the whole batch, and the batch statistics after it."""
+    if parts > 1:
+        return _terms_in_parts(model, variables, images, key, parts)
+    output, updates = model.apply(variables, images, key, train=True, mutable=["batch_stats"])
+    return _elbo_terms(model, images, output.decoded, output.rate), output.posterior, updates.get("batch_stats", {})
+
+
+def _elbo_terms(model: VAE, images: Array, decoded: Decoded, rate: Array) -> objective.ElboTerms:
+    mean, log_variance = decoded
+    options: Any = {"log_variance": log_variance, "axis_name": model.axis_name}
+    return objective.elbo_terms(images, mean, rate, model.decoder_variance, **options)
 
 
 def _terms_in_parts(
     model: VAE, variables: Mapping[str, Any], images: Array, key: Key[Array, ""], parts: int
-) -> tuple[objective.ElboTerms, Any]:
-    """ELBO terms of the whole batch, and the batch statistics after it, with the activations of one part in memory at a time.
+) -> tuple[objective.ElboTerms, Posterior, Any]:
+    """What `_terms` gives, with the activations of one part in memory at a time.
 
     Each part is computed again in the backward pass, when the terms of all are known: a variance that is shared over the batch
     is that of the whole batch, not of a part, and so are its gradients.
@@ -249,25 +307,18 @@ def _terms_in_parts(
     def forward(batch_stats: Any, part: tuple[Array, Array]) -> tuple[Any, Any]:
         own = {"params": variables["params"], "batch_stats": batch_stats}
         output, updates = model.apply(own, *part, train=True, mutable=["batch_stats"])
-        return updates.get("batch_stats", {}), (output.decoded, output.rate)
+        return updates.get("batch_stats", {}), (output.decoded, output.rate, output.posterior)
 
     def split(values: Array) -> Array:
         return values.reshape(parts, len(images) // parts, *values.shape[1:])
 
     keys = example_keys(key, example_positions(len(images), model.axis_name, parts))
-    batch_stats, (decoded, rate) = jax.lax.scan(forward, variables["batch_stats"], (split(images), split(keys)))
+    batch_stats, (decoded, rate, posterior) = jax.lax.scan(forward, variables["batch_stats"], (split(images), split(keys)))
     mean, log_variance = decoded
     if log_variance is not None:  # one number, the same of every part; or one per pixel
         log_variance = jnp.mean(log_variance) if log_variance.ndim == 1 else log_variance.reshape(images.shape)
-    terms = objective.elbo_terms(
-        images,
-        mean.reshape(images.shape),
-        rate.reshape(-1),
-        model.decoder_variance,
-        log_variance=log_variance,
-        axis_name=model.axis_name,
-    )
-    return terms, batch_stats
+    terms = _elbo_terms(model, images, Decoded(mean.reshape(images.shape), log_variance), rate.reshape(-1))
+    return terms, Posterior(*(part.reshape(len(images), -1) for part in posterior)), batch_stats
 
 
 def averaged(average: Any, params: Any, step: Array, decay: float) -> Any:
@@ -323,7 +374,7 @@ def run_steps(
         while the images of a four-dimensional array may be laid out anew at every call, padded to the registers of a TPU.
       order: this device's share of the indices of each step's batch, [steps, B].
       count: how many of the steps to take.
-      hyperparameters: beta, and numbers of the decoder variance.
+      hyperparameters: beta, and numbers of the decoder variance and of the schedule of beta.
       levels: gray levels of stored uint8 images.
       augmentation: random changes of the images.
     """
@@ -360,7 +411,7 @@ def _run_steps(
 ) -> tuple[TrainState, StepMetrics]:
     def step(i: Any, state: TrainState) -> tuple[TrainState, StepMetrics]:
         batch, posterior_key = prepare_batch(state, stored(i), levels, augmentation)
-        return train_step(state, batch, posterior_key, hyperparameters.beta, hyperparameters.variance)
+        return train_step(state, batch, posterior_key, *hyperparameters)
 
     if steps == 1:  # without a loop: on CPU, XLA's fast convolutions do not run inside one
         state, metrics = step(0, state)

@@ -23,7 +23,7 @@ from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed import multihost
 from bsvae_jax.distributed.preemption import Stop
 from bsvae_jax.errors import DivergenceError, UserError
-from bsvae_jax.evaluation.diagnosis import diagnose
+from bsvae_jax.evaluation.diagnosis import OFF_TARGET, diagnose
 from bsvae_jax.evaluation.metrics import Report, calibrated_elbo, summarize
 from bsvae_jax.evaluation.scores import SplitScores, calibrate
 from bsvae_jax.training.callbacks import Callback, Callbacks, Run
@@ -32,7 +32,7 @@ from bsvae_jax.training.failed_step import failing_step
 from bsvae_jax.training.metrics_log import MetricsRow
 from bsvae_jax.training.per_image import write_per_image
 from bsvae_jax.training.program import Program
-from bsvae_jax.training.state import build_hyperparameters, create_state, learning_rate_schedule
+from bsvae_jax.training.state import build_hyperparameters, learning_rate_schedule
 from bsvae_jax.training.step import LOG_EVERY, StepMetrics, TrainState, data_order
 from bsvae_jax.training.workdir import RunDirectory
 
@@ -142,7 +142,7 @@ class Trainer:
 
     def _begin(self, member: Member, at: int | None) -> TrainState:
         """The state to continue from, the primary process's in all of them."""
-        new = create_state(member.config, self.program.model, self.program.total, images=self.program.images)
+        new = self.program.new_state(member.config, self.program.images)
         state = multihost.on_primary(lambda: member.run.resume(new, at), new)
         return state if multihost.is_only() else state.with_arrays(multihost.from_primary(state.arrays()))
 
@@ -310,8 +310,8 @@ class Trainer:
         saved = [self._save(member, step, arrays[member], None) for member in self._active()]
         return all(saved)
 
-    def _save(self, member: int, step: int, arrays: Any, objective: float | None) -> bool:
-        saved = self.members[member].run.save(step, arrays, objective)
+    def _save(self, member: int, step: int, arrays: Any, ranking: float | None) -> bool:
+        saved = self.members[member].run.save(step, arrays, ranking)
         if saved:
             self._call(member, "on_checkpoint", step)
         return saved
@@ -323,12 +323,13 @@ class Trainer:
         """
         saved, split = [], self.program.images.choosing_split
         scores = list(self.program.score(state, split, self.configs))
-        arrays = self.program.unpack(state.arrays(), len(self.members))
+        arrays, betas = self.program.unpack(state.arrays(), len(self.members)), self._betas(state)
         for index in self._active() if only is None else only:
             own, config = scores[index], self.configs[index]
             member = self.members[index]
             distortion, rate = float(own.model_distortion.mean()), float(own.rate.mean())
-            value = distortion + config.beta * rate
+            weight, offset = config.beta_schedule.at_end(betas[index], rate)
+            value = distortion + weight * (rate - offset)
             if not math.isfinite(value):
                 what = f"The held-out objective after step {step} is not finite: distortion {distortion:g}, rate {rate:g}."
                 self._fail(index, step, what)
@@ -342,15 +343,16 @@ class Trainer:
                 "rate": rate,
                 "mse": float(own.squared_error.mean() / own.pixels),
                 "variance": own.model_variance,
+                "beta": weight,
             }
             member.run.log(row)
-            findings = self._findings(own, config)
+            findings = self._findings(own, config, betas[index])
             for name, sentence in findings.items():
-                if name in member.findings or step == self.program.total:  # what the next evaluation heals is none
+                if step == self.program.total or (name in member.findings and name != OFF_TARGET):  # what heals is none
                     member.run.warn_once(name, f"{name} after step {step}: {sentence}")
             member.findings = set(findings)
             self._call(index, "on_evaluation", row)
-            saved.append(self._save(index, step, arrays[index], value))
+            saved.append(self._save(index, step, arrays[index], config.beta_schedule.ranking(value, distortion, rate)))
         return all(saved)
 
     def _finish(self, state: TrainState, step: int, members: Sequence[int]) -> None:
@@ -364,7 +366,7 @@ class Trainer:
         missing = [index for index in members if self.members[index].report is None]
         if not missing:
             return
-        floor = objective.quantization_variance(images.bin_width)
+        floor, betas = objective.quantization_variance(images.bin_width), self._betas(state)
         calibrations = [calibrate(scores, step, floor) for scores in self.program.score(state, "train", self.configs)]
         scored = [self.program.score(state, split, self.configs, calibrations) for split in images.splits]
         extra = self.extras(state) if self.extras is not None else None
@@ -374,16 +376,27 @@ class Trainer:
             member, config, calibration = self.members[index], self.configs[index], calibrations[index]
             member.run.write_calibration(calibration)
             scores = dict(zip(images.splits, of_splits, strict=True))
-            report = {split: summarize(of, config.beta, calibration, images.holds_images) for split, of in scores.items()}
+            report = {
+                split: summarize(of, betas[index], calibration, images.holds_images, config.beta_schedule)
+                for split, of in scores.items()
+            }
             if multihost.is_primary():
                 write_per_image(member.run.folder, step, calibrated_elbo(scores["test"], calibration))
             if extra is not None:
                 extra(index, scores["test"])
-            member.run.write_evaluation(step, report, self._findings(scores["test"], config))
+            member.run.write_evaluation(step, report, self._findings(scores["test"], config, betas[index]))
             member.report = report
 
-    def _findings(self, scores: SplitScores, config: Config) -> dict[str, str]:
-        return diagnose(scores, config, self.program.images)
+    def _betas(self, state: TrainState) -> list[float]:
+        """Beta of each member, times the multiplier that its schedule has come to."""
+        betas = [config.beta for config in self.configs]
+        if state.multiplier is None:
+            return betas
+        multipliers = self.program.unpack(state.multiplier, len(self.members))
+        return [beta * float(multiplier) for beta, multiplier in zip(betas, multipliers, strict=True)]
+
+    def _findings(self, scores: SplitScores, config: Config, beta: float) -> dict[str, str]:
+        return diagnose(scores, config, self.program.images, beta)
 
 
 def _window_starts(step: int, ends: Sequence[int], window: int) -> Iterator[int]:

@@ -12,9 +12,10 @@ from helpers import main, refused
 
 import bsvae_jax as bv
 from bsvae_jax.cli import main as cli
-from bsvae_jax.cli.experiment import Fields, Kinds, read_config
+from bsvae_jax.cli.experiment import Experiment, Fields, Kinds, read_config, read_experiment
 from bsvae_jax.cli.options import Merged, Run, call
 from bsvae_jax.config import CHOICES
+from bsvae_jax.sweeps.grid import choose_schedules
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,33 @@ def test_a_kind_by_name_keeps_what_the_config_says_of_it():
     config = bv.Config(network=bv.config.MLP((8,)))
     assert Kinds(network="mlp").applied_to(config) == config
     assert Kinds(network="linear", prior="vamp").applied_to(config).network == bv.config.Linear()
+
+
+def test_a_schedule_of_beta_by_name_with_its_numbers(tmp_path):
+    path = tmp_path / "plain.py"
+    path.write_text("import bsvae_jax as bv\ndef get_config():\n    return bv.Config()\n")
+    arguments = [
+        "--beta-schedule",
+        "target_rate",
+        "--beta-schedule.nats",
+        "20",
+        "--free-bits.nats",
+        "0.5",
+        "--free-bits.group",
+        "4",
+    ]
+    base = read_experiment("train", [str(path), *arguments])
+    given = parsed(Merged[Experiment], *arguments, value=base).config
+    assert given == bv.Config(beta_schedule=bv.TargetRate(20.0), free_bits=bv.FreeBits(0.5, 4))
+    wanted = bv.ConstantBeta(), bv.TargetRate(5.0), bv.TargetRate(9.0)
+    assert choose_schedules(bv.Config(), (), ["constant_beta", "target_rate"], [5.0, 9.0]) == wanted
+    names = [member.name for member in bv.Sweep((1.0, 2.0), (bv.Optimal(),), 1, beta_schedule=wanted).members(bv.Config())]
+    assert names == [
+        "optimal_beta1_seed0",
+        "optimal_beta2_seed0",
+        "optimal_target_rate-5_beta1_seed0",
+        "optimal_target_rate-9_beta1_seed0",
+    ]
 
 
 def test_version(capsys):

@@ -72,6 +72,11 @@ def make(**fields):
     return lambda: dataclasses.replace(CONFIG, **fields)
 
 
+def scheduled(schedule, **fields):
+    """A run of three steps with this schedule of beta."""
+    return lambda: bv.fit(dataclasses.replace(CONFIG, beta_schedule=schedule, **fields), "run")
+
+
 def initialized(*fields, **options):
     return lambda: build_vae(*fields, **options).init(KEY, X, KEY)
 
@@ -224,12 +229,34 @@ ROWS = [
     ("load_config", of_files(lambda files: bv.load_config(files / "other.py")), "must return a bsvae_jax Config, got int"),
     ("load_config", of_files(lambda files: bv.load_config(files / "misspelt.py")), r"no field 'betta' \(did you mean 'beta'\?"),
     ("load_config", of_files(lambda files: bv.load_config(files / "negative.py")), "beta must be a finite number >= 0"),
+    ("BetaSchedule", lambda: bv.Config(beta_schedule=bv.LinearWarmup), "got the class LinearWarmup; give an instance"),
+    ("ConstantBeta", lambda: bv.Config(beta_schedule=2.0), "derived from bsvae_jax.BetaSchedule, got 2.0"),
+    ("LinearWarmup", lambda: bv.LinearWarmup(0), "beta_schedule.steps must be a whole number >= 1, got 0"),
+    ("LinearWarmup", scheduled(bv.LinearWarmup(3)), "steps 3 must be fewer than the 3 steps of the whole run; train for more"),
+    ("LinearWarmup", scheduled(bv.LinearWarmup(2), beta=0.0), "beta_schedule linear_warmup-2 scales beta, which is 0; give a"),
+    ("Cyclical", lambda: bv.Cyclical(0), "beta_schedule.steps must be a whole number >= 1, got 0"),
+    ("Cyclical", lambda: bv.Cyclical(4, ramp=0.0), "beta_schedule.ramp must be a finite number > 0 and <= 1"),
+    ("Cyclical", scheduled(bv.Cyclical(8)), "ends at step 3 of a cycle of 8, .* beta_schedule.steps 3 ends with"),
+    ("Capacity", lambda: bv.Capacity(nats=0.0), "beta_schedule.nats must be a finite number > 0, got 0"),
+    ("Capacity", scheduled(bv.Capacity()), "steps 100000 must be fewer than the 3 steps .* let the capacity rise in fewer"),
+    ("Capacity", scheduled(bv.Capacity(34.0, 2)), "nats 34 is more than can be carried, 33.27 nats: each latent has the bits"),
+    ("TargetRate", lambda: bv.TargetRate(-1.0), "beta_schedule.nats must be a finite number >= 0, got -1"),
+    ("TargetRate", lambda: bv.TargetRate(9.0, speed=2.0), r"beta_schedule.speed must be .* <= 1, got 2"),
+    ("TargetRate", scheduled(bv.TargetRate()), r"target rate must be given: .* as in TargetRate\(20.0\)"),
+    ("TargetRate", scheduled(bv.TargetRate(182.0), latent_size=64), "nats 182 is more than can be carried, 181.3 nats"),
+    ("TargetRate", scheduled(bv.TargetRate(9.0), free_bits=bv.FreeBits(5.0)), "contradicts free_bits, which leave 10 nats"),
+    ("FreeBits", lambda: bv.FreeBits(-1.0), "free_bits.nats must be a finite number >= 0, got -1"),
+    ("FreeBits", lambda: bv.FreeBits(1.0, group=0), "free_bits.group must be a whole number >= 1, got 0"),
+    ("FreeBits", make(free_bits=bv.FreeBits(1.0, 3)), "free_bits.group 3 does not divide the 2 latents into groups"),
+    ("FreeBits", make(free_bits=bv.FreeBits(1.0), prior=bv.config.Mixture()), "free_bits.group 2, all of them, has a rate"),
+    ("FreeBits", make(free_bits=1.0), "free_bits must be of type FreeBits, got 1.0"),
     ("StandardNormal", lambda: bv.StandardNormal(0), "prior.latent_size must be a whole number >= 1, got 0"),
     ("Sweep", lambda: bv.Sweep(beta=()), r"at least one beta, got \(\)"),
     ("Sweep", lambda: bv.Sweep(beta=1.0), "at least one beta, got 1.0"),
     ("Sweep", lambda: bv.Sweep(beta=(1.0, 1.0)), "beta names 1.0 twice"),
     ("Sweep", lambda: bv.Sweep(seeds=0), "seeds must be a whole number >= 1, got 0"),
     ("Sweep", lambda: bv.Sweep(decoder_variance=()), "at least one decoder_variance"),
+    ("Sweep", lambda: bv.Sweep(beta_schedule=(2.0,)).members(CONFIG), "derived from bsvae_jax.BetaSchedule, got 2.0"),
     ("Sweep", lambda: bv.Sweep(beta=(-1.0,)).members(CONFIG), "beta must be a finite number >= 0, got -1.0"),
     ("Sweep", lambda: bv.Sweep(beta=("1",)).members(CONFIG), "beta must be a finite number >= 0, got '1'"),
     ("Sweep", lambda: bv.Sweep(decoder_variance=("optimal",)).members(CONFIG), "derived from bsvae_jax.DecoderVari"),
