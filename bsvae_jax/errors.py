@@ -84,10 +84,15 @@ def check_count(name: str, value: Any, low: int = 1, high: int = LARGEST_COUNT) 
         raise UserError(f"{name} must be a whole number >= {low}{upper}, got {shown(value)}.")
 
 
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that is closest to `name`; None where nothing is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'beta'?)"`, or `""` when nothing in `known` is close to `name`."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
+    match = closest(name, known)
+    return f" (did you mean {match!r}?)" if match is not None else ""
 
 
 def check_number(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:

@@ -3,14 +3,14 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
 from bsvae_jax import config as configs
 from bsvae_jax.cli.options import Merged, parse
 from bsvae_jax.config import Config
-from bsvae_jax.errors import UserError
+from bsvae_jax.errors import UserError, closest
 
 DATA = Literal["digits", "mnist", "arrays", "folder", "tfds"]
 NETWORK = Literal["linear", "mlp", "residual", "spatial"]
@@ -82,8 +82,33 @@ def read_config(command: str, arguments: list[str], files: tuple[str, ...] = ("C
         raise UserError(f"{what} first: bsvae {command} {' '.join(files)} [options].")
     config = configs.load_config(arguments[len(files) - 1])
     prog = f"bsvae {command}"
-    chosen, _ = parse(kinds, prog=prog, args=arguments[len(files) :], return_unknown_args=True, add_help=False)
-    return chosen.applied_to(config)
+    chosen, others = parse(kinds, prog=prog, args=arguments[len(files) :], return_unknown_args=True, add_help=False)
+    config = chosen.applied_to(config)
+    for option in others:
+        _check_option(option, config, kinds)
+    return config
+
+
+def _check_option(argument: str, config: Config, kinds: Any) -> None:
+    """Raise a UserError for an option of a part, as `--network.widths`, that the kind of this part does not have.
+
+    Its own option of the nearest name is offered, or the kind that has such a one, which the parser cannot know.
+    """
+    part, _, rest = argument.partition("=")[0].removeprefix("--").partition(".")
+    field, name = part.replace("-", "_"), rest.partition(".")[0].removeprefix("no-").replace("-", "_")
+    hints = get_type_hints(kinds)
+    if not (argument.startswith("--") and name and field in hints):
+        return
+    kind = type(getattr(config, field))
+    own = [of.name for of in dataclasses.fields(kind)]
+    if name in own:
+        return
+    names = get_args(get_args(hints[field])[0])
+    owners = {of.name: other for other in reversed(names) for of in dataclasses.fields(configs.CHOICES[field][other])}
+    match = name if name in owners else closest(name, own) or closest(name, owners)
+    hint = "" if match is None else f"; did you mean --{part}.{match.replace('_', '-')}"
+    hint += "" if match is None else "?" if match in own else f", which --{part} {owners[match]} has?"
+    raise UserError(f"--{part}.{rest} is not an option of --{part} {configs.kind_name(kind)}{hint or '.'}")
 
 
 def read_experiment(command: str, arguments: list[str], files: tuple[str, ...] = ("CONFIG",)) -> Experiment:

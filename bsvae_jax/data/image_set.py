@@ -16,6 +16,8 @@ from bsvae_jax.errors import UserError, check_count, check_kind
 
 SPLITS = ("train", "test", "validation")
 """In this order; the last is not always there."""
+SPLIT_NAMES = {"train": "training set", "test": "test set", "validation": "validation set"}
+"""What people call them."""
 
 ROUNDING = 1e-6
 """By how much floats may leave [0, 1]; they are clipped."""

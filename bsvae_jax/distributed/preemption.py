@@ -1,5 +1,7 @@
 """Stopping on a signal without losing work: training goes on to the next row of metrics and is saved, then the process ends.
 
+After the last step there is nothing to continue from: the evaluation goes on to its end.
+
 SIGINT (Ctrl-C, a notebook's stop button) and SIGTERM (a scheduler, a preemptible machine about to go) are answered alike. A
 second SIGINT quits at once. The command line exits with 128 + the signal's number: 130 and 143.
 """
@@ -12,6 +14,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TRAINING = "finishing this step and saving"
+EVALUATING = "the last training step is done, and its evaluation goes on to the end"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -32,7 +36,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether a signal has asked to stop."""
+    """Whether a signal has asked to stop, and what it is answered."""
+
+    answer = TRAINING
 
     def __init__(self) -> None:
         """Nobody has."""
@@ -42,6 +48,18 @@ class Stop:
         """Raise `Interrupted` if a signal has asked to stop."""
         if self.number is not None:
             raise Interrupted(message, self.number)
+
+    def expect(self, answer: str) -> None:
+        """What a signal is answered from now on, `TRAINING` or `EVALUATING`; one that has come is told that it is another."""
+        changed, self.answer = answer != self.answer, answer
+        if changed and self.number is not None:
+            self.say(self.number)
+
+    def say(self, number: int) -> None:
+        """Answer a signal."""
+        name = signal.Signals(number).name
+        # Not print: a handler may run in the middle of another write to the same buffer.
+        os.write(2, f"\n{name}: {self.answer}; Ctrl-C quits at once, losing what is not saved\n".encode())
 
 
 @contextlib.contextmanager
@@ -63,9 +81,7 @@ def stop_on_signals() -> Iterator[Stop]:
     def note(number: int, frame: FrameType | None) -> None:
         stop.number = number
         restore()
-        name = signal.Signals(number).name
-        # Not print: a handler may run in the middle of another write to the same buffer.
-        os.write(2, f"\n{name}: finishing this step and saving; Ctrl-C quits at once, losing what is not saved\n".encode())
+        stop.say(number)
 
     for number in SIGNALS:
         signal.signal(number, note)

@@ -10,7 +10,7 @@ from jax.scipy.stats import norm
 
 from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
-from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.data.image_set import SPLIT_NAMES, to_unit_interval
 from bsvae_jax.evaluation import diagnostic_plots, plots, residuals
 from bsvae_jax.evaluation.evaluate import Evaluated, SplitEvaluation, bound_name
 from bsvae_jax.evaluation.figures import title_of
@@ -54,7 +54,7 @@ def draw(run: Restored, images: ImageSet, evaluated: Evaluated, workdir: Path) -
         "nearest_neighbors": _neighbors(run, images, title),
     }
     for split, parts in evaluated.splits.items():
-        own = f"{title}, {split} set"
+        own = f"{title}, {SPLIT_NAMES[split]}"
         drawn[f"residuals_{split}"] = _residuals(parts, own)
         drawn[f"variance_maps_{split}"] = diagnostic_plots.variance_maps(
             images.as_shown(images.mean_image), parts.scores.pixel_squared_error, evaluated.calibration.variance_per_pixel, own
@@ -100,28 +100,29 @@ def draw_fitted(run: Restored, fitted: Restored, images: ImageSet, evaluated: Ev
     together = np.concatenate(list(points.values()))
     reach = np.quantile(together, 0.002, axis=0) - 0.5, np.quantile(together, 0.998, axis=0) + 0.5
     title = title_of(run, images)
-    figure = diagnostic_plots.prior_and_posterior(points, pictures, reach, f"Latents and what they decode to: {title}")
+    figure = diagnostic_plots.prior_and_posterior(points, pictures, reach, f"Latents and what they decode to; {title}")
     (path,) = plots.save_all({"fitted_prior": figure}, workdir / "figures")
     return path
 
 
 def _residuals(parts: SplitEvaluation, title: str) -> Any:
-    probabilities = np.asarray(norm.cdf(np.linspace(-4.0, 4.0, 201)), np.float64)
+    normal_quantiles = np.linspace(-4.0, 4.0, 201)
+    probabilities = np.asarray(norm.cdf(normal_quantiles), np.float64)
     widths = np.linspace(0.02, 4.0, 200)
     count = residuals.BINS // DENSITY_BINS
     width = 2 * residuals.LIMIT / count
     bins = (np.arange(count) + 0.5) * width - residuals.LIMIT
     counts = dict(zip(residuals.STANDARDISED_BY, parts.details.residuals, strict=True))
+    quantiles = {name: residuals.residual_quantiles(row, probabilities) for name, row in counts.items()}
+    known = residuals.LIMIT - 1 / residuals.BINS_PER_UNIT  # the outermost bins hold all that lies beyond
     return diagnostic_plots.residual_calibration(
-        probabilities,
-        np.linspace(-4.0, 4.0, 201),
-        {name: residuals.residual_quantiles(row, probabilities) for name, row in counts.items()},
+        normal_quantiles,
+        {name: np.where(np.abs(values) < known, values, np.nan) for name, values in quantiles.items()},
         np.asarray(2 * norm.cdf(widths) - 1),
         {name: residuals.residual_coverage(row, widths) for name, row in counts.items()},
-        # Without the outermost bins, which hold all that lies beyond.
         {name: (row.reshape(count, -1).sum(axis=1) / row.sum() / width)[1:-1] for name, row in counts.items()},
         bins[1:-1],
-        f"Residuals x + u − μ over σ: {title}",
+        f"Residuals (x + u − μ) / σ; {title}",
     )
 
 
@@ -153,22 +154,22 @@ def _rate(parts: SplitEvaluation, title: str) -> Any:
 
     split, total = parts.rate, parts.scores.rate
     bars = {"rate": mean(total), "mutual information I(x; z)": mean(split.mutual_information)}
-    bars["KL(q(z) || p(z))"] = mean(split.aggregate_kl)
+    bars["KL(q(z) ‖ p(z))"] = mean(split.aggregate_kl)
     standard_normal = parts.scores.aggregate_variance is None
-    own = "rate: KL(q(z|x) || p(z))" if standard_normal else "KL(q(z|x) || Gaussian of the moments of q(z))"
+    own = "rate: KL(q(z|x) ‖ p(z))" if standard_normal else "KL(q(z|x) ‖ Gaussian of the moments of q(z))"
     latents = {own: parts.scores.latent_rate}
     if split.total_correlation is not None and split.dimension_kl is not None:
         bars |= {
-            "  total correlation": mean(split.total_correlation),
-            "  dimension-wise KL": mean(split.dimension_kl.sum(axis=1)),
+            "of it total correlation": mean(split.total_correlation),
+            "of it dimension-wise KL": mean(split.dimension_kl.sum(axis=1)),
         }
-        latents["dimension-wise: KL(q(z) || p(z))"] = split.dimension_kl.mean(axis=0)
+        latents["dimension-wise: KL(q(z) ‖ p(z))"] = split.dimension_kl.mean(axis=0)
     return diagnostic_plots.rate_decomposition(bars, latents, float(np.log(total.shape[-1])), title)
 
 
 def _latent_space(images: ImageSet, split: str, parts: SplitEvaluation, title: str) -> dict[str, Any]:
     """The posterior means by class or attribute; nothing where the data have neither."""
-    labels = images.train_labels if split == "train" else images.test_labels
+    labels: np.ndarray | None = getattr(images, f"{split}_labels")
     means = parts.scores.posterior_mean
     if labels is None or means.shape[1] < 2:
         return {}
@@ -177,7 +178,7 @@ def _latent_space(images: ImageSet, split: str, parts: SplitEvaluation, title: s
     points, shares = centered @ axes[:2].T, (spread**2 / max(float((spread**2).sum()), 1e-30))[:2].tolist()
     if labels.ndim == 1:
         names = images.label_names or tuple(str(number) for number in range(int(labels.max()) + 1))
-        panels = {"colored by class": (labels, names)}
+        panels = {"class": (labels, names)}
     else:
         best = np.argsort(-_separation(points, labels))[:ATTRIBUTES_SHOWN].tolist()
         panels = {images.label_names[number]: (labels[:, number].astype(int), ("no", "yes")) for number in best}
@@ -226,7 +227,9 @@ def _interpolations(run: Restored, images: ImageSet, title: str) -> Any:
     z = np.concatenate(paths).astype(np.float32)
     decoded = np.asarray(apply(run.variables, z, method="decode").mean).reshape(len(paths), STEPS, *run.image_shape)
     decoded = images.as_shown(decoded)
-    return diagnostic_plots.interpolations(decoded, [*ways] * pairs, f"Between the posterior means of held-out images: {title}")
+    return diagnostic_plots.interpolations(
+        decoded, [*ways] * pairs, f"Decoder means between the posterior means of test images; {title}"
+    )
 
 
 def _neighbors(run: Restored, images: ImageSet, title: str) -> Any:
@@ -236,8 +239,8 @@ def _neighbors(run: Restored, images: ImageSet, title: str) -> Any:
     output: Any = jax.jit(run.model.apply)(run.variables, held_out, split_key(run.config.seed, "test"))
     sets = {
         "samples": samples,
-        "held-out reconstructions": np.clip(np.asarray(output.decoded.mean), *limits),
-        "held-out images": np.asarray(held_out),
+        "test reconstructions": np.clip(np.asarray(output.decoded.mean), *limits),
+        "test images": np.asarray(held_out),
     }
     found = {name: nearest_images(queries, images.train, images.levels) for name, queries in sets.items()}
     nearest = to_unit_interval(jnp.asarray(images.train[found["samples"].positions[:SHOWN]]), images.levels)
@@ -245,5 +248,5 @@ def _neighbors(run: Restored, images: ImageSet, title: str) -> Any:
         images.as_shown(samples[:SHOWN]),
         images.as_shown(np.asarray(nearest)),
         {name: neighbors.distance for name, neighbors in found.items()},
-        f"Are samples memories? {title}",
+        f"Samples of the prior and their nearest training images; {title}",
     )

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from bsvae_jax.evaluation.plots import cell_size, centers, drawn_as_lines, literal, new_figure, show_examples
+from bsvae_jax.evaluation.plots import cell_size, centers, drawn_as_lines, literal, log_scale, new_figure, show_examples
 
 COLORS = ("#4477aa", "#cc3311", "#228833", "#aa3377", "#997700", "#009988")
 
@@ -22,16 +23,15 @@ def likelihood_curves(curves: Mapping[str, np.ndarray], title: str) -> Figure:
     axes = figure.subplots()
     for (name, curve), color in zip(curves.items(), COLORS, strict=False):
         axes.plot(np.arange(1, len(curve) + 1), curve, color=color, label=f"{name}: {curve[-1]:.2f} at {len(curve)}")
-    axes.set_xscale("log")
+    log_scale(axes, "x")
     axes.set_xlabel("importance samples K")
-    axes.set_ylabel("bound of log p(x) [nats per image]")
+    axes.set_ylabel("lower bound of log p(x) [nats per image]")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
 
 def residual_calibration(
-    probabilities: np.ndarray,
     normal_quantiles: np.ndarray,
     quantiles: Mapping[str, np.ndarray],
     nominal: np.ndarray,
@@ -43,9 +43,8 @@ def residual_calibration(
     """Are the residuals N(0, sigma^2)? Their density, a QQ plot and a reliability curve.
 
     Args:
-      probabilities: of the quantiles, (0, 1).
-      normal_quantiles: of N(0, 1) at these.
-      quantiles: of the standardized residuals at these, by how they were standardized.
+      normal_quantiles: of N(0, 1).
+      quantiles: of the standardized residuals at the same probabilities, by how they were standardized; NaN: not known.
       nominal: coverage of central intervals under N(0, 1), (0, 1).
       coverage: observed coverage of the same intervals.
       density: of the standardized residuals in each bin.
@@ -63,15 +62,15 @@ def residual_calibration(
     histogram.set_ylim(1e-5, max(2.0, 2 * max(values.max() for values in density.values())))
     histogram.set_xlabel("residual [standard deviations]")
     histogram.set_ylabel("density")
-    histogram.legend()
     qq.plot(normal_quantiles, normal_quantiles, color="black", linestyle=":", label="N(0, 1)")
-    qq.set_xlabel(f"quantile of N(0, 1), {probabilities[0]:.1e} to 1 − {1 - probabilities[-1]:.1e}")
-    qq.set_ylabel("quantile of the residuals")
+    qq.set_xlabel("quantile of N(0, 1) [standard deviations]")
+    qq.set_ylabel("quantile of the residuals [standard deviations]")
     reliability.plot([0, 1], [0, 1], color="black", linestyle=":", label="calibrated")
     reliability.set_xlabel("nominal coverage of ± k standard deviations")
     reliability.set_ylabel("observed share of residuals")
     for axes in (histogram, qq, reliability):
         axes.grid(alpha=0.3)
+    figure.legend(*histogram.get_legend_handles_labels(), loc="outside lower center", ncols=4)  # a corner may hold a tail
     return figure
 
 
@@ -142,8 +141,7 @@ def variance_by_difficulty(
     points = axes.scatter(difficulty, variance, c=rate, s=4, cmap="viridis", rasterized=True)
     figure.colorbar(points, ax=axes, label="rate [nats]")
     axes.axhline(calibrated, color="#cc3311", linestyle="--", label="calibrated σ² (one for all)")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    log_scale(axes, "x", "y")
     axes.set_xlabel("difficulty: squared distance from the mean image, per pixel [intensity²]")
     axes.set_ylabel("optimal σ²*(x) [intensity²]")
     axes.grid(alpha=0.3)
@@ -170,7 +168,11 @@ def rate_decomposition(
     left, right = figure.subplots(1, 2)
     names = list(parts)
     values, errors = np.transpose([parts[name] for name in names])
-    left.barh(names, values, xerr=errors, color=[COLORS[i % len(COLORS)] for i in range(len(names))])
+    # The colors of the right panel, and gray for what it does not show.
+    colors = [COLORS[0], *["#bbbbbb"] * (len(names) - 1)]
+    if len(latents) > 1:
+        colors[-1] = COLORS[1]
+    left.barh(names, values, xerr=errors, color=colors)
     left.invert_yaxis()
     left.axvline(
         most_information, color="black", linestyle=":", label=f"log N = {most_information:.2f}: most I(x; z) of the set"
@@ -182,6 +184,7 @@ def rate_decomposition(
     for (name, per_latent), color, marker in zip(latents.items(), COLORS, "osd^", strict=False):
         right.plot(np.arange(1, len(order) + 1), per_latent[order], color=color, marker=marker, markersize=3, label=name)
     right.set_xlabel("latent, by its rate")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_ylabel("nats per image")
     right.legend()
     for axes in (left, right):
@@ -224,7 +227,7 @@ def interpolations(rows: np.ndarray, labels: Sequence[str], title: str) -> Figur
     axes = figure.subplots()
     show_examples(axes, rows.reshape(-1, *rows.shape[2:]), steps)
     axes.set_yticks(centers(height, count), labels)
-    axes.set_xticks(centers(width, steps)[[0, -1]], ["from", "to"])
+    axes.set_xticks(centers(width, steps)[[0, -1]], ["from one", "to the other"])
     axes.tick_params(length=0)
     return figure
 
@@ -251,11 +254,10 @@ def nearest_neighbors(samples: np.ndarray, nearest: np.ndarray, distances: Mappi
     spread = figure.add_subplot(grid[1])
     edges = np.linspace(0, max(values.max() for values in distances.values()) * 1.05, 40)
     for (name, values), color in zip(distances.items(), COLORS, strict=False):
-        spread.hist(
-            values, edges.tolist(), color=color, alpha=0.55, density=True, label=f"{name} (median {np.median(values):.3f})"
-        )
-    spread.set_xlabel("distance from the nearest training image [RMS intensity]")
-    spread.set_ylabel("density")
+        label = f"{name} (median {np.median(values):.3f})"
+        spread.hist(values, edges.tolist(), histtype="step", linewidth=1.5, color=color, density=True, label=label)
+    spread.set_xlabel("distance from the nearest training image, root mean square [intensity]")
+    spread.set_ylabel("density [1 / intensity]")
     spread.set_ylim(top=1.35 * spread.get_ylim()[1])  # room for the legend above the bars
     spread.grid(alpha=0.3)
     spread.legend()
@@ -289,15 +291,18 @@ def latent_space(
             color = colors(number if len(names) <= 10 else number / (len(names) - 1))
             size = float(np.clip(6000 / len(points), 3, 20))
             drawn.append(axes.scatter(own[:, 0], own[:, 1], s=size, color=color, alpha=0.6, linewidths=0, rasterized=True))
-        axes.set_title(literal(name), fontsize=9)
+        if len(panels) > 1:
+            axes.set_title(literal(name), fontsize=9)
         axes.set_xlabel(f"first principal axis of the posterior means ({shares[0]:.0%})", fontsize=8)
-        axes.set_ylabel(f"second ({shares[1]:.0%})", fontsize=8)
+        axes.set_ylabel(f"second principal axis ({shares[1]:.0%})", fontsize=8)
         axes.grid(alpha=0.3)
         if len(names) <= CLASSES_NAMED:
             axes.legend(
                 drawn,  # a label of an artist's own would be left out if it began with an underscore
                 [literal(label) for label in names],
+                title=None if len(panels) > 1 else literal(name),
                 fontsize=7,
+                title_fontsize=8,
                 markerscale=1.5,
                 loc="center left" if len(panels) == 1 else "best",
                 bbox_to_anchor=(1.0, 0.5) if len(panels) == 1 else None,

@@ -22,7 +22,7 @@ TRAVERSAL = np.linspace(-3.0, 3.0, 13)
 
 def title_of(run: Restored, images: ImageSet) -> str:
     """What the figures of a run have in common."""
-    title = f"{images.name}, {type(run.config.decoder_variance).__name__} variance, β = {run.beta:.4g}"
+    title = f"{images.name}: {run.config.decoder_variance.label}, β = {run.beta:.4g}"
     return title if len(images.image_shape) <= 3 else f"{title}; middle slices"
 
 
@@ -38,19 +38,18 @@ def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
     output = apply(run.variables, x, key)
     # Most informative latents first, as `scoring.SplitScores.latent_rate` has it; moved on the scale of the prior where that is
     # known, else on that of the data.
-    mean, log_variance = output.posterior
-    origin, scale, unit = jnp.zeros(mean.shape[1]), jnp.ones(mean.shape[1]), "prior standard deviations"
-    rates = 0.5 * jnp.mean(jnp.expm1(log_variance) - log_variance + jnp.square(mean), axis=0)
+    mean, log_variance = (np.asarray(values) for values in output.posterior)  # JAX would compile every line of what follows
+    origin, scale, unit = np.zeros(mean.shape[1]), np.ones(mean.shape[1]), "prior standard deviations"
+    rates = 0.5 * np.mean(np.expm1(log_variance) - log_variance + mean**2, axis=0)
     if not isinstance(run.model.prior, StandardNormal):
-        variance = jnp.var(mean, axis=0) + jnp.mean(jnp.exp(log_variance), axis=0)
-        origin, scale, unit = jnp.mean(mean, axis=0), jnp.sqrt(variance), "standard deviations of the data's posteriors"
-        rates = 0.5 * (jnp.log(variance) - jnp.mean(log_variance, axis=0))
-    order = np.argsort(-np.asarray(rates))[:TRAVERSED]
-    start = mean[0]
-    z = jnp.stack(
-        [start.at[latent].set(origin[latent] + value * scale[latent]) for latent in order.tolist() for value in TRAVERSAL]
-    )
-    moved = np.asarray(apply(run.variables, z, method="decode").mean)
+        variance = mean.var(axis=0) + np.exp(log_variance).mean(axis=0)
+        origin, scale, unit = mean.mean(axis=0), np.sqrt(variance), "standard deviations of the data's posteriors"
+        rates = 0.5 * (np.log(variance) - log_variance.mean(axis=0))
+    order = np.argsort(-rates)[:TRAVERSED]
+    z = np.tile(mean[0], (len(order), len(TRAVERSAL), 1))
+    for row, latent in enumerate(order):
+        z[row, :, latent] = origin[latent] + TRAVERSAL * scale[latent]
+    moved = np.asarray(apply(run.variables, z.reshape(-1, mean.shape[1]), method="decode").mean)
     samples = apply(run.variables, key, count=SAMPLES, method="sample")
     title = title_of(run, images)
     shown = images.as_shown
@@ -58,15 +57,18 @@ def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
     drawn = {"training_curves": plots.training_curves(rows, title)} if rows else {}
     drawn |= {
         "reconstructions": plots.reconstructions(
-            shown(np.asarray(x[:PAIRS])), shown(np.asarray(output.decoded.mean[:PAIRS])), f"Held-out reconstructions: {title}"
+            shown(np.asarray(x[:PAIRS])),
+            shown(np.asarray(output.decoded.mean[:PAIRS])),
+            f"Test set and its reconstructions; {title}",
         ),
-        "samples": plots.image_grid(shown(np.asarray(samples)), f"Samples of the prior: {title}"),
+        "samples": plots.image_grid(shown(np.asarray(samples)), f"Decoder means of samples of the prior; {title}"),
         "latent_traversals": plots.latent_traversals(
             shown(moved).reshape(len(order), len(TRAVERSAL), *run.image_shape),
             TRAVERSAL.tolist(),
             [f"z{latent} ({rates[latent]:.2f} nats)" for latent in order],
-            f"Latents by their rate: {title}",
+            f"Decoder means where one latent moves; {title}",
             unit,
+            f"{len(order)} of {len(rates)} latents, most informative first",
         ),
     }
     return plots.save_all(drawn, workdir / "figures")

@@ -15,7 +15,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 STYLE: dict[str, dict[str, Any]] = {
@@ -23,7 +23,7 @@ STYLE: dict[str, dict[str, Any]] = {
     "test": dict(color="#cc3311", linestyle="--", marker="o", markersize=3),
     "validation": dict(color="#ee7733", linestyle="--", marker="o", markersize=3),
 }
-NAMES = {"train": "training batches", "test": "test set", "validation": "validation images"}
+NAMES = {"train": "training batches", "test": "test set", "validation": "validation set"}
 
 LINE_CELL = (12, 16)
 """Height and width of the cell in which an example is drawn as lines, in the place of an image's pixels."""
@@ -49,7 +49,7 @@ def new_figure(width: float, height: float, title: str = "", fontsize: float | s
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     if title:
-        figure.suptitle(literal(title), fontsize=fontsize)
+        figure.suptitle(literal(title), fontsize=fontsize, wrap=True)
     return figure
 
 
@@ -81,8 +81,43 @@ def save_all(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     return paths
 
 
+class _FewLogTicks(LogLocator):
+    """Decades, and where an axis has not three of them, the fewest of their parts of which it has."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        ticks: Any = []
+        for parts in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), np.arange(1.0, 10.0)):
+            self.set_params(subs=parts)
+            ticks = super().tick_values(vmin, vmax)
+            if np.count_nonzero((ticks >= vmin) & (ticks <= vmax)) >= 3:
+                break
+        return ticks
+
+
+def log_scale(axes: Any, *names: str) -> None:
+    """Give the axes of these names, 'x' or 'y', logarithmic scales, and at least three ticks that are plain numbers: 0.02."""
+    for name in names:
+        axes.set(**{f"{name}scale": "log"})
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_locator(_FewLogTicks())
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
+
+
+def show_only(axes: Any, kept: np.ndarray, values: np.ndarray) -> None:
+    """Let a linear axis of values reach over those that are kept, and say above it how far all the values go beyond."""
+    low, high, space = float(kept.min()), float(kept.max()), float(np.ptp(kept))
+    axes.set_ylim(low - 0.05 * space, high + 0.1 * space)
+    beyond = [f"▲ up to {values.max():.4g}"] if values.max() > high + 0.1 * space else []
+    beyond += [f"▼ down to {values.min():.4g}"] if values.min() < low - 0.05 * space else []
+    if beyond:
+        axes.set_title(f"cut off: {', '.join(beyond)}", loc="right", fontsize=8, color="#666666")
+
+
 def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Objective, distortion, rate, mean squared error and decoder variance against the epoch, training and test.
+    """Objective, distortion, rate, mean squared error and decoder variance against the epoch, training and held-out.
+
+    The first twentieth of the steps, which would flatten all that follows, may lie beyond an axis; it says so.
 
     Args:
       rows: rows of `metrics.jsonl` (`step`, `epoch`, `split` and the terms in nats per example).
@@ -106,16 +141,18 @@ def training_curves(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
             if points:
                 axes.plot(*np.transpose(points), label=NAMES[split], **style)
         if logarithmic:
-            axes.set_yscale("log")
+            log_scale(axes, "y")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        if name in ("objective", "distortion", "rate"):  # the first steps would flatten all that follows
-            values = np.array([row[name] for row in rows if row["step"] > 0.05 * last["step"] and row[name] is not None])
-            if len(values) > 1 and np.ptp(values) > 0:
-                axes.set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.1 * np.ptp(values))
+        if name in ("objective", "distortion", "rate"):
+            values, steps = np.transpose([(row[name], row["step"]) for row in rows if row[name] is not None])
+            kept = values[steps > 0.05 * last["step"]]
+            if len(kept) > 1 and np.ptp(kept) > 0:
+                show_only(axes, kept, values)
     for axes in figure.axes[3:]:
         axes.set_xlabel("epoch")
-    figure.axes[0].legend()
+    figure.align_ylabels()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -252,26 +289,31 @@ def image_grid(images: np.ndarray, title: str, columns: int = 10) -> Figure:
 
 
 def reconstructions(originals: np.ndarray, means: np.ndarray, title: str, columns: int = 10) -> Figure:
-    """Originals above their reconstructions, [N, H, W, C] each, in rows of `columns` pairs; lines are drawn over each other."""
+    """Originals above decoder means, [N, H, W, C] each, in rows of `columns` pairs; lines are drawn over each other."""
     if drawn_as_lines(originals.shape[1:]):
-        return line_panels({"original": originals, "mean": means}, title)
+        return line_panels({"original": originals, "decoder mean": means}, title)
     rows = -(-len(originals) // columns)
     height, width = cell_size(originals.shape[1:])
     figure = new_figure(8.0, 0.4 + rows * (16 / columns * height / width), title)
     for row, axes in enumerate(np.atleast_1d(figure.subplots(rows, 1))):
         part = slice(row * columns, (row + 1) * columns)
         show_examples(axes, np.concatenate([originals[part], means[part]]), len(originals[part]))
-        axes.set_yticks(centers(height, 2), ["original", "mean"])
+        axes.set_yticks(centers(height, 2), ["original", "decoder mean"])
         axes.tick_params(axis="y", length=0)
     return figure
 
 
 def latent_traversals(
-    images: np.ndarray, values: Sequence[float], labels: Sequence[str], title: str, unit: str = "prior standard deviations"
+    images: np.ndarray,
+    values: Sequence[float],
+    labels: Sequence[str],
+    title: str,
+    unit: str = "prior standard deviations",
+    of: str = "",
 ) -> Figure:
     """Decoded images [latents, values, H, W, C], or other examples: one latent a row, moved through `values`, the others held.
 
-    `labels` name the rows, `unit` that of the values.
+    `labels` name the rows, `unit` that of the values; `of` says which latents they are.
     """
     latents, steps = images.shape[:2]
     height, width = cell_size(images.shape[2:])
@@ -282,6 +324,7 @@ def latent_traversals(
     axes.set_xticks(centers(width, steps), [f"{value:g}" for value in values])
     axes.tick_params(length=0)
     axes.set_xlabel(f"value of the latent [{unit}]")
+    axes.set_ylabel(of)
     return figure
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 import bsvae_jax
 from bsvae_jax.config import to_dict
+from bsvae_jax.data.image_set import SPLIT_NAMES
 from bsvae_jax.sweeps.results import SweepResults, display_rows, error_bars
 
 STYLE = """
@@ -85,9 +86,10 @@ def page(results: SweepResults, sentences: Sequence[str], pictures: Mapping[str,
             f'<figure><div class="plot"><img src="data:image/png;base64,{data}" alt="{html.escape(picture.alt)}">{points}</div>'
             f"<figcaption>{html.escape(picture.caption)} {files}</figcaption></figure>"
         )
-    for split, heading in (("test", "Test set"), ("train", "Training set")):
+    for split in results.splits:
         headings, rows = display_rows(results, split)
-        parts.append(f"<h2>{heading}</h2><p>{error_bars(headings)} A click on a heading sorts the rows.</p>")
+        about = f"{error_bars(headings)} A click on a heading sorts the rows."
+        parts.append(f"<h2>{SPLIT_NAMES[split].capitalize()}</h2><p>{about}</p>")
         cells = [[html.escape(cell).replace("± ", "±&nbsp;") for cell in row] for row in rows]
         parts.append(_table(headings, cells))
     parts += ["<h2>Members</h2>", _table(["folder", "state", "found"], _members(results), "members")]

@@ -13,7 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import Bbox
 
-from bsvae_jax.evaluation.plots import any_letters, cell_size, centers, drawn_as_lines, new_figure, show_examples
+from bsvae_jax.evaluation.plots import (
+    any_letters,
+    cell_size,
+    centers,
+    log_scale,
+    new_figure,
+    show_examples,
+    show_only,
+)
 
 COLORS = ("#cc3311", "#4477aa", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#555555", "#ee7733")
 MARKERS = "osD^vP*X"
@@ -52,17 +60,15 @@ class Line(NamedTuple):
 def _draw(axes: Any, curves: Sequence[Curve], lines: Sequence[Line] = (), joined: bool = True) -> None:
     for index, curve in enumerate(curves):
         family = (index if curve.family is None else curve.family) % 8
-        style: dict[str, Any] = dict(color=COLORS[family], marker=MARKERS[family], markersize=6, linewidth=1.2)
+        style: dict[str, Any] = dict(color=COLORS[family], marker=MARKERS[family], markersize=5, linewidth=1.2)
         style["linestyle"] = ("--" if curve.dashed else "-") if joined else "none"
-        if curve.dashed:
-            style["markerfacecolor"] = "white"
+        if curve.dashed:  # larger and behind: a ring around the filled marker of the same place
+            style |= dict(markerfacecolor="white", markersize=7, zorder=1.9)
         collapsed = np.array(curve.collapsed or np.zeros(len(curve.x)), bool)
         axes.plot(curve.x, np.where(collapsed, np.nan, curve.y), label=curve.label, **style)
         axes.plot(curve.x[collapsed], curve.y[collapsed], "x", color=COLORS[family], markersize=6)
-        # Above the markers, which would hide the short ones; without those that are rounding.
-        pairs = ((curve.y, curve.y_deviation), (curve.x, curve.x_deviation))
-        bars = [np.where((own > 1e-9 * np.abs(values)) & ~collapsed, own, np.nan) for values, own in pairs]
-        axes.errorbar(curve.x, curve.y, *bars, fmt="none", ecolor="black", elinewidth=0.8, capsize=2, capthick=0.8, zorder=3)
+        bars = [np.where(collapsed, np.nan, own) for own in (curve.y_deviation, curve.x_deviation)]
+        axes.errorbar(curve.x, curve.y, *bars, fmt="none", ecolor=COLORS[family], elinewidth=1.0, zorder=1.8)
     for line, dashes in zip(lines, ("--", ":", "-."), strict=False):
         axes.plot(line.x, line.y, color="black", linestyle=dashes, linewidth=1.0, label=line.label, zorder=0)
     if any(any(curve.collapsed) for curve in curves):
@@ -87,14 +93,21 @@ def _obstacles(axes: Any) -> tuple[list[Any], list[Bbox]]:
     return paths, boxes
 
 
-def _name_points(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
-    """Write the names beside their points; call once the figure is complete, since the places depend on all that is there.
+def _name_points(figure: Figure, panels: Sequence[Sequence[Curve]]) -> None:
+    """Write the names of the curves of the first panels beside their points.
+
+    Call it once the figure is complete, since the places depend on all that is there.
 
     Points too close together share one label. A label goes to the nearest place where it covers no line, no marker and no
     other label and no other marker is nearer than its own, and is left out where there is none.
     """
     with any_letters():
         figure.draw_without_rendering()  # places axes and legend
+    for axes, curves in zip(figure.axes, panels, strict=False):
+        _name_points_of(axes, curves)
+
+
+def _name_points_of(axes: Any, curves: Sequence[Curve]) -> None:
     inside, (paths, taken) = axes.get_window_extent(), _obstacles(axes)
     markers = axes.transData.transform(np.concatenate([np.stack([curve.x, curve.y], axis=1) for curve in curves]))
     for index, curve in enumerate(curves):
@@ -170,15 +183,14 @@ def rate_distortion(
     left.set_ylabel("distortion −log p(x|z) [nats per image]")
     _draw(right, squared_errors, errors, joined=False)
     right.set_ylabel("mean squared error [intensity²]")
-    right.set_yscale("log")
+    log_scale(right, "y")
     for axes in (left, right):
         axes.set_xlabel("rate KL(q(z|x) ‖ p(z)) [nats per image]")
         names = axes.get_legend_handles_labels()[1]
         columns = 2 if max(map(len, names)) < 40 else 1
         # Below: any place inside may hold points and their bars.
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, fontsize=8)
-    for axes, curves in ((left, readings), (right, squared_errors)):
-        _name_points(figure, axes, curves)
+    _name_points(figure, [readings, squared_errors])
     return figure
 
 
@@ -201,12 +213,37 @@ def _beta_axis(axes: Any, betas: np.ndarray) -> None:
         axes.set_xscale("symlog", linthresh=float(positive.min()))
     else:
         axes.set_xscale("log")
-        if positive.max() < 100 * positive.min():  # decades alone would leave one tick or two
-            distinct = np.unique(positive)
-            ticks = distinct[np.unique(np.linspace(0, len(distinct) - 1, 5).round().astype(int))]
-            axes.set_xticks(ticks, [f"{beta:g}" for beta in ticks])
-        axes.xaxis.set_minor_formatter(NullFormatter())
+    distinct = np.unique(betas)
+    places = axes.xaxis.get_transform().transform(distinct)
+    ticks = [0]  # those of the betas that leave room for their numbers
+    for index, place in enumerate(places):
+        if place - places[ticks[-1]] > (places[-1] - places[0]) / 7:
+            ticks.append(index)
+    axes.set_xticks(distinct[ticks], [f"{beta:g}" for beta in distinct[ticks]])
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("β")
+
+
+def _value_axis(axes: Any, label: str, curves: Sequence[Curve]) -> None:
+    """A scale on which a few large values do not flatten the others.
+
+    It is logarithmic for positive values of squared intensity, or with a largest one of more than twice what four fifths of
+    them reach; where not all are positive, values of ten times that lie beyond the axis, which says so.
+    """
+    axes.set_ylabel(label)
+    values = np.concatenate([curve.y for curve in curves])
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return
+    sizes = np.abs(values)
+    usual = np.quantile(sizes, 0.8, method="lower")
+    if values.min() > 0 and ("intensity²" in label or sizes.max() > 2 * usual):
+        log_scale(axes, "y")
+        return
+    axes.ticklabel_format(axis="y", useOffset=False)
+    kept = values[sizes <= 10 * usual]
+    if len(kept) < len(values) and np.ptp(kept) > 0:
+        show_only(axes, kept, values)
 
 
 def metrics_against_beta(panels: Mapping[str, Sequence[Curve]]) -> Figure:
@@ -214,17 +251,16 @@ def metrics_against_beta(panels: Mapping[str, Sequence[Curve]]) -> Figure:
     columns = 3
     rows = -(-len(panels) // columns)
     figure = new_figure(11.0, 0.6 + 2.7 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    betas = np.concatenate([curve.x for curves in panels.values() for curve in curves])
     for axes, (label, curves) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, curves)
-        _beta_axis(axes, np.concatenate([curve.x for curve in curves]))
-        axes.set_ylabel(label)
-        if "intensity²" in label and all(np.all(curve.y > 0) for curve in curves):
-            axes.set_yscale("log")
-        else:
-            axes.ticklabel_format(axis="y", useOffset=False)
+        _beta_axis(axes, betas)
+        axes.tick_params(labelbottom=True)
+        _value_axis(axes, label, curves)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
+    figure.align_ylabels()
     handles, labels = grid.flat[0].get_legend_handles_labels()
     abreast = 165 // (max(map(len, labels)) + 8)  # characters of this size across the figure, and of an entry
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(4, len(labels), abreast)), fontsize=8)
@@ -232,7 +268,7 @@ def metrics_against_beta(panels: Mapping[str, Sequence[Curve]]) -> Figure:
 
 
 def pictures_by_beta(originals: np.ndarray, reconstructions: np.ndarray, samples: np.ndarray, betas: Sequence[str]) -> Figure:
-    """A row per beta: reconstructions of the originals at the left, samples of the prior at the right.
+    """A row per beta: decoder means of the originals' posteriors at the left, of samples of the prior at the right.
 
     Args:
       originals: [n, H, W, C] in [0, 1], or other examples.
@@ -246,14 +282,15 @@ def pictures_by_beta(originals: np.ndarray, reconstructions: np.ndarray, samples
     left, right = figure.subplots(1, 2)
     rows = np.concatenate([originals[None], reconstructions])
     show_examples(left, rows.reshape(-1, *originals.shape[1:]), count)
-    blank = np.full_like(originals, np.nan if drawn_as_lines(originals.shape[1:]) else 1.0)
-    show_examples(right, np.concatenate([blank[None], samples]).reshape(-1, *originals.shape[1:]), count)
-    middles = centers(height, len(betas) + 1)
-    left.set_yticks(middles, ["original", *betas])
-    right.set_yticks(middles[1:], betas)
-    for axes, name in ((left, "held-out images and reconstructions"), (right, "samples of the prior")):
+    show_examples(right, samples.reshape(-1, *originals.shape[1:]), count)
+    bottom, top = right.get_ylim()
+    right.set_ylim(bottom, top - (height + 1))  # beside the originals, where the title has its place
+    left.set_yticks(centers(height, len(betas) + 1), ["original", *betas])
+    right.set_yticks(centers(height, len(betas)), betas)
+    left.set_title("test images and reconstructions", fontsize=10)
+    right.set_title("decoder means of samples of the prior", fontsize=10, y=1 - (height + 1) / (bottom - top + height + 1))
+    for axes in (left, right):
         axes.tick_params(length=0)
-        axes.set_title(name, fontsize=10)
     return figure
 
 
@@ -271,16 +308,19 @@ def latent_rates(rates: Mapping[str, tuple[np.ndarray, np.ndarray, Sequence[bool
         gone = np.asarray(collapsed, bool)
         for color, own in zip(colors, values.T, strict=False):
             axes.plot(betas, np.where(gone, np.nan, own), color=color, linewidth=1.0, marker=".", markersize=4)
-        axes.plot(betas[gone], values[gone].mean(axis=1), "x", color="black", markersize=6, label=COLLAPSED)
+        axes.plot(betas[gone], values[gone].mean(axis=1), "x", color="black", markersize=6)
         _beta_axis(axes, betas)
         axes.set_yscale("symlog", linthresh=LINEAR_BELOW, linscale=0.5)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_title(model, fontsize=10)
         axes.grid(alpha=0.3)
     panels[0].set_ylim(bottom=-0.1 * LINEAR_BELOW)
     panels[0].set_ylabel(f"rate of a latent [nats], linear below {LINEAR_BELOW:g}")
     lines = panels[-1].lines
-    names = ["most informative latent", f"least informative of {latents}", COLLAPSED]
-    figure.legend([lines[0], lines[-2], lines[-1]], names, loc="outside lower center", ncols=3, fontsize=8)
+    named = {"most informative latent": lines[0], f"least informative of {latents}": lines[-2]}
+    if any(any(collapsed) for *_, collapsed in rates.values()):
+        named[COLLAPSED] = lines[-1]
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -327,7 +367,7 @@ def beta_variance_grid(
         axes.set_xlabel("β")
         axes.set_ylabel("constant decoder variance σ²")
     _draw(panels[-1], collapse, joined=False)
-    panels[-1].set_xscale("log")
+    log_scale(panels[-1], "x")
     panels[-1].set_xlabel("β · σ² (σ² of training for the optimal variance)")
     panels[-1].set_ylabel("rate [nats per image]")
     panels[-1].legend(fontsize=8)
@@ -349,16 +389,15 @@ def linear_theory(
     _draw(left, measured, lines, joined=False)
     left.set_xlabel("rate [nats per image]")
     left.set_ylabel("mean squared error [intensity²]")
-    left.set_yscale("log")
+    log_scale(left, "y")
     for (label, (betas, values)), color in zip(deviations.items(), COLORS, strict=False):
         right.plot(betas, 100 * np.maximum(values, 1e-7), color=color, marker="o", markersize=4, label=label)
     right.axhline(1.0, color="black", linestyle=":", linewidth=1.0, label="1%")
-    right.set_xscale("log")
-    right.set_yscale("log")
+    log_scale(right, "x", "y")
     right.set_xlabel("β")
     right.set_ylabel("deviation from theory [%]")
     right.grid(alpha=0.3)
     for axes in (left, right):
         axes.legend(fontsize=8)
-    _name_points(figure, left, measured)
+    _name_points(figure, [measured])
     return figure

@@ -9,6 +9,7 @@ import numpy as np
 from bsvae_jax import theory
 from bsvae_jax._io.files import as_path, write_atomically
 from bsvae_jax.config import StandardNormal
+from bsvae_jax.data.image_set import SPLIT_NAMES
 from bsvae_jax.evaluation.plots import drawn_as_lines, save_all
 from bsvae_jax.objective import Constant, quantization_variance
 from bsvae_jax.sweeps import plots
@@ -28,7 +29,6 @@ from bsvae_jax.sweeps.page import Picture, page
 from bsvae_jax.sweeps.plots import Curve, Line
 from bsvae_jax.sweeps.results import (
     HEADINGS,
-    SPLITS,
     Family,
     MemberResult,
     SweepResults,
@@ -193,7 +193,8 @@ def _rate_distortion(results: SweepResults) -> Picture:
         nats = [Line(label, rates, 0.5 * pixels * (np.log(2 * np.pi * variance) + 1))]
         squares = [Line(label, rates, mse)]
     caption = (
-        f"Rate and distortion on {results.info.data_name}, test set, mean over seeds; black bars of one standard deviation. "
+        f"Rate and distortion on {results.info.data_name}, test set, mean over seeds; bars of one standard deviation, where "
+        "they reach beyond the marker. "
         "Left: a β-VAE with a constant variance has another likelihood under each reading of its σ²; BS-VAE has one. With an "
         "optimal σ² it is a profile likelihood, no density, to be compared with its like alone; the table has calibrated ones. "
         "Right: squared error, which needs no reading. The dashed line, Shannon's R(D), is the best that any model could do "
@@ -223,16 +224,16 @@ def _metrics(results: SweepResults) -> Picture:
     for quantity in tabled_quantities(results):
         panels[HEADINGS[quantity]] = [
             as_curve(
-                f"{family.label}, {'test' if split == 'test' else 'training'}",
+                f"{family.label}, {SPLIT_NAMES[split]}",
                 [(np.full(len(own), beta), member_values(own, quantity, split)) for beta, own in points_of(family)],
             )._replace(family=index, dashed=split == "train", collapsed=[_collapsed(own) for own in family.members])
             for index, family in enumerate(families(results))
-            for split in SPLITS
+            for split in ("test", "train")
         ]
     caption = (
         f"Every quantity of the table against β on {results.info.data_name}. Objective and distortion are each model's own and "
         "cannot be compared between models; profile and calibrated likelihood can, each among its kind. Means over seeds, with "
-        "bars of one standard deviation; lines between points guide the eye only."
+        "bars of one standard deviation, where they reach beyond the marker; lines between points guide the eye only."
     )
     alt = f"{len(panels)} panels, a quantity of the table each, against β: a line per model and split."
     return Picture(plots.metrics_against_beta(panels), alt, caption)
@@ -259,7 +260,10 @@ def _galleries(results: SweepResults) -> dict[str, Picture]:
         labels = [f"β = {beta:g}" for beta in family.betas]
         figure = plots.pictures_by_beta(pictures["originals"][0], pictures["reconstructions"], pictures["samples"], labels)
         alt = f"{family.label}: originals, and a row of reconstructions and samples for each of {len(labels)} β."
-        caption = f"{family.label}: one posterior sample per held-out example (left), samples of the prior (right), first seed."
+        caption = (
+            f"{family.label}: decoder means of one posterior sample of each test example (left) and of samples of the prior "
+        )
+        caption += "(right), first seed."
         caption += " Middle slices." if len(results.info.image_shape) > 3 else ""
         drawn[f"pictures_{family.name}"] = Picture(figure, alt, caption)
     return drawn

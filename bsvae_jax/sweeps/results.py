@@ -12,6 +12,7 @@ import numpy as np
 
 from bsvae_jax._io.files import as_path
 from bsvae_jax.config import CHOICES, Config, Prior, StandardNormal
+from bsvae_jax.data.image_set import SPLIT_NAMES
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report
@@ -24,7 +25,8 @@ from bsvae_jax.training.per_image import read_per_image
 from bsvae_jax.training.stopped import final_step, read_failure
 from bsvae_jax.training.workdir import read_info
 
-SPLITS = ("test", "train")
+SPLITS = ("test", "train", "validation")
+"""In the order of the tables; the last is not always there."""
 
 TABLED = (
     "final_beta",
@@ -114,9 +116,15 @@ class SweepResults(NamedTuple):
     """Number of diverged members of each setting."""
 
     @property
+    def splits(self) -> tuple[str, ...]:
+        """Those of `SPLITS` that the data have."""
+        validated = self.members and all("validation" in member.report for member in self.members)
+        return SPLITS if validated else SPLITS[:2]
+
+    @property
     def choosing_split(self) -> str:
         """The split on which the best beta is chosen: validation, or test where the data have none for it."""
-        return "validation" if all("validation" in member.report for member in self.members) else "test"
+        return "validation" if "validation" in self.splits else "test"
 
     def settings(self) -> dict[Setting, list[MemberResult]]:
         """Finished members by setting, sorted by variance, prior, schedule, learning rate and beta; a setting may have none."""
@@ -171,7 +179,7 @@ def read_results(folder: str | Path) -> SweepResults:
         if evaluation is not None and evaluation.checkpoint == "latest" and _is_last(own, evaluation.step, info.config.epochs):
             report, findings = evaluation.report, evaluation.findings
         failure = read_failure(own)
-        if set(report) >= set(SPLITS) and (own / "pictures.npz").is_file():
+        if set(report) >= set(SPLITS[:2]) and (own / "pictures.npz").is_file():
             pictures = read_run_arrays(own / "pictures.npz", "delete it, and `bsvae sweep` makes it again")
             elbo = read_per_image(own, evaluation.step) if evaluation is not None else None
             members.append(MemberResult(name, read_info(own).config, report, findings, pictures, elbo))
@@ -242,10 +250,10 @@ class TableRow(NamedTuple):
 
 
 def table_rows(results: SweepResults) -> Iterator[TableRow]:
-    """The rows of the table: test first, then training; every setting once in each."""
+    """The rows of the table: test first, then training, then validation; every setting once in each."""
     quantities = tabled_quantities(results)
     differences = differences_to(results, best_setting(results)) if results.members else {}
-    for split in SPLITS:
+    for split in results.splits:
         for setting, members in results.settings().items():
             cells = {quantity: mean_and_deviation(members, quantity, split) for quantity in quantities}
             difference = differences.get(setting) if split == "test" else None
@@ -317,7 +325,7 @@ def members_csv(results: SweepResults) -> str:
             repr(config.beta),
             str(config.seed),
         ]
-        for split in SPLITS:
+        for split in results.splits:
             numbers = [repr(member.value(quantity, split)) for quantity in quantities]
             rows.append([member.name, split, *start, *numbers])
     return _csv(rows)
@@ -335,7 +343,7 @@ def display_rows(results: SweepResults, split: str) -> tuple[list[str], list[lis
     several, priors, schedules = has_several_learning_rates(results), has_several_priors(results), has_schedules(results)
     rate_heading = ["learning rate"] if several else []
     headings = [
-        "decoder variance",
+        "model",
         *(["prior"] if priors else []),
         *(["β schedule"] if schedules else []),
         *rate_heading,
@@ -380,12 +388,12 @@ def display(mean: float, deviation: float) -> str:
 
 
 def as_markdown(results: SweepResults) -> str:
-    """The table as two Markdown tables, test and training."""
+    """The table as Markdown tables, one of each split."""
     parts = []
-    for split in SPLITS:
+    for split in results.splits:
         headings, rows = display_rows(results, split)
         lines = [headings, ["---"] * len(headings), *rows]
-        title = "Test set" if split == "test" else "Training set"
+        title = SPLIT_NAMES[split].capitalize()
         parts.append(
             f"### {title}\n\n{error_bars(headings)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
         )

@@ -22,7 +22,7 @@ from bsvae_jax._io.files import write_atomically
 from bsvae_jax._io.terminal import ProgressBar, log
 from bsvae_jax.config import FlowMatching, to_dict
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, data_mesh, parallelize, replicate
-from bsvae_jax.distributed.preemption import stop_on_signals
+from bsvae_jax.distributed.preemption import EVALUATING, stop_on_signals
 from bsvae_jax.errors import DivergenceError, UserError, check_count
 from bsvae_jax.models.priors.flow_matching import flow_matching_loss
 from bsvae_jax.models.priors.transformer import VelocityNetwork
@@ -179,6 +179,7 @@ def fit_flow_matching(
                     saved = step
                 if step < steps and stopping:
                     stop.check(f"stopped after step {step} of {steps} of the prior")
+            stop.expect(EVALUATING)
     moments = {"origin": mean.astype(np.float32), "log_scale": np.log(deviation).astype(np.float32)}
     return {**moments, "velocity": jax.device_get(state.ema_params)}
 

@@ -21,7 +21,7 @@ from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed import multihost
-from bsvae_jax.distributed.preemption import Stop
+from bsvae_jax.distributed.preemption import EVALUATING, TRAINING, Stop
 from bsvae_jax.errors import DivergenceError, UserError
 from bsvae_jax.evaluation.diagnosis import OFF_TARGET, diagnose
 from bsvae_jax.evaluation.metrics import Report, calibrated_elbo, summarize
@@ -121,11 +121,13 @@ class Trainer:
             finished = next(e for e in range(config.epochs, -1, -1) if steps_through(e, count, config.batch_size) <= step)
             ends = [steps_through(e, count, config.batch_size) for e in range(finished + 1, config.epochs + 1)]
             self._start(state, step)
+            self._expect(step)
             starts = _window_starts(step, ends, program.window)
             with program.batches([orders[own.seed] for own in self.configs], starts) as batches:
                 for epoch, end in enumerate(ends, finished + 1):
                     while step < end and self._active():
                         state, step = self._epoch(state, batches, hyperparameters, step, end, epoch)
+                        self._expect(step)
                         evaluated = step == end and (epoch % config.evaluate_every == 0 or epoch == config.epochs)
                         if evaluated:
                             saved = self._evaluate_and_save(state, step, epoch)
@@ -213,6 +215,10 @@ class Trainer:
             self._call(member, "on_metrics", row | {"images_per_second": rows[member].images_per_second()})
 
     # --- What asks to pause -------------------------------------------------------------------------------------------
+
+    def _expect(self, step: int) -> None:
+        """What a signal is answered from this step on."""
+        self.stop.expect(TRAINING if step < self.program.total else EVALUATING)
 
     def _call(self, member: int, hook: str, *values: Any) -> None:
         """Call a hook of all callbacks for a member, and note where one asks to stop it."""

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,32 @@ def test_switches_of_a_config_file(tmp_path):
     arguments = ["--rematerialize", "--augmentation.flip", "--network.no-attention"]
     changed = parsed(Annotated[bv.Config, *Fields], *arguments, value=base)
     assert (changed.rematerialize, changed.augmentation.flip, changed.network.attention) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--network.hiden", "3"], "--network.hiden is not an option of --network mlp; did you mean --network.hidden?"),
+        (["--network.widht=3"], "--network.widht is not an option of --network mlp; did you mean --network.widths, which "),
+        (["--network.widths", "3"], "did you mean --network.widths, which --network residual has?"),
+        (["--network.no-attention"], "did you mean --network.attention, which --network spatial has?"),
+        (
+            ["--network", "residual", "--network.widht", "3"],
+            "is not an option of --network residual; did you mean --network.widths?",
+        ),
+        (
+            ["--decoder-variance.variance", "1"],
+            "did you mean --decoder-variance.variance, which --decoder-variance constant has?",
+        ),
+        (["--prior.pseudo_input", "1"], "did you mean --prior.pseudo-inputs, which --prior vamp has?"),
+        (["--prior.xyz", "1"], "--prior.xyz is not an option of --prior standard_normal."),
+    ],
+)
+def test_an_option_that_the_kind_of_a_part_does_not_have(options, sentence, tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text("import bsvae_jax as bv\ndef get_config():\n    return bv.Config(network=bv.config.MLP())\n")
+    with pytest.raises(bv.UserError, match=re.escape(sentence)):
+        read_config("train", [str(path), *options])
 
 
 def test_a_run_and_the_file_of_its_own_classes():

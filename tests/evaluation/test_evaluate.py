@@ -177,15 +177,29 @@ def test_training_curves_have_units_and_both_splits():
     labels = " ".join(axes.get_ylabel() for axes in figure.axes)
     assert labels.count("[nats per image]") == 3
     assert [axes.get_xlabel() for axes in figure.axes[3:]] == ["epoch"] * 3
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["training batches", "test set"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["training batches", "test set"]
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [1, 2, 3])
 
 
+def test_training_curves_say_what_they_cut_off():
+    """The first steps of forty lie beyond the axis, where they would flatten the others."""
+    rows = [
+        dict(step=step, epoch=step, split="train", learning_rate=1e-3, rate=rate, objective=rate % 2, distortion=1.0, mse=0.1)
+        for step, rate in enumerate([-70.0, 123.456, *np.linspace(20.0, 30.0, 38)], 1)
+    ]
+    objective, _, rate, *_ = plots.training_curves(rows, "title").axes
+    assert rate.get_title(loc="right") == "cut off: ▲ up to 123.5, ▼ down to -70"
+    assert rate.get_ylim() == pytest.approx((19.5, 31.0))
+    assert objective.get_title(loc="right") == ""  # 0 to 2 from first to last
+
+
 def test_traversals_and_reconstructions_are_labeled():
-    traversals = plots.latent_traversals(np.zeros((2, 3, 4, 4, 1)), [-1.0, 0.0, 1.0], ["z5", "z1"], "title")
+    zeros, values = np.zeros((2, 3, 4, 4, 1)), [-1.0, 0.0, 1.0]
+    traversals = plots.latent_traversals(zeros, values, ["z5", "z1"], "title", of="2 of 9 latents, most informative first")
     (axes,) = traversals.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["z5", "z1"]
     assert "standard deviations" in axes.get_xlabel()
+    assert axes.get_ylabel() == "2 of 9 latents, most informative first"
     pairs = plots.reconstructions(np.zeros((15, 4, 4, 1)), np.ones((15, 4, 4, 1)), "title", columns=10)
     assert len(pairs.axes) == 2
-    assert [label.get_text() for label in pairs.axes[0].get_yticklabels()] == ["original", "mean"]
+    assert [label.get_text() for label in pairs.axes[0].get_yticklabels()] == ["original", "decoder mean"]

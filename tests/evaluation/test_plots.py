@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 
 from bsvae_jax.evaluation import diagnostic_plots, plots
 from bsvae_jax.sweeps.plots import pictures_by_beta
@@ -30,6 +31,8 @@ def runs(dark):
 def test_labels_are_centered_at_their_rows(figure):
     """Against the rows of black pixels that are there once the figure is drawn."""
     drawn = figure()
+    for axes in drawn.axes:
+        axes.set_title("")  # which may lie above the rows inside of the axes
     drawn.canvas.draw()
     pixels = np.asarray(drawn.canvas.buffer_rgba())[..., :3].max(axis=-1)
     checked = 0
@@ -49,12 +52,49 @@ def test_labels_are_centered_at_their_rows(figure):
     assert checked >= 2
 
 
+def test_the_samples_of_a_sweep_have_no_empty_row():
+    _, right = pictures_by_beta(BLACK[0], BLACK, BLACK, ["1", "2", "3"]).axes
+    (image,) = right.images
+    assert (image.get_array() == 0).any(axis=1).sum() == 3 * 8  # of 3 * 9 - 1 rows of pixels
+    assert image.get_array().shape[0] == 3 * 9 - 1
+
+
+def test_latents_are_colored_as_on_both_sides():
+    """In the parts of the rate, a color stands for one quantity."""
+    bars = dict.fromkeys(("rate", "I", "KL", "total correlation", "dimension-wise"), (2.0, 0.1))
+    left, right = diagnostic_plots.rate_decomposition(bars, {"rate": np.ones(3), "dimension-wise": np.ones(3)}, 5.0, "t").axes
+    colors = [bar.get_facecolor() for bar in left.patches]
+    assert [colors[0], colors[-1]] == [to_rgba(line.get_color()) for line in right.lines]
+    assert len(set(colors)) == 3
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.004, 0.7, ["0.01", "0.1"]),
+        (0.002, 7.0, ["0.01", "0.1", "1"]),
+        (0.04, 0.15, ["0.04", "0.06", "0.08", "0.1"]),
+        (0.012, 0.07, ["0.02", "0.05"]),
+        (0.0905, 0.0935, ["0.091", "0.092", "0.093"]),
+    ],
+)
+def test_a_logarithmic_axis_has_three_plain_ticks(low, high, ticks):
+    axes = plots.new_figure(3.0, 3.0).subplots()
+    axes.set_ylim(low, high)
+    plots.log_scale(axes, "y")
+    axes.figure.canvas.draw()
+    shown = [label.get_text() for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high]
+    assert len(shown) >= 3
+    assert set(ticks) <= set(shown)
+    assert not [label.get_text() for label in axes.get_yticklabels(minor=True) if label.get_text()]
+
+
 def test_labels_of_lines_are_centered_at_their_boxes():
     assert plots.centers(plots.LINE_CELL[0], 3).tolist() == [6, 19, 32]  # boxes of 12 with a space of 1
 
 
 def test_the_legend_of_the_rates_parts_covers_no_bar():
-    names = ("rate", "mutual information I(x; z)", "KL(q(z) || p(z))", "  total correlation", "  dimension-wise KL")
+    names = ("rate", "mutual information I(x; z)", "KL(q(z) ‖ p(z))", "of it total correlation", "of it dimension-wise KL")
     figure = diagnostic_plots.rate_decomposition(dict.fromkeys(names, (20.0, 0.1)), {"rate": np.ones(3)}, 19.0, "t")
     figure.canvas.draw()
     legend = figure.axes[0].get_legend().get_window_extent()

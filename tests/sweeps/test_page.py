@@ -1,5 +1,7 @@
 """The page of a sweep's report: names are text, links lead somewhere, findings are a sentence, and who made it is said."""
 
+import csv
+import io
 import json
 import shlex
 import sys
@@ -8,8 +10,9 @@ from pathlib import Path
 
 from bsvae_jax.config import MLP, Config
 from bsvae_jax.data import load
+from bsvae_jax.evaluation.metrics import Quantity
 from bsvae_jax.objective import Constant, Optimal
-from bsvae_jax.sweeps import report
+from bsvae_jax.sweeps import report, results
 from bsvae_jax.sweeps.fit_sweep import _SweepDirectory
 from bsvae_jax.sweeps.grid import Sweep
 from bsvae_jax.sweeps.info import Call, SweepInfo, read_sweep
@@ -17,6 +20,7 @@ from bsvae_jax.sweeps.page import Picture, page
 from bsvae_jax.sweeps.results import MemberResult, SweepResults
 
 CALL = Call("2026-01-02 03:04 UTC", "bsvae sweep '<b>.py'", "2 x H100 & more (gpu)", "bsvae_jax 0.1.0, JAX 0.10.2")
+VALUES = {"train": 0.1, "test": 0.2, "validation": 0.3}
 INFO = SweepInfo(Config(), "<b>set</b>", "", (8, 8, 1), 17, None, [], (CALL,))
 
 
@@ -69,6 +73,30 @@ def test_the_page_needs_no_network_and_fits_a_phone():
     tables = [index for index, (tag, _) in enumerate(found.tags) if tag == "table"]
     assert len(tables) == 3
     assert all(found.tags[index - 1] == ("div", {"class": "scroll"}) for index in tables)
+
+
+def test_tables_have_every_split_and_no_heading_twice():
+    reports = {
+        split: {"variance": Quantity(v, None, "", ""), "rate": Quantity(2 * v, None, "", "")} for split, v in VALUES.items()
+    }
+    members = [member(Optimal(), beta, 0)._replace(report=reports) for beta in (1, 2)]
+    found = SweepResults(INFO, members, {}, [], {})
+    assert (found.splits, found.choosing_split) == (("test", "train", "validation"), "validation")
+    headings, rows = results.display_rows(found, "validation")
+    assert len(set(headings)) == len(headings)
+    assert [dict(zip(headings, row, strict=True))["decoder variance [intensity²]"] for row in rows] == ["0.3"] * 2
+    table = list(csv.DictReader(io.StringIO(results.as_csv(found))))
+    assert [row["split"] for row in table] == ["test"] * 2 + ["train"] * 2 + ["validation"] * 2
+    assert [float(row["rate_mean"]) for row in table] == [0.4] * 2 + [0.2] * 2 + [0.6] * 2
+    assert [row["split"] for row in csv.DictReader(io.StringIO(results.members_csv(found)))] == list(found.splits) * 2
+    titles = ["Test set", "Training set", "Validation set"]
+    assert [line[4:] for line in results.as_markdown(found).splitlines() if line.startswith("### ")] == titles
+    content = page(found, [], {}, {})
+    assert [content.index(f"<h2>{title}</h2>") for title in titles] == sorted(
+        content.index(f"<h2>{title}</h2>") for title in titles
+    )
+    without = [one._replace(report={split: reports[split] for split in ("test", "train")}) for one in members]
+    assert results.as_csv(SweepResults(INFO, without, {}, [], {})) == results.as_csv(found).split("validation")[0]
 
 
 def member(variance, beta, seed, *findings):

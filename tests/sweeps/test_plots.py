@@ -107,15 +107,49 @@ def test_without_collapse_nothing_is_said_of_it():
     assert plots.COLLAPSED not in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
 
 
-def test_error_bars_are_seen_on_their_markers(figure):
-    """Black on every marker of a model that has not collapsed, also of a bar shorter than it; none without a deviation."""
-    zero = [curve._replace(x_deviation=0 * curve.x, y_deviation=1e-16 * np.abs(curve.y)) for curve in curves(DISTORTIONS, 0)]
-    for drawn, seen in ((figure, True), (plots.rate_distortion(zero, zero, [], []), False)):
-        pixels, axes = pixels_of(drawn), drawn.axes[0]
-        for curve in curves(DISTORTIONS, 0):
-            for x, y in axes.transData.transform(np.stack([curve.x, curve.y], axis=1)[:2]).round().astype(int):
-                around = pixels[len(pixels) - y - 3 : len(pixels) - y + 4, x - 3 : x + 4]
-                assert (around.max(axis=-1) < 60).any() == seen
+@pytest.mark.parametrize(("reach", "seen"), [(0.0, False), (0.2, False), (6.0, True)])
+def test_error_bars_lie_behind_their_markers_and_reach_beyond_them(reach, seen):
+    """In the color of the marker; the others' pixels are what is left without any bar."""
+    x = np.array([0.0, 50.0, 100.0])
+    curve = Curve("model", x, x, 0 * x, np.array([0.0, reach, 0.0]))
+    without, drawn = (plots.rate_distortion([one], [one], [], []) for one in (curve._replace(y_deviation=0 * x), curve))
+    changed = np.argwhere((pixels_of(without) != pixels_of(drawn)).any(axis=-1))
+    bar = [(row, column) for row, column in changed.tolist() if column < drawn.axes[0].get_window_extent().x1]
+    assert bool(bar) == seen
+    (column, row) = drawn.axes[0].transData.transform((50.0, 50.0))
+    row = len(pixels_of(drawn)) - row
+    assert all(abs(column - own) < 2 and abs(row - at) > 2 for at, own in bar)  # the marker's radius is 3.5 pixels
+
+
+def test_one_huge_value_does_not_flatten_the_others():
+    """Nor does its error bar: a panel with signs leaves it out and says so, a positive one is logarithmic."""
+    x, none = np.array(BETAS), np.zeros(len(BETAS))
+    signed = Curve("model", x, np.array([-60.0, -50.0, -30.0, 5.0, 7e6]), none, none)
+    positive = signed._replace(y=np.array([180.0, 200.0, 250.0, 300.0, 1000.0]))
+    figure = plots.metrics_against_beta({"objective": [signed], "FID": [positive], "rate": [signed._replace(y=-x)]})
+    objective, distance, rate = figure.axes[:3]
+    assert objective.get_ylim() == pytest.approx((-63.25, 11.5))
+    assert objective.get_title(loc="right") == "cut off: ▲ up to 7e+06"
+    assert (objective.get_yscale(), distance.get_yscale(), rate.get_yscale()) == ("linear", "log", "linear")
+    figure.canvas.draw()
+    ticks = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes[:3]]
+    assert ticks == [["0.01", "0.1", "1", "10", "100"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("betas", "ticks"),
+    [
+        ((0.005, 0.02, 0.08, 0.3, 0.6, 1.0, 2.0, 6.0), ["0.005", "0.02", "0.08", "0.3", "1", "6"]),
+        ((0.0, 0.1, 1.0), ["0", "0.1", "1"]),
+        ((2.0,), ["2"]),
+        ((0.9, 1.0, 1.1, 10.0), ["0.9", "10"]),
+    ],
+)
+def test_the_axis_of_beta_is_marked_where_models_were_trained(betas, ticks):
+    x = np.array(betas)
+    figure = plots.metrics_against_beta({"rate": [Curve("model", x, x, 0 * x, 0 * x)]})
+    figure.canvas.draw()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ticks
 
 
 def test_places_are_those_of_the_markers(figure):
@@ -144,6 +178,9 @@ def test_latents_that_say_little_are_told_apart_and_collapse_is_marked():
     assert axes.get_window_extent().y0 < places[0] < places[1] < places[2] - 5 < places[3] - 5
     assert axes.lines[2].get_xdata().tolist() == [10.0]
     assert "linear below 0.01" in axes.get_ylabel()
+    assert [text.get_text() for text in figure.legends[0].get_texts()][2:] == [plots.COLLAPSED]
+    whole = plots.latent_rates({"model": (betas[:3], values[:3], [False] * 3)})
+    assert [text.get_text() for text in whole.legends[0].get_texts()] == ["most informative latent", "least informative of 2"]
 
 
 def test_figures_for_a_paper_have_no_title(figure):
