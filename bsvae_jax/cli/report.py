@@ -21,7 +21,8 @@ def report(folder: Merged[Workdir]) -> None:
 def print_report(folder: Path) -> None:
     """Write the report of a sweep, and print its table and what it says."""
     from bsvae_jax.sweeps.report import best_beta, differences, findings, status, write_report
-    from bsvae_jax.sweeps.results import as_text, display_rows, error_bars, read_results
+    from bsvae_jax.sweeps.results import read_results
+    from bsvae_jax.sweeps.table import as_text, display_rows, error_bars
 
     page = None
     with numbers_without_figures():

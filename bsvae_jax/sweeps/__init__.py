@@ -1,7 +1,8 @@
 """Sweeps: many runs of one experiment, trained as one program, and their report.
 
 Begin with `grid`, which says what the members are, and `fit_sweep`, which trains them; `results` reads them from their folder,
-and `report` writes the table, the figures and the page. A new figure is a function of arrays in `plots`, called in `report`.
+`table` tables them, and `report` writes the table, the figures and the page. A new figure is a function of arrays in `plots`,
+called in `report`.
 
 Members that differ only in beta, seed, learning rate or a constant variance are arrays of one compiled program. How they are
 executed is chosen from measurement (`--execution` forces it): on accelerators side by side (`vmap`), on CPU one after the

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 import bsvae_jax
 from bsvae_jax.config import to_dict
 from bsvae_jax.data.image_set import SPLIT_NAMES
-from bsvae_jax.sweeps.results import SweepResults, display_rows, error_bars
+from bsvae_jax.sweeps.results import SweepResults
+from bsvae_jax.sweeps.table import display_rows, error_bars
 
 STYLE = """
 :root { color-scheme: light; }

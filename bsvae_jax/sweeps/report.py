@@ -28,23 +28,18 @@ from bsvae_jax.sweeps.curves import (
 from bsvae_jax.sweeps.page import Picture, page
 from bsvae_jax.sweeps.plots import Curve, Line
 from bsvae_jax.sweeps.results import (
-    HEADINGS,
     Family,
     MemberResult,
     SweepResults,
-    as_csv,
-    as_markdown,
     best_setting,
     collapse_constants,
     differences_to,
-    display,
     families,
     mean_and_deviation,
-    members_csv,
     read_results,
     setting_of,
-    tabled_quantities,
 )
+from bsvae_jax.sweeps.table import HEADINGS, as_csv, as_markdown, display, members_csv, tabled_quantities
 
 
 def write_report(folder: str | Path) -> list[Path]:

@@ -26,7 +26,8 @@ from bsvae_jax.sweeps.curves import readings
 from bsvae_jax.sweeps.fit_sweep import fit_sweep
 from bsvae_jax.sweeps.grid import Sweep, base_config, choose_priors
 from bsvae_jax.sweeps.report import draw
-from bsvae_jax.sweeps.results import as_csv, read_results
+from bsvae_jax.sweeps.results import read_results
+from bsvae_jax.sweeps.table import as_csv
 from bsvae_jax.training import state as building
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore

@@ -11,7 +11,7 @@ from scipy import stats
 from bsvae_jax.config import Config
 from bsvae_jax.evaluation.metrics import Quantity
 from bsvae_jax.objective import Constant, Optimal
-from bsvae_jax.sweeps import report, results
+from bsvae_jax.sweeps import report, table
 from bsvae_jax.sweeps.differences import paired_difference
 from bsvae_jax.sweeps.results import MemberResult, SweepResults
 
@@ -64,7 +64,7 @@ def sweep(kept=True):
 
 def test_the_table_has_the_difference_of_the_same_images_and_seeds():
     """20 nats between images, 0.1 between samples: the same noise of the same seed leaves exact differences."""
-    rows = list(csv.DictReader(io.StringIO(results.as_csv(sweep()))))
+    rows = list(csv.DictReader(io.StringIO(table.as_csv(sweep()))))
     found = {(row["split"], row["decoder_variance"], row["beta"]): row["calibrated_elbo_difference"] for row in rows}
     assert float(found["test", "optimal", "2.0"]) == pytest.approx(-3.0, abs=1e-12)
     assert float(found["test", "constant-0.5", "0.1"]) == pytest.approx(-2.0, abs=1e-12)
@@ -73,11 +73,11 @@ def test_the_table_has_the_difference_of_the_same_images_and_seeds():
         error = row["calibrated_elbo_difference_standard_error"]
         assert (error == "") == (row["calibrated_elbo_difference"] == "")
         assert not error or float(error) < 1e-9
-    headings, cells = results.display_rows(sweep(), "test")
-    assert headings[-1] == results.HEADINGS["calibrated_elbo_difference"]
+    headings, cells = table.display_rows(sweep(), "test")
+    assert headings[-1] == table.HEADINGS["calibrated_elbo_difference"]
     assert [row[-1].split(" ")[0] for row in cells] == ["n/a", "-3", "-2"]
-    assert "standard error over test images and seeds" in results.as_markdown(sweep())
-    assert results.HEADINGS["calibrated_elbo_difference"] in results.as_text(sweep())
+    assert "standard error over test images and seeds" in table.as_markdown(sweep())
+    assert table.HEADINGS["calibrated_elbo_difference"] in table.as_text(sweep())
 
 
 def test_the_report_compares_the_models_in_a_sentence():
@@ -91,8 +91,8 @@ def test_the_report_compares_the_models_in_a_sentence():
 
 def test_members_of_which_no_images_were_kept_have_none():
     assert report.differences(sweep(kept=False)) == []
-    assert results.HEADINGS["calibrated_elbo_difference"] not in results.display_rows(sweep(kept=False), "test")[0]
-    assert "paired" not in results.as_markdown(sweep(kept=False))
-    (row, *_) = csv.DictReader(io.StringIO(results.as_csv(sweep(kept=False))))
+    assert table.HEADINGS["calibrated_elbo_difference"] not in table.display_rows(sweep(kept=False), "test")[0]
+    assert "paired" not in table.as_markdown(sweep(kept=False))
+    (row, *_) = csv.DictReader(io.StringIO(table.as_csv(sweep(kept=False))))
     assert row["calibrated_elbo_difference"] == ""
     assert not math.isnan(float(row["calibrated_elbo_mean"]))

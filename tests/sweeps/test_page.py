@@ -12,7 +12,7 @@ from bsvae_jax.config import MLP, Config
 from bsvae_jax.data import load
 from bsvae_jax.evaluation.metrics import Quantity
 from bsvae_jax.objective import Constant, Optimal
-from bsvae_jax.sweeps import report, results
+from bsvae_jax.sweeps import report, table
 from bsvae_jax.sweeps.fit_sweep import _SweepDirectory
 from bsvae_jax.sweeps.grid import Sweep
 from bsvae_jax.sweeps.info import Call, SweepInfo, read_sweep
@@ -82,21 +82,21 @@ def test_tables_have_every_split_and_no_heading_twice():
     members = [member(Optimal(), beta, 0)._replace(report=reports) for beta in (1, 2)]
     found = SweepResults(INFO, members, {}, [], {})
     assert (found.splits, found.choosing_split) == (("test", "train", "validation"), "validation")
-    headings, rows = results.display_rows(found, "validation")
+    headings, rows = table.display_rows(found, "validation")
     assert len(set(headings)) == len(headings)
     assert [dict(zip(headings, row, strict=True))["decoder variance [intensity²]"] for row in rows] == ["0.3"] * 2
-    table = list(csv.DictReader(io.StringIO(results.as_csv(found))))
-    assert [row["split"] for row in table] == ["test"] * 2 + ["train"] * 2 + ["validation"] * 2
-    assert [float(row["rate_mean"]) for row in table] == [0.4] * 2 + [0.2] * 2 + [0.6] * 2
-    assert [row["split"] for row in csv.DictReader(io.StringIO(results.members_csv(found)))] == list(found.splits) * 2
+    written = list(csv.DictReader(io.StringIO(table.as_csv(found))))
+    assert [row["split"] for row in written] == ["test"] * 2 + ["train"] * 2 + ["validation"] * 2
+    assert [float(row["rate_mean"]) for row in written] == [0.4] * 2 + [0.2] * 2 + [0.6] * 2
+    assert [row["split"] for row in csv.DictReader(io.StringIO(table.members_csv(found)))] == list(found.splits) * 2
     titles = ["Test set", "Training set", "Validation set"]
-    assert [line[4:] for line in results.as_markdown(found).splitlines() if line.startswith("### ")] == titles
+    assert [line[4:] for line in table.as_markdown(found).splitlines() if line.startswith("### ")] == titles
     content = page(found, [], {}, {})
     assert [content.index(f"<h2>{title}</h2>") for title in titles] == sorted(
         content.index(f"<h2>{title}</h2>") for title in titles
     )
     without = [one._replace(report={split: reports[split] for split in ("test", "train")}) for one in members]
-    assert results.as_csv(SweepResults(INFO, without, {}, [], {})) == results.as_csv(found).split("validation")[0]
+    assert table.as_csv(SweepResults(INFO, without, {}, [], {})) == table.as_csv(found).split("validation")[0]
 
 
 def member(variance, beta, seed, *findings):

@@ -20,7 +20,7 @@ from bsvae_jax.config import MLP, Config, Linear, Optimizer
 from bsvae_jax.data import load
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Constant, Optimal
-from bsvae_jax.sweeps import report, results
+from bsvae_jax.sweeps import report, results, table
 from bsvae_jax.sweeps.fit_sweep import fit_sweep
 from bsvae_jax.sweeps.grid import Sweep
 from bsvae_jax.sweeps.plots import Curve, rate_distortion
@@ -97,7 +97,7 @@ def test_markdown_has_a_line_per_setting_and_split(folder):
     ],
 )
 def test_a_deviation_is_shown_to_two_digits_and_the_mean_to_the_same_place(mean, deviation, text):
-    assert results.display(mean, deviation) == text
+    assert table.display(mean, deviation) == text
 
 
 # --- Curves -----------------------------------------------------------------------------------------------------------
@@ -324,6 +324,6 @@ def test_learning_rates_are_told_apart(tmp_path):
         "BS-VAE, optimal σ² per image, learning rate 0.001",
         "BS-VAE, optimal σ² per image, learning rate 0.01",
     ]
-    headings, rows = results.display_rows(results.read_results(tmp_path / "rates"), "test")
+    headings, rows = table.display_rows(results.read_results(tmp_path / "rates"), "test")
     assert headings[1] == "learning rate"
     assert [row[1] for row in rows] == ["0.001", "0.01"]

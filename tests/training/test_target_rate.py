@@ -15,7 +15,8 @@ from bsvae_jax.config import MLP, Config, Linear, Optimizer
 from bsvae_jax.data import load
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError
-from bsvae_jax.sweeps.results import as_csv, display_rows, families
+from bsvae_jax.sweeps.results import families
+from bsvae_jax.sweeps.table import as_csv, display_rows
 from bsvae_jax.training.fit import fit
 from bsvae_jax.training.restore import restore
 from bsvae_jax.training.state import build_hyperparameters, build_model, create_state
