@@ -1,7 +1,8 @@
 from .curves import compare_with_theory
 from .plots import COLORS, MARKERS
 from .report import best_beta, draw
-from .results import HEADINGS, display_rows, families, mean_and_deviation
+from .results import families, mean_and_deviation
+from .table import HEADINGS, display_rows
 
 __all__ = [
     "COLORS",
