@@ -86,7 +86,7 @@ class _FewLogTicks(LogLocator):
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
         ticks: Any = []
-        for parts in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), np.arange(1.0, 10.0)):
+        for parts in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), tuple(range(1, 10))):
             self.set_params(subs=parts)
             ticks = super().tick_values(vmin, vmax)
             if np.count_nonzero((ticks >= vmin) & (ticks <= vmax)) >= 3:
