@@ -60,14 +60,14 @@ def residual_calibration(
         reliability.plot(nominal, coverage[name], color=color, label=name)
     histogram.set_yscale("log")
     histogram.set_ylim(1e-5, max(2.0, 2 * max(values.max() for values in density.values())))
-    histogram.set_xlabel("residual [standard deviations]")
-    histogram.set_ylabel("density")
+    histogram.set_xlabel("residual [σ]")
+    histogram.set_ylabel("density [1 / σ]")
     qq.plot(normal_quantiles, normal_quantiles, color="black", linestyle=":", label="N(0, 1)")
-    qq.set_xlabel("quantile of N(0, 1) [standard deviations]")
-    qq.set_ylabel("quantile of the residuals [standard deviations]")
+    qq.set_xlabel("quantile of N(0, 1) [σ]")
+    qq.set_ylabel("quantile of the residuals [σ]")
     reliability.plot([0, 1], [0, 1], color="black", linestyle=":", label="calibrated")
-    reliability.set_xlabel("nominal coverage of ± k standard deviations")
-    reliability.set_ylabel("observed share of residuals")
+    reliability.set_xlabel("share of N(0, 1) within ± k σ")
+    reliability.set_ylabel("share of the residuals within ± k σ")
     for axes in (histogram, qq, reliability):
         axes.grid(alpha=0.3)
     figure.legend(*histogram.get_legend_handles_labels(), loc="outside lower center", ncols=4)  # a corner may hold a tail
@@ -256,7 +256,7 @@ def nearest_neighbors(samples: np.ndarray, nearest: np.ndarray, distances: Mappi
     for (name, values), color in zip(distances.items(), COLORS, strict=False):
         label = f"{name} (median {np.median(values):.3f})"
         spread.hist(values, edges.tolist(), histtype="step", linewidth=1.5, color=color, density=True, label=label)
-    spread.set_xlabel("distance from the nearest training image, root mean square [intensity]")
+    spread.set_xlabel("RMS distance from the nearest training image [intensity]")
     spread.set_ylabel("density [1 / intensity]")
     spread.set_ylim(top=1.35 * spread.get_ylim()[1])  # room for the legend above the bars
     spread.grid(alpha=0.3)

@@ -86,8 +86,8 @@ class _FewLogTicks(LogLocator):
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
         ticks: Any = []
-        for parts in ([1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 6, 8], range(1, 10)):
-            self.set_params(subs=list(parts))
+        for parts in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), tuple(range(1, 10))):
+            self.set_params(subs=parts)
             ticks = super().tick_values(vmin, vmax)
             if np.count_nonzero((ticks >= vmin) & (ticks <= vmax)) >= 3:
                 break

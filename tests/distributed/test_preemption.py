@@ -31,7 +31,7 @@ def test_the_answer_says_what_is_done_next(number, capfd):
 
 class Signals(bv.Callback):
     def on_checkpoint(self, run, step, *_):
-        if step == run.steps:
+        if step == run.total_steps:
             signal.raise_signal(signal.SIGTERM)
 
 

@@ -93,6 +93,36 @@ def test_labels_of_lines_are_centered_at_their_boxes():
     assert plots.centers(plots.LINE_CELL[0], 3).tolist() == [6, 19, 32]  # boxes of 12 with a space of 1
 
 
+def residuals():
+    values, by = np.linspace(-4.0, 4.0, 9), ("one variance", "variance per pixel", "variance per image")
+    quantiles, shares = dict.fromkeys(by, values), np.linspace(0.1, 0.9, 9)
+    return diagnostic_plots.residual_calibration(
+        values, quantiles, shares, dict.fromkeys(by, shares), dict.fromkeys(by, shares), values, "title"
+    )
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        pytest.param(residuals, id="residuals"),
+        pytest.param(
+            lambda: diagnostic_plots.nearest_neighbors(BLACK[0], BLACK[0], {"a": np.ones(3)}, "title"), id="neighbors"
+        ),
+    ],
+)
+def test_no_label_is_cut_or_covers_the_title(figure):
+    drawn = figure()
+    drawn.canvas.draw()
+    (title,) = [text for text in drawn.texts if text.get_text() == "title"]
+    labels = [
+        axis.label.get_window_extent() for axes in drawn.axes for axis in (axes.xaxis, axes.yaxis) if axis.label.get_text()
+    ]
+    assert len(labels) >= 2
+    assert all(drawn.bbox.containsx(x) for box in labels for x in (box.x0, box.x1))
+    assert all(drawn.bbox.containsy(y) for box in labels for y in (box.y0, box.y1))
+    assert not title.get_window_extent().count_overlaps(labels)
+
+
 def test_the_legend_of_the_rates_parts_covers_no_bar():
     names = ("rate", "mutual information I(x; z)", "KL(q(z) ‖ p(z))", "of it total correlation", "of it dimension-wise KL")
     figure = diagnostic_plots.rate_decomposition(dict.fromkeys(names, (20.0, 0.1)), {"rate": np.ones(3)}, 19.0, "t")
