@@ -95,9 +95,9 @@ def test_the_table_has_the_bound_that_compares_with_elbos():
         ("importance_weighted_bound", "importance_weighted_bound_dequantized"), Quantity(9.0, 1.0, "nats", "")
     )
     members = [one._replace(report={split: own | bounds for split, own in one.report.items()}) for one in sweep().members]
-    headings, _ = results.display_rows(sweep()._replace(members=members), "test")
+    headings, _ = table.display_rows(sweep()._replace(members=members), "test")
     assert [heading for heading in headings if "bound" in heading] == ["importance-weighted bound, dequantized [nats]"]
-    assert "importance-weighted bound, dequantized" in results.as_text(sweep()._replace(members=members))
+    assert "importance-weighted bound, dequantized" in table.as_text(sweep()._replace(members=members))
 
 
 def test_members_of_which_no_images_were_kept_have_none():
