@@ -7,8 +7,8 @@
 Hardware and time: 2 CPU cores, 15-25 s with compilation; `bsvae sweep configs/digits.py`, 36 models, 2 min 30 s. Expect, at the
 end of training (seed 0, the same on 1 and on 8 devices):
 
-    calibrated ELBO   35.2 nats (training), 31.8 +- 1.3 nats (validation), 21.8 +- 1.4 nats (test); 3.51 bits/dim
-    profile ELBO      38.6 nats (training), 34.9 +- 1.1 nats (validation), 28.2 +- 0.9 nats (test)
+    calibrated ELBO   35.3 nats (training), 31.9 +- 1.2 nats (validation), 21.6 +- 1.4 nats (test); 3.51 bits/dim
+    profile ELBO      38.8 nats (training), 34.8 +- 1.0 nats (validation), 28.1 +- 0.9 nats (test)
     rate              23.6 nats, all 16 latents active
 
 The gap between validation and test is that of scikit-learn's order: its digits are ordered by writer, so that the last 297 are

@@ -49,7 +49,7 @@ HEADINGS = {
     "profile_elbo": "profile ELBO [nats]",
     "calibrated_elbo": "calibrated ELBO [nats]",
     "calibrated_elbo_difference": "paired difference to the best calibrated ELBO [nats]",
-    "calibrated_elbo_per_pixel_variance": "the same, a variance per pixel [nats]",
+    "calibrated_elbo_per_pixel_variance": "calibrated ELBO, σ² per pixel [nats]",
     "importance_weighted_bound_dequantized": "importance-weighted bound, dequantized [nats]",
     "variance": "decoder variance [intensity²]",
     "mse": "mean squared error [intensity²]",

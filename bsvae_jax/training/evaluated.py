@@ -66,8 +66,11 @@ def write_evaluation(
     same = known is not None and (known.step, known.checkpoint) == (step, checkpoint)
     before, found = (known.report, known.findings) if known is not None and same else ({}, {})
     findings = found if findings is None else findings
-    report = before | {split: before.get(split, {}) | quantities for split, quantities in report.items()}
-    _write(folder, Evaluation(step, checkpoint, report, dict(findings)))
+    kept = {split: dict(quantities) for split, quantities in before.items()}
+    for split, quantities in report.items():
+        kept.setdefault(split, {}).pop("sampling_error", None)  # of one posterior sample there is none
+        kept[split] |= quantities
+    _write(folder, Evaluation(step, checkpoint, kept, dict(findings)))
 
 
 def _write(folder: Path, evaluation: Evaluation) -> None:

@@ -105,6 +105,11 @@ def test_every_number_and_figure(trained, capsys):
     again = values(trained)
     assert again["test"]["importance_weighted_bound"] == found["test"]["importance_weighted_bound"]
     assert [own["posterior_samples"] for own in (found["train"], found["test"], again["test"])] == [7, 16, 2]
+    assert again["test"]["sampling_error"] != found["test"]["sampling_error"]
+    main("evaluate", trained, "--split", "test", "--posterior-samples", 1, "--no-figures")
+    assert "sampling_error" not in values(trained)["test"]
+    assert "sampling_error" in values(trained)["train"]
+    main("evaluate", trained, "--split", "test", "--posterior-samples", 2, "--no-figures")
     assert read_per_image(trained, 6).mean() == pytest.approx(again["test"]["calibrated_elbo"], rel=1e-12)
 
 

@@ -89,6 +89,17 @@ def test_the_report_compares_the_models_in_a_sentence():
     assert sentence.endswith("nats (± standard error over images and seeds).")
 
 
+def test_the_table_has_the_bound_that_compares_with_elbos():
+    """That of images with the noise of their quantization, which is in every ELBO; not the one at the grid points."""
+    bounds = dict.fromkeys(
+        ("importance_weighted_bound", "importance_weighted_bound_dequantized"), Quantity(9.0, 1.0, "nats", "")
+    )
+    members = [one._replace(report={split: own | bounds for split, own in one.report.items()}) for one in sweep().members]
+    headings, _ = table.display_rows(sweep()._replace(members=members), "test")
+    assert [heading for heading in headings if "bound" in heading] == ["importance-weighted bound, dequantized [nats]"]
+    assert "importance-weighted bound, dequantized" in table.as_text(sweep()._replace(members=members))
+
+
 def test_members_of_which_no_images_were_kept_have_none():
     assert report.differences(sweep(kept=False)) == []
     assert table.HEADINGS["calibrated_elbo_difference"] not in table.display_rows(sweep(kept=False), "test")[0]

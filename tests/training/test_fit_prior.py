@@ -21,6 +21,7 @@ from bsvae_jax.distributed.mesh import data_mesh
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import evaluate
 from bsvae_jax.objective import Optimal
+from bsvae_jax.training import fit_prior as stage
 from bsvae_jax.training import fitted_prior
 from bsvae_jax.training.evaluated import read_evaluation, write_evaluation
 from bsvae_jax.training.fit import fit
@@ -197,6 +198,25 @@ def test_a_fitted_prior_lowers_the_mismatch(kind, run):
     if kind == "mixture":
         assert "dimension_kl" in before["test"]
         assert "dimension_kl" not in after["test"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["gaussian", "flow"])
+def test_what_is_held_out_is_of_images_that_nothing_was_chosen_by(kind, run, monkeypatch):
+    """The latents of each image are its number; a flow is chosen by a half of what is held out, others by nothing."""
+    numbers = np.arange(1_500.0)[:, None]
+    monkeypatch.setattr(stage, "_posteriors", lambda *_: (numbers, 0 * numbers))
+    parts = []
+
+    def fit_to(kind, kept, reported, key, components, *chosen_by):
+        parts.extend({int(number) for number in part.ravel()} for part in (kept, reported, *chosen_by))
+        raise InterruptedError
+
+    monkeypatch.setattr(stage, "fit_density", fit_to)
+    with pytest.raises(InterruptedError):
+        fit_prior(run, kind)
+    assert [len(part) for part in parts] == ([1_350, 75, 75] if kind == "flow" else [1_350, 150])
+    assert set.union(*parts) == set(range(1_500))  # no image is in two
 
 
 @pytest.mark.long
