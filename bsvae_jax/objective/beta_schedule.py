@@ -109,8 +109,8 @@ class ConstantBeta(BetaSchedule):
 
 @dataclass(frozen=True)
 class LinearWarmup(BetaSchedule):
-    """`beta * min(1, t / steps)` at step t from 0 (Sonderby et al. 2016, arXiv 1602.02282, section 2.3; KL annealing of Bowman
-    et al. 2016, arXiv 1511.06349, section 3.1, on a line).
+    """`beta * min(1, t / steps)` at step t from 0 (Sonderby et al. 2016, arXiv 1602.02282, "Warm-up from deterministic to
+    variational autoencoder"; the KL annealing of Bowman et al. 2016, arXiv 1511.06349, section 3.1, on a line).
 
     >>> [float(LinearWarmup(4).weight(2.0, step, 0.0, None)) for step in (0, 1, 4, 9)]
     [0.0, 0.5, 2.0, 2.0]

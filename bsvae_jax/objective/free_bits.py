@@ -14,7 +14,7 @@ from bsvae_jax.objective.gaussian import mean_over_devices
 @dataclass(frozen=True)
 class FreeBits:
     """`sum_j max(nats, mean over the batch of KL(q(z_j|x) || p(z_j)))` takes the place of the rate in the objective of training
-    (Kingma et al. 2016, arXiv 1606.04934, eq. 15); j are groups of latents. The objective of a row of training is what is
+    ("free bits" of Kingma et al. 2016, arXiv 1606.04934); j are groups of latents. A row of training has the objective that is
     minimized; rates everywhere, and the objectives of held-out rows and reports, are those without free nats.
 
     >>> FreeBits(0.5, group=4).least(latent_size=16)
