@@ -366,10 +366,10 @@ def _run_steps(
         state, metrics = step(0, state)
         return state, jax.tree.map(lambda value: value[None], metrics)
 
-    def body(i: Array, carry: tuple[TrainState, StepMetrics]) -> tuple[TrainState, StepMetrics]:
+    def body(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
         state, history = carry
         state, metrics = step(i, state)
-        return state, jax.tree.map(lambda values, value: values.at[i].set(value), history, metrics)
+        return state, history.at[i].set(jnp.stack(metrics))
 
-    history = StepMetrics(*(jnp.zeros(steps) for _ in StepMetrics._fields))
-    return jax.lax.fori_loop(0, count, body, (state, history))
+    state, history = jax.lax.fori_loop(0, count, body, (state, jnp.zeros((steps, len(StepMetrics._fields)))))
+    return state, StepMetrics(*history.T)
