@@ -78,29 +78,30 @@ def convolve_transposed(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Resul
     )
 
 
-def convolve_transposed_unordered(x: Maps, kernel: Kernel) -> Result:
-    """`convolve_transposed` to [B, 2h, 2w, F], the pixels of the batch in the order that costs the platform least.
+def convolve_transposed_unordered(x: Maps, kernel: Kernel) -> Phases:
+    """`convolve_transposed` to [B, 2h, 2w, F], as [4B, h, w, F], the pixels in the order that costs the platform least.
 
-    What follows has to treat all pixels alike, until `convolve_unordered`.
+    What follows has to treat all pixels alike, until `convolve_unordered`. On a GPU another shape costs nothing; a TPU lays the
+    batch out innermost, and would copy the largest maps four times to give the phases the map's shape.
     """
     batch, height, width, _ = x.shape
-    shape = (batch, 2 * height, 2 * width, kernel.shape[-1])
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cuda=lambda x, kernel: convolve_dilated(x, kernel, shape[1:3]),
-        default=lambda x, kernel: transposed_phases(x, kernel).reshape(shape),
+        cuda=lambda x, kernel: convolve_dilated(x, kernel, (2 * height, 2 * width)).reshape(4 * batch, height, width, -1),
+        default=transposed_phases,
     )
 
 
-def convolve_unordered(x: Maps, kernel: Kernel) -> Result:
+def convolve_unordered(x: Phases, kernel: Kernel) -> Result:
     """3 x 3 convolution of stride 1 with padding 1 of what `convolve_transposed_unordered` made, to pixels in order."""
-    batch, height, width, channels = x.shape
+    four_batch, height, width, channels = x.shape
+    shape = (four_batch // 4, 2 * height, 2 * width, channels)
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cuda=lambda x, kernel: convolve(x, kernel, (_AROUND, _AROUND)),
-        default=lambda x, kernel: convolve_phases(x.reshape(4 * batch, height // 2, width // 2, channels), kernel),
+        cuda=lambda x, kernel: convolve(x.reshape(shape), kernel, (_AROUND, _AROUND)),
+        default=convolve_phases,
     )
 
 

@@ -114,7 +114,7 @@ def _leaky_relu_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return y, _leak(y, *tangents)
 
 
-def _leak(sign: Array, x: Array) -> Array:
+def _leak(sign: Array, x: Array | np.ndarray) -> Array:
     return jnp.where(sign >= 0, x, SLOPE * x)
 
 

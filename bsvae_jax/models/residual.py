@@ -123,13 +123,13 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> FeatureMaps:
         """Feature maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
-        y = Convolution(self.features, 3, self.stride, self.dtype, PYTORCH, name="conv1").apart(x)
-        y = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="norm1")(*y)
-        y = Convolution(self.features, 3, 1, self.dtype, PYTORCH, name="conv2").apart(y)
-        y = BatchNorm(train, self.axis_name, self.dtype, name="norm2")(*y)
+        conv1 = Convolution(self.features, 3, self.stride, self.dtype, PYTORCH, name="conv1")
+        y = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="norm1")(*conv1.apart(x))
+        conv2 = Convolution(self.features, 3, 1, self.dtype, PYTORCH, name="conv2")
+        y = BatchNorm(train, self.axis_name, self.dtype, name="norm2")(*conv2.apart(y))
         if self.stride != 1 or x.shape[-1] != self.features:
-            x = Convolution(self.features, 1, self.stride, self.dtype, PYTORCH, name="shortcut_conv").apart(x)
-            x = BatchNorm(train, self.axis_name, self.dtype, name="shortcut_norm")(*x)
+            shortcut = Convolution(self.features, 1, self.stride, self.dtype, PYTORCH, name="shortcut_conv")
+            x = BatchNorm(train, self.axis_name, self.dtype, name="shortcut_norm")(*shortcut.apart(x))
         return leaky_relu(y + x)
 
 
