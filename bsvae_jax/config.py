@@ -135,7 +135,9 @@ class Config:
     """Samples of q(z|x) of each image in the evaluation of all splits at the end (one on the way); None: as many as make 10,000
     of a split, at most 16."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of matrix products and activations; parameters, statistics, sums and logs are float32 always."""
+    """Type of matrix products and activations; parameters, statistics, sums and logs are float32 always.
+    float32 is float32: no product of a network is rounded to TF32, whatever `jax_default_matmul_precision` says. GPUs before
+    Ampere (T4, V100) have no bfloat16: it is refused there. There is no float16: gradients below 6e-8 would vanish in it."""
     gradient_accumulation: int = 1
     """Parts into which a batch is divided and which follow one another, to save memory at the price of a second forward pass.
     The numbers are those of the whole batch, but for BatchNorm, which sees one part at a time."""

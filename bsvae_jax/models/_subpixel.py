@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from bsvae_jax.models.layers import LECUN, Initialization, add_bias, as_float32, exact
+from bsvae_jax.models.layers import LECUN, Bias, Initialization, add_bias, as_float32, exact
 
 Maps = Float[Array, "batch height width channels"]
 Phases = Float[Array, "four_batch height width channels"]
@@ -41,14 +41,6 @@ def convolve(x: Maps, kernel: Kernel, padding: Padding, stride: int = 1) -> Resu
     )
 
 
-def idle(bias: Float[Array, " features"]) -> Float[Array, " features"]:
-    """A bias in front of a BatchNorm with the statistics of the batch, which subtracts it again; published networks have them.
-
-    Its gradient is zero but for rounding. It is not computed: that would take one more pass over the largest maps.
-    """
-    return jax.lax.stop_gradient(bias)
-
-
 class Convolution(nn.Module):
     """`kernel_size` x `kernel_size` convolution padded by `kernel_size // 2`, as PyTorch pads (Flax's SAME does not)."""
 
@@ -57,18 +49,20 @@ class Convolution(nn.Module):
     stride: int = 1
     dtype: Any = jnp.float32
     start: Initialization = LECUN
-    normalized: bool = False
-    """A BatchNorm follows, and uses batch statistics: not the running ones, under which the bias has a gradient."""
 
-    @nn.compact
     def __call__(self, x: Maps) -> Result:
         """Maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
+        return add_bias(*self.apart(x))
+
+    @nn.compact
+    def apart(self, x: Maps) -> tuple[Result, Bias]:
+        """The result without the bias, and the bias, for a `BatchNorm`."""
         side = (self.kernel_size // 2, self.kernel_size // 2)
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.start.kernel, shape, jnp.float32)
         bias = self.param("bias", self.start.bias(math.prod(shape[:3])), (self.features,), jnp.float32)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        return add_bias(convolve(x, kernel, (side, side), self.stride), idle(bias) if self.normalized else bias)
+        return convolve(x, kernel, (side, side), self.stride), bias
 
 
 def convolve_transposed(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
@@ -84,29 +78,30 @@ def convolve_transposed(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Resul
     )
 
 
-def convolve_transposed_unordered(x: Maps, kernel: Kernel) -> Result:
-    """`convolve_transposed` to [B, 2h, 2w, F], the pixels of the batch in the order that costs the platform least.
+def convolve_transposed_unordered(x: Maps, kernel: Kernel) -> Phases:
+    """`convolve_transposed` to [B, 2h, 2w, F], as [4B, h, w, F], the pixels in the order that costs the platform least.
 
-    What follows has to treat all pixels alike, until `convolve_unordered`.
+    What follows has to treat all pixels alike, until `convolve_unordered`. On a GPU another shape costs nothing; a TPU lays the
+    batch out innermost, and would copy the largest maps four times to give the phases the map's shape.
     """
     batch, height, width, _ = x.shape
-    shape = (batch, 2 * height, 2 * width, kernel.shape[-1])
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cuda=lambda x, kernel: convolve_dilated(x, kernel, shape[1:3]),
-        default=lambda x, kernel: transposed_phases(x, kernel).reshape(shape),
+        cuda=lambda x, kernel: convolve_dilated(x, kernel, (2 * height, 2 * width)).reshape(4 * batch, height, width, -1),
+        default=transposed_phases,
     )
 
 
-def convolve_unordered(x: Maps, kernel: Kernel) -> Result:
+def convolve_unordered(x: Phases, kernel: Kernel) -> Result:
     """3 x 3 convolution of stride 1 with padding 1 of what `convolve_transposed_unordered` made, to pixels in order."""
-    batch, height, width, channels = x.shape
+    four_batch, height, width, channels = x.shape
+    shape = (four_batch // 4, 2 * height, 2 * width, channels)
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cuda=lambda x, kernel: convolve(x, kernel, (_AROUND, _AROUND)),
-        default=lambda x, kernel: convolve_phases(x.reshape(4 * batch, height // 2, width // 2, channels), kernel),
+        cuda=lambda x, kernel: convolve(x.reshape(shape), kernel, (_AROUND, _AROUND)),
+        default=convolve_phases,
     )
 
 

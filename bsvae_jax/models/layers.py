@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 Latents = Float[Array, "batch latent"]
 PosteriorParameters = tuple[Latents, Latents]
+Bias = Float[Array | np.ndarray, " features"]
 
 HIGHEST = jax.lax.Precision.HIGHEST
 """Full float32 products; by default TPUs and recent GPUs round their factors."""
@@ -23,6 +24,8 @@ EPSILON = 1e-5
 """Added to the variance that BatchNorm divides by, as PyTorch does."""
 MOMENTUM = 0.9
 """Share that BatchNorm's averages keep at a step; PyTorch's momentum is what they take, 0.1."""
+SLOPE = 0.01
+"""Of a leaky ReLU where its input is negative, as PyTorch's."""
 
 
 class Initialization(NamedTuple):
@@ -60,7 +63,7 @@ def as_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def add_bias(x: Array, bias: Float[Array | np.ndarray, " features"]) -> Array:
+def add_bias(x: Array, bias: Bias) -> Array:
     """`x + bias` in the type of `x`, added in at least float32.
 
     The bias's gradient is a sum over all examples and positions, and is taken in the type of this addition: a bfloat16 sum of
@@ -96,14 +99,39 @@ class Dense(nn.Module):
 BatchStatistics = Float[Array, " features"]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+@jax.custom_jvp
+def leaky_relu(x: Array) -> Array:
+    """`x` where it is not negative, `SLOPE * x` elsewhere.
+
+    The derivative is taken from the result, which has the sign of `x` and is kept for the next layer anyway.
+    """
+    return _leak(x, x)
+
+
+@leaky_relu.defjvp
+def _leaky_relu_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    y = leaky_relu(*primals)
+    return y, _leak(y, *tangents)
+
+
+def _leak(sign: Array, x: Array | np.ndarray) -> Array:
+    return jnp.where(sign >= 0, x, SLOPE * x)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
 def normalize(
-    x: Float[Array, "*batch features"], scale: BatchStatistics, bias: BatchStatistics, axis_name: str | None, dtype: Any
+    x: Float[Array, "*batch features"],
+    scale: BatchStatistics,
+    bias: BatchStatistics,
+    axis_name: str | None,
+    dtype: Any,
+    leaky: bool,
 ) -> tuple[Float[Array, "*batch features"], BatchStatistics, BatchStatistics]:
     """`x` with the mean `bias` and the standard deviation `scale` in every feature, over the batch of all devices.
 
     Also mean and (biased) variance before it, in at least float32. One pass over `x` for both, one for the result; backwards as
-    many: the derivative is written out, because that of the operations sums three times over what it needs two sums of.
+    many: the derivative is written out, because that of the operations sums three times over what it needs two sums of, and
+    because a compiler for GPUs otherwise writes the gradient before the leaky ReLU, and reads it again twice.
 
     Args:
       x: [..., F].
@@ -111,10 +139,12 @@ def normalize(
       bias: [F].
       axis_name: of the devices that share the batch.
       dtype: of the result.
+      leaky: of the result, take the `leaky_relu`.
     """
     mean, square = _batch_means(axis_name, as_float32(x), jnp.square(as_float32(x)))
     variance = jnp.maximum(0.0, square - jnp.square(mean))
-    return _standardize(x, mean, variance, scale, bias).astype(dtype), mean, variance
+    y = _standardize(x, mean, variance, scale, bias)
+    return (leaky_relu(y) if leaky else y).astype(dtype), mean, variance
 
 
 def _standardize(
@@ -124,23 +154,40 @@ def _standardize(
 
 
 @normalize.defjvp
-def _normalize_jvp(axis_name: str | None, dtype: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _normalize_jvp(axis_name: str | None, dtype: Any, leaky: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, scale, bias), (x_tangent, scale_tangent, bias_tangent) = primals, tangents
-    y, mean, variance = normalize(x, scale, bias, axis_name, dtype)
+    y, mean, variance = normalize(x, scale, bias, axis_name, dtype, leaky)
     inverse = jax.lax.rsqrt(variance + EPSILON)
     standard, x_tangent = (x - _beside(x, mean)) * _beside(x, inverse), as_float32(x_tangent)
     along_mean, along_standard = _batch_means(axis_name, x_tangent, standard * x_tangent)
     factor = scale * inverse
-    # Grouped by what varies within a feature: backwards, each group is one sum.
-    slope, offset = scale_tangent - factor * along_standard, bias_tangent - factor * along_mean
-    y_tangent = _beside(x, factor) * x_tangent + _beside(x, slope) * standard + _beside(x, offset)
+    # Grouped by what varies within a feature: backwards, each group is one sum, and what they share is computed twice, because
+    # writing it would move more bytes.
+    of_features = jnp.stack([scale_tangent - factor * along_standard, bias_tangent - factor * along_mean])
+    slope, offset = _for_examples(x, of_features)
+    along_x, along_features = _beside(x, factor), slope * standard + offset
+    if leaky:
+        sign = standard * _beside(x, scale) + _beside(x, bias)
+        along_x, along_features = _leak(sign, along_x), _leak(sign, along_features)
+    y_tangent = along_x * x_tangent + along_features
     return (y, mean, variance), (y_tangent.astype(dtype), along_mean, 2.0 * along_standard / inverse)
 
 
 def _batch_means(axis_name: str | None, *values: Array) -> Array:
-    """Means of arrays [..., F] over all but the last axis and over the devices, [number of arrays, F]."""
-    means = jnp.stack([jnp.mean(value, tuple(range(value.ndim - 1))) for value in values])
+    """Means of arrays [B, ..., F] over all but the last axis and over the devices, [number of arrays, F].
+
+    First within each example, then over the batch, of all arrays at once: a GPU takes two kernels for a long sum anyway, and
+    the second would be one for each array.
+    """
+    of_examples = jnp.stack([jnp.mean(value, tuple(range(1, value.ndim - 1))) for value in values])
+    means = jnp.mean(of_examples, 1)
     return means if axis_name is None else jax.lax.pmean(means, axis_name)
+
+
+def _for_examples(x: Array, values: Array) -> list[Array]:
+    """Each of `values` [n, F] as an array [B, 1, ..., F] for `x` [B, ..., F]: backwards, sums like those of `_batch_means`."""
+    each = jax.lax.split(jnp.broadcast_to(values[:, None], (len(values), len(x), x.shape[-1])), [1] * len(values))
+    return [rows.reshape(len(x), *(1,) * (x.ndim - 2), x.shape[-1]) for rows in each]
 
 
 class BatchNorm(nn.Module):
@@ -151,21 +198,30 @@ class BatchNorm(nn.Module):
     axis_name: str | None = None
     """Of the devices that share the batch."""
     dtype: Any = jnp.float32
+    leaky: bool = False
+    """A leaky ReLU follows, as part of the layer."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        """[..., F] to [..., F], in `dtype`."""
+    def __call__(self, x: Float[Array, "*batch features"], bias_before: Bias | float = 0.0) -> Float[Array, "*batch features"]:
+        """[..., F] to [..., F], in `dtype`.
+
+        Args:
+          x: what the layer before gives, without its bias.
+          bias_before: that bias. It is part of the averages; the mean of the batch would only take it away again.
+        """
         shape = x.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         variance = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         if not self.train:
-            return _standardize(x, mean.value, variance.value, scale, bias).astype(self.dtype)
+            y = _standardize(x, mean.value - bias_before, variance.value, scale, bias)
+            return (leaky_relu(y) if self.leaky else y).astype(self.dtype)
         initializing = self.is_initializing()
-        y, batch_mean, batch_variance = normalize(x, scale, bias, None if initializing else self.axis_name, self.dtype)
+        axis_name = None if initializing else self.axis_name
+        y, batch_mean, batch_variance = normalize(x, scale, bias, axis_name, self.dtype, self.leaky)
         if not initializing:
-            mean.value = MOMENTUM * mean.value + (1.0 - MOMENTUM) * batch_mean
+            mean.value = MOMENTUM * mean.value + (1.0 - MOMENTUM) * (batch_mean + bias_before)
             variance.value = MOMENTUM * variance.value + (1.0 - MOMENTUM) * batch_variance
         return y
 

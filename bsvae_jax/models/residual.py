@@ -26,17 +26,18 @@ from bsvae_jax.models._subpixel import (
     convolve_transposed,
     convolve_transposed_unordered,
     convolve_unordered,
-    idle,
 )
 from bsvae_jax.models.layers import (
     PYTORCH,
     PYTORCH_TRANSPOSED,
     BatchNorm,
+    Bias,
     Latents,
     PosteriorParameters,
     add_bias,
     as_float32,
     dense,
+    leaky_relu,
     split_posterior,
     stage_size,
 )
@@ -86,13 +87,15 @@ class TransposedConvolution(nn.Module):
     stride: int
     unordered: bool = False
     """Stride 2: leave the pixels in the platform's order; stride 1: they are given so. See `_subpixel`."""
-    normalized: bool = False
-    """As for `Convolution`."""
     dtype: Any = jnp.float32
 
-    @nn.compact
     def __call__(self, x: Images, size: tuple[int, int]) -> FeatureMaps:
         """Maps [B, h, w, C] to [B, *size, features]."""
+        return add_bias(*self.apart(x, size))
+
+    @nn.compact
+    def apart(self, x: Images, size: tuple[int, int]) -> tuple[FeatureMaps, Bias]:
+        """The result without the bias, and the bias, for a `BatchNorm`."""
         start, shape = PYTORCH_TRANSPOSED, (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", start.kernel, shape, jnp.float32)
         bias = self.param("bias", start.bias(9 * self.features), (self.features,), jnp.float32)
@@ -103,7 +106,7 @@ class TransposedConvolution(nn.Module):
             out = convolve_unordered(x, kernel[::-1, ::-1])
         else:
             out = convolve(x, kernel[::-1, ::-1], ((1, 1), (1, 1)))
-        return add_bias(out, idle(bias) if self.normalized else bias)
+        return out, bias
 
 
 class ResidualBlock(nn.Module):
@@ -120,14 +123,14 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> FeatureMaps:
         """Feature maps [B, h, w, C] to [B, ceil(h / stride), ceil(w / stride), features]."""
-        y = Convolution(self.features, 3, self.stride, self.dtype, PYTORCH, train, name="conv1")(x)
-        y = nn.leaky_relu(BatchNorm(train, self.axis_name, self.dtype, name="norm1")(y))
-        y = Convolution(self.features, 3, 1, self.dtype, PYTORCH, train, name="conv2")(y)
-        y = BatchNorm(train, self.axis_name, self.dtype, name="norm2")(y)
+        conv1 = Convolution(self.features, 3, self.stride, self.dtype, PYTORCH, name="conv1")
+        y = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="norm1")(*conv1.apart(x))
+        conv2 = Convolution(self.features, 3, 1, self.dtype, PYTORCH, name="conv2")
+        y = BatchNorm(train, self.axis_name, self.dtype, name="norm2")(*conv2.apart(y))
         if self.stride != 1 or x.shape[-1] != self.features:
-            x = Convolution(self.features, 1, self.stride, self.dtype, PYTORCH, train, name="shortcut_conv")(x)
-            x = BatchNorm(train, self.axis_name, self.dtype, name="shortcut_norm")(x)
-        return nn.leaky_relu(y + x)
+            shortcut = Convolution(self.features, 1, self.stride, self.dtype, PYTORCH, name="shortcut_conv")
+            x = BatchNorm(train, self.axis_name, self.dtype, name="shortcut_norm")(*shortcut.apart(x))
+        return leaky_relu(y + x)
 
 
 def _block(rematerialize: bool) -> type[ResidualBlock]:
@@ -152,12 +155,12 @@ class ResidualEncoder(nn.Module):
                 name = f"stage{stage}_block{block}"
                 x = _block(self.rematerialize)(width, stride, self.axis_name, self.dtype, name=name)(x, train)
         hidden = dense(2 * self.latent_size, self.dtype, name="hidden", start=PYTORCH)(x.reshape(x.shape[0], -1))
-        hidden = nn.leaky_relu(BatchNorm(train, self.axis_name, self.dtype, name="hidden_norm")(hidden))
+        hidden = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="hidden_norm")(hidden)
         return split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior", start=PYTORCH)(hidden))
 
 
 def _upsample(conv: TransposedConvolution, norm: BatchNorm, x: Array, size: tuple[int, int]) -> Array:
-    return nn.leaky_relu(norm(conv(x, size)))
+    return norm(*conv.apart(x, size))
 
 
 class ResidualDecoder(nn.Module):
@@ -180,16 +183,16 @@ class ResidualDecoder(nn.Module):
         features, stages = self.widths[::-1], len(self.widths)
         sizes = [(stage_size(height, stage), stage_size(width, stage)) for stage in reversed(range(stages + 1))]
         x = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden", start=PYTORCH)(z)
-        x = nn.leaky_relu(BatchNorm(train, self.axis_name, self.dtype, name="hidden_norm")(x))
+        x = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="hidden_norm")(x)
         x = x.reshape(z.shape[0], *sizes[0], features[0])
         x = _block(self.rematerialize)(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)
         unordered = (height % 2, width % 2) == (0, 0)
         for stage, feature in enumerate((*features[1:], features[-1])):
             last = stage == stages - 1
             name = f"stage{stage}_conv"
-            conv = TransposedConvolution(feature, 2, unordered and last, train, dtype=self.dtype, name=name)
-            norm = BatchNorm(train, self.axis_name, self.dtype, name=f"stage{stage}_norm")
+            conv = TransposedConvolution(feature, 2, unordered and last, self.dtype, name=name)
+            norm = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name=f"stage{stage}_norm")
             run = nn.remat(_upsample, static_argnums=(3,)) if self.rematerialize else _upsample
             x = run(conv, norm, x, sizes[stage + 1])
-        x = TransposedConvolution(channels, 1, unordered, dtype=self.dtype, name="image")(x, (height, width))
+        x = TransposedConvolution(channels, 1, unordered, self.dtype, name="image")(x, (height, width))
         return as_float32(x)

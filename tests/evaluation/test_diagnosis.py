@@ -93,3 +93,22 @@ def test_an_accelerator_that_is_not_used_is_named(monkeypatch):
         monkeypatch.delenv("TPU_ACCELERATOR_TYPE")
     finally:
         jax.config.update("jax_platforms", before)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "remedy"),
+    [
+        (None, r"does not use: pip install 'jax\[cuda13\]'$"),
+        (12, "driver may be older than CUDA 12 needs .525.; nvidia-smi names it. Update it$"),
+        (13, r"driver may be older than CUDA 13 needs .580.; nvidia-smi names it. Update it, or .*'jax\[cuda12\]'$"),
+    ],
+)
+def test_an_unused_gpu_is_said_to_lack_cuda_or_a_new_driver(monkeypatch, cuda, remedy):
+    monkeypatch.setattr(mesh.Path, "exists", lambda path: str(path) == "/proc/driver/nvidia/version")
+    monkeypatch.setattr(mesh.importlib.util, "find_spec", lambda name: f"jax_cuda{cuda}_plugin" == name or None)
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", None)
+        assert re.search(remedy, mesh.unused_accelerator())
+    finally:
+        jax.config.update("jax_platforms", before)

@@ -21,17 +21,20 @@ def flax_norm(train, dtype=jnp.float32):
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype)
 
 
+@pytest.mark.parametrize(("leaky", "bias_before"), [(False, 0.0), (True, np.arange(4.0, dtype=np.float32))])
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_variables_values_gradients_and_averages_are_those_of_flax(train, dtype):
-    ours, theirs = BatchNorm(train, dtype=dtype), flax_norm(train, dtype)
+def test_variables_values_gradients_and_averages_are_those_of_flax(train, dtype, leaky, bias_before):
+    ours, theirs = BatchNorm(train, dtype=dtype, leaky=leaky), flax_norm(train, dtype)
     variables = theirs.init(jax.random.key(0), X)
     assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), X)) == jax.tree.map(jnp.shape, variables)
     variables = {"params": {"scale": SCALE, "bias": BIAS}, "batch_stats": {"mean": BIAS + 1.0, "var": SCALE**2}}
 
     def run(layer):
         def loss(params, x):
-            y, updates = layer.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            before = (x, bias_before) if layer is ours else ((x + jnp.broadcast_to(bias_before, x.shape)).astype(dtype),)
+            y, updates = layer.apply({**variables, "params": params}, *before, mutable=["batch_stats"])
+            y = nn.leaky_relu(y) if leaky and layer is theirs else y
             return jnp.sum(COTANGENT * y.astype(jnp.float32)), (y, updates)
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(variables["params"], X.astype(dtype))
@@ -47,17 +50,20 @@ def test_variables_values_gradients_and_averages_are_those_of_flax(train, dtype)
     jax.tree.map(close, gradients, expected_gradients)
 
 
-def test_the_written_derivative_is_that_of_the_definition():
-    """Against central differences of the definition, in float64."""
+@pytest.mark.parametrize("leaky", [False, True])
+def test_the_written_derivative_is_that_of_the_definition(leaky):
+    """Against central differences of the definition, in float64; no value lies within 1e-4 of the kink."""
 
     def definition(x, scale, bias):
         axes = (0, 1, 2)
-        return (x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-5) * scale + bias
+        y = (x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-5) * scale + bias
+        assert np.abs(y).min() > 1e-4
+        return np.where(leaky & (y < 0), 0.01 * y, y)
 
     arguments = [np.asarray(argument, np.float64) for argument in (X, SCALE, BIAS)]
     directions = [RANDOM.normal(size=argument.shape) for argument in arguments]
     with float64():
-        form = lambda *given: normalize(*given, None, jnp.float64)  # noqa: E731
+        form = lambda *given: normalize(*given, None, jnp.float64, leaky)  # noqa: E731
         (y, mean, variance), tangents = jax.jvp(form, tuple(map(jnp.asarray, arguments)), tuple(map(jnp.asarray, directions)))
         pulled = jax.vjp(form, *map(jnp.asarray, arguments))[1](tangents)
     np.testing.assert_allclose(y, definition(*arguments), rtol=1e-10)
@@ -76,7 +82,7 @@ def test_the_written_derivative_is_that_of_the_definition():
 
 def test_second_derivatives_exist_in_both_orders():
     weights = jnp.arange(X.size, dtype=jnp.float32).reshape(X.shape) / X.size
-    loss = lambda x: jnp.sum(weights * normalize(x, SCALE, BIAS, None, jnp.float32)[0] ** 3)  # noqa: E731
+    loss = lambda x: jnp.sum(weights * normalize(x, SCALE, BIAS, None, jnp.float32, True)[0] ** 3)  # noqa: E731
     _, forward_over_reverse = jax.jvp(jax.grad(loss), (X,), (COTANGENT,))
     reverse_over_forward = jax.grad(lambda x: jax.jvp(loss, (x,), (COTANGENT,))[1])(X)
     np.testing.assert_allclose(forward_over_reverse, reverse_over_forward, rtol=1e-3, atol=1e-3)
@@ -86,7 +92,7 @@ def test_second_derivatives_exist_in_both_orders():
 def test_statistics_and_gradients_are_those_of_the_batch_of_all_devices(by):
     def gradients(x, cotangent, axis_name):
         def loss(scale, bias, x):
-            y, mean, variance = normalize(x, scale, bias, axis_name, jnp.float32)
+            y, mean, variance = normalize(x, scale, bias, axis_name, jnp.float32, True)
             return jnp.sum(cotangent * y), (mean, variance)
 
         of_parameters, statistics = jax.grad(loss, (0, 1), has_aux=True)(SCALE, BIAS, x)

@@ -1,0 +1,64 @@
+"""Training with the vectors of the parameters in one array, as on a GPU: the same numbers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bsvae_jax.config import MLP, Config, Mixture, Optimizer
+from bsvae_jax.objective import Learned
+from bsvae_jax.training import step
+from bsvae_jax.training.packed import Packed, pack, unpack
+from bsvae_jax.training.program import packs_vectors
+from bsvae_jax.training.state import build_hyperparameters, build_model, create_state
+
+OPTIMIZER = Optimizer(weight_decay=0.1, gradient_clip=1.0, ema_decay=0.9, skip_nonfinite=1)
+CONFIG = Config(
+    network=MLP((5,)), latent_size=2, batch_size=4, prior=Mixture(2), decoder_variance=Learned(), optimizer=OPTIMIZER
+)
+IMAGES = np.random.default_rng(0).integers(0, 256, (12, 16), np.uint8)
+
+
+def trained(config, packed):
+    state = create_state(config, build_model(config, (4, 4, 1)), 9)
+    arguments = (jnp.asarray(IMAGES), jnp.arange(12).reshape(3, 4), jnp.int32(2), build_hyperparameters(config))
+    run = lambda state: step.run_steps(  # noqa: E731
+        state, *arguments, levels=256, augmentation=config.augmentation, packed=packed
+    )
+    return state, jax.jit(run)(state)
+
+
+def test_steps_give_the_same_numbers_in_the_same_tree():
+    """Decay that spares the prior, clipping, averages and the rate of the log-variance included; rounding alone differs."""
+    before, (expected, expected_metrics) = trained(CONFIG, packed=False)
+    _, (found, metrics) = trained(CONFIG, packed=True)
+    assert jax.tree.structure(found) == jax.tree.structure(before)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), metrics, expected_metrics)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.arrays(), expected.arrays())
+
+
+def test_parameters_moments_and_averages_are_packed_and_come_back():
+    state = create_state(CONFIG, build_model(CONFIG, (4, 4, 1)), 9)
+    packed = pack(state, state.params)
+    (adam,) = [part for part in jax.tree.leaves(packed.optimizer_state, is_leaf=is_adam) if is_adam(part)]
+    for tree in (packed.params, packed.ema_params, adam.mu, adam.nu):
+        assert isinstance(tree["encoder"], Packed)
+        assert all(leaf.ndim != 1 for leaf in tree["encoder"].others)
+    jax.tree.map(np.testing.assert_array_equal, unpack(packed).arrays(), state.arrays())
+
+
+def is_adam(node):
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Optimizer):
+    """An optimizer that may not treat all numbers alike."""
+
+
+def test_only_adamw_on_gpus_is_packed():
+    assert packs_vectors(CONFIG, "gpu")
+    assert not packs_vectors(CONFIG, "cpu")
+    assert not packs_vectors(dataclasses.replace(CONFIG, optimizer=Own()), "gpu")
