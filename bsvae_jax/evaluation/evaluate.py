@@ -28,7 +28,7 @@ from bsvae_jax.evaluation.fid.features import FeatureNetwork
 from bsvae_jax.evaluation.importance_weighted import Density, ImportanceScores
 from bsvae_jax.evaluation.metrics import Quantity, Report, mean_quantity, summarize
 from bsvae_jax.evaluation.sampling import sample_batches, stretch_contrast, to_8_bits
-from bsvae_jax.evaluation.scores import EVALUATION_BATCH, Calibration, SplitScores, calibrate, score_split, split_key
+from bsvae_jax.evaluation.scores import Calibration, SplitScores, calibrate, evaluation_batch, score_split, split_key
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.evaluation.unfinished_bound import UnfinishedBound
 from bsvae_jax.objective import bits_per_dimension
@@ -160,7 +160,13 @@ def evaluate(
         # The same posterior samples as `fit` takes, so that its last row is repeated here.
         key = split_key(run.config.seed, split)
         return score_split(
-            run.model, variables, stored(split), key, levels=images.levels, mesh=mesh, batch_size=EVALUATION_BATCH
+            run.model,
+            variables,
+            stored(split),
+            key,
+            levels=images.levels,
+            mesh=mesh,
+            batch_size=evaluation_batch(run.image_shape),
         )
 
     scores = {split: score(split) for split in splits}
@@ -231,7 +237,7 @@ def _evaluate_split(
             calibration,
             levels=images.levels,
             mesh=mesh,
-            batch_size=EVALUATION_BATCH,
+            batch_size=evaluation_batch(run.image_shape),
             similarity=images.holds_images,
             progress=bar.update,
         )
