@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bsvae_jax._io.terminal import aligned
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.image_set import no_images
 from bsvae_jax.evaluation.scores import Calibration, SplitScores, distortion_at, optimal_variance_of_split
@@ -31,6 +32,10 @@ class Quantity(NamedTuple):
     """Of the mean over examples (sampling of images); None where that does not apply."""
     unit: str
     meaning: str
+
+    def cell(self) -> str:
+        """`8.5123 ± 0.042`, for a table."""
+        return f"{self.value:.5g}" + ("" if self.standard_error is None else f" ± {self.standard_error:.2g}")
 
 
 Report = dict[str, dict[str, Quantity]]
@@ -133,15 +138,10 @@ def _quantity(value: Any, standard_error: Any, unit: Any, meaning: Any) -> Quant
 def as_table(report: Report) -> str:
     """A report as text: a line per quantity, a column per split, standard errors and units."""
 
-    def cell(quantity: Quantity) -> str:
-        error = "" if quantity.standard_error is None else f" ± {quantity.standard_error:.2g}"
-        return f"{quantity.value:.5g}{error}"
-
     splits = list(report)
     names = list(next(iter(report.values())))
     rows = [["± standard error of the mean", *splits, "unit", "meaning"]]
     for name in names:
         first = report[splits[0]][name]
-        rows.append([name, *(cell(report[split][name]) for split in splits), first.unit, first.meaning])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        rows.append([name, *(report[split][name].cell() for split in splits), first.unit, first.meaning])
+    return aligned(rows)

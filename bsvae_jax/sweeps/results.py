@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bsvae_jax._io.files import as_path
+from bsvae_jax._io.terminal import aligned
 from bsvae_jax.config import CHOICES, Config, Prior, StandardNormal
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report
@@ -325,9 +326,7 @@ def as_text(results: SweepResults) -> str:
     )
     kept = [i for i, heading in enumerate(headings) if heading not in HEADINGS.values()]
     kept += [headings.index(HEADINGS[name]) for name in shown if HEADINGS[name] in headings]
-    lines = [[line[i] for i in kept] for line in (headings, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(kept))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned([[line[i] for i in kept] for line in (headings, *rows)])
 
 
 class Family(NamedTuple):
