@@ -94,14 +94,14 @@ class DeviceImages:
         return len(self._images.images)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one image, [H, W, C]."""
+    def data_shape(self) -> tuple[int, ...]:
+        """Of one example."""
         return self._images.images.shape[1:]
 
     def batch(self, indices: np.ndarray) -> Array:
         """The images at `indices` [B], as stored, [B, H, W, C], divided over the data axis of the mesh."""
         if self.resident is not None:
-            return _gather_resident(self._mesh, self.shape)(self.resident, indices)
+            return _gather_resident(self._mesh, self.data_shape)(self.resident, indices)
         return self._images.place(np.asarray(indices), NamedSharding(self._mesh, SHARDED))
 
 
