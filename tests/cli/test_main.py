@@ -16,7 +16,7 @@ from bsvae_jax.training.workdir import read_info
 CONFIG = """
 from bsvae_jax.config import MLP, Config
 def get_config():
-    return Config(network=MLP((16,)), latent_size=4, epochs=1, batch_size=500, devices=1)
+    return Config(network=MLP((16,)), latent_size=4, epochs=1, batch_size=500, devices=1, posterior_samples=1)
 """
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -476,7 +476,7 @@ def test_folders_that_are_no_sweep(trained, swept, tmp_path, capsys):
     assert "is not a sweep: it has no sweep.json" in refused(["report", tmp_path], capsys)
     assert "is not empty and not a sweep" in refused(["sweep", swept.parent / "grid.py", "--workdir", trained], capsys)
     text = refused(["sweep", swept.parent / "grid.py", "--workdir", swept, "--latent-size", 1], capsys)
-    assert "holds a sweep of another config (latent_size: 2 -> 1)" in text
+    assert "holds a sweep of another config (latent_size: 4 -> 1)" in text
     assert "is a sweep, not a run: give one of its members" in refused(["sample", swept], capsys)
 
 

@@ -114,7 +114,7 @@ def test_hooks_are_told_what_happens_in_order_in_plain_values(tmp_path):
     assert all(row.pop("images_per_second") > 0 for row in rows if row["split"] == "train")
     assert rows == read_metrics(result.workdir)
     last = [values for what, _, step, values in recorder.told if what == "steps" and step == 3]
-    assert last[0].keys() == {"objective", "distortion", "rate", "mse", "variance", "gradient_norm"}
+    assert last[0].keys() == {"objective", "distortion", "rate", "mse", "variance", "gradient_norm", "beta"}
 
 
 @pytest.mark.long

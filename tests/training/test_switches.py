@@ -196,7 +196,7 @@ def test_a_run_continued_under_another_threefry_is_told(tmp_path, caplog):
 
 def test_a_run_that_recorded_no_switches_continues_without_a_word(tmp_path, caplog, monkeypatch):
     with monkeypatch.context() as earlier:
-        earlier.setattr("bsvae_jax.training.workdir.SWITCHES", ())
+        earlier.setattr("bsvae_jax.training.switches.SWITCHES", ())
         bv.fit(SMALL, tmp_path, progress=False)
     assert json.loads((tmp_path / "config.json").read_text())["switches"] == {}
     bv.fit(SMALL, tmp_path, progress=False)
