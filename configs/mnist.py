@@ -27,7 +27,7 @@ def get_config() -> Config:
     """The experiment."""
     return Config(
         data=TFDS(name="mnist", validation=0.1),
-        network=Residual(widths=(32, 64, 128)),
+        network=Residual(),
         latent_size=32,
         decoder_variance=Optimal(over="example"),
         beta=1.0,

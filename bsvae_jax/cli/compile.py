@@ -1,12 +1,13 @@
 """`bsvae compile`: the speed of training on other machines, computed."""
 
 import dataclasses
+import math
 import sys
 from typing import Literal
 
 from bsvae_jax.cli.experiment import ConfigFile, Experiment, read_experiment
 from bsvae_jax.cli.options import Merged, call
-from bsvae_jax.errors import check_count
+from bsvae_jax.errors import check_count, check_number
 
 
 def compile(
@@ -19,6 +20,7 @@ def compile(
     images: int | None = None,
     full: bool = False,
     top: int = 0,
+    memory: float | None = None,
 ) -> None:
     """Compile the training and sampling programs of a config for a machine, which need not be there.
 
@@ -38,29 +40,35 @@ def compile(
       image_shape: Height, width and channels, in place of the data's own, which are then not read.
       images: Number of training images, with --image-shape.
       full: Let the compiler of TPUs take its time, minutes, as it does before training; times are about the same.
+      memory: GiB of a device that training may take, in place of the published ones: with --topology cpu, whose program holds
+        about the arrays of any other, an estimate for a GPU that cannot be compiled for here.
       top: List so many kernels of a GPU's step, those that move the most bytes, with the layer that each comes from.
     """
     from bsvae_jax.data import shape_of
     from bsvae_jax.distributed.hardware import check_platform
     from bsvae_jax.profiling import aot
-    from bsvae_jax.training.state import check_against_shape
+    from bsvae_jax.training.state import check_against_shape, for_data
 
     config = experiment.config
+    if memory is not None:
+        check_number("--memory", memory, low=0.0, open_low=True)
+    limit = None if memory is None else memory * 2**30
     for name in topology:  # before anything is compiled, and before JAX looks for a GPU and finds none
         aot.machine(name, config.devices)
     check_platform()
     shape = shape_of(config.data, image_shape, images)
+    config = for_data(config, shape.image_shape)
     check_against_shape(config, shape)
     check_count("--members", members)
     check_count("--top", top, low=0)
     if scaling is None:
         for name in topology:
-            compiled = aot.compile_training(config, shape, name, None, members, full)
+            compiled = aot.compile_training(config, shape, name, None, members, full, limit)
             print(aot.describe(compiled))
             if top and compiled.step.kernels:
                 print(aot.top_table(compiled.step, top))
-            if compiled.chip is not None:
-                other = aot.compile_other_batch(config, shape, name, None, members, full)
+            if compiled.memory < math.inf:
+                other = aot.compile_other_batch(config, shape, name, None, members, full, limit)
                 unit = config.gradient_accumulation * (compiled.devices if members == 1 else 1)
                 largest = aot.largest_batch(compiled, other, unit)
                 if other is not None and largest is not None:
@@ -77,7 +85,7 @@ def compile(
         factor = 1 if scaling == "strong" else devices
         if members == 1:
             scaled = dataclasses.replace(config, batch_size=config.batch_size * factor)
-            rows.append(aot.compile_training(scaled, shape, name, None, 1, full))
+            rows.append(aot.compile_training(scaled, shape, name, None, 1, full, limit))
         else:
             rows.append(aot.compile_training(config, shape, name, None, members * factor, full))
         print(aot.scaling_table(rows).splitlines()[-1], file=sys.stderr)

@@ -29,10 +29,10 @@ from bsvae_jax.evaluation.importance_weighted import Density, ImportanceScores
 from bsvae_jax.evaluation.metrics import Quantity, Report, mean_quantity, summarize
 from bsvae_jax.evaluation.sampling import sample_batches, stretch_contrast, to_8_bits
 from bsvae_jax.evaluation.scores import (
-    EVALUATION_BATCH,
     Calibration,
     SplitScores,
     calibrate,
+    evaluation_batch,
     samples_of_each,
     score_split,
     split_key,
@@ -170,7 +170,7 @@ def evaluate(
 
     def score(split: str, number: int, calibration: Calibration | None) -> SplitScores:
         # The same posterior samples as `fit` takes, so that its evaluation is repeated here.
-        options: dict[str, Any] = dict(levels=images.levels, mesh=mesh, batch_size=EVALUATION_BATCH)
+        options: dict[str, Any] = dict(levels=images.levels, mesh=mesh, batch_size=evaluation_batch(run.image_shape))
         key = split_key(run.config.seed, split)
         return score_split(run.model, variables, stored(split), key, samples=number, calibration=calibration, **options)
 
@@ -243,7 +243,7 @@ def _evaluate_split(
             calibration,
             levels=images.levels,
             mesh=mesh,
-            batch_size=EVALUATION_BATCH,
+            batch_size=evaluation_batch(run.image_shape),
             similarity=images.holds_images,
             progress=bar.update,
         )

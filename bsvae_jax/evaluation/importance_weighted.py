@@ -23,6 +23,7 @@ from bsvae_jax.data.image_set import to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, padded_batches, parallelize
 from bsvae_jax.errors import UserError
+from bsvae_jax.evaluation.scores import evaluation_batch
 from bsvae_jax.models.priors import gaussian_log_prob
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.objective import gaussian_nll
@@ -32,7 +33,7 @@ MOST_SAMPLES = 5000
 CHUNK = 64
 """Samples of one image in a device call, at most."""
 DECODED_AT_ONCE = 1024
-"""Images decoded in a device call, per device: what bounds the memory."""
+"""Images decoded in a device call, per device, fewer of large ones: what bounds the memory."""
 
 
 class Density(NamedTuple):
@@ -199,8 +200,9 @@ def importance_weighted(
     if not all(density.frozen for density in densities) and not has_own_density(model):
         raise UserError("With an optimal decoder variance the model's likelihood is not a density; freeze a variance.")
     count = len(images) if count is None else min(count, len(images))
-    chunk = min(samples, CHUNK)
-    batch = max(DECODED_AT_ONCE // chunk, 1) * mesh.shape[DATA_AXIS]
+    at_once = evaluation_batch(images.shape, DECODED_AT_ONCE)
+    chunk = min(samples, CHUNK, at_once)
+    batch = (at_once // chunk) * mesh.shape[DATA_AXIS]
     encode, add = _parallelized(model.clone(axis_name=None), levels, tuple(densities), chunk, mesh)
     state = partial or Partial(
         0, np.zeros((len(densities), 0)), np.zeros((len(densities), samples)), np.zeros((len(densities), 0))

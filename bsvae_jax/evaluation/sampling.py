@@ -17,6 +17,7 @@ from bsvae_jax.data.image_set import no_images
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import plots
+from bsvae_jax.evaluation.scores import evaluation_batch
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.random import make_key
@@ -54,21 +55,26 @@ def stretch_contrast(images: np.ndarray) -> np.ndarray:
     return (images - low) / np.maximum(high - low, 1e-12)
 
 
-def _draw(variables: Any, key: Any, *, model: VAE, devices: int) -> Any:
-    """This device's share of one batch of decoder means; every device draws all latents and decodes its part."""
-    share = -(-BATCH // devices)
+def pieces(data_shape: tuple[int, ...]) -> int:
+    """Device calls in which a batch is decoded: one, but for large images, of which memory holds fewer."""
+    return -(-BATCH // evaluation_batch(data_shape, BATCH))
+
+
+def _draw(variables: Any, key: Any, piece: Any, *, model: VAE, devices: int, pieces: int) -> Any:
+    """This device's share of a piece of a batch of decoder means; every device draws all latents and decodes its part."""
+    share = -(-BATCH // (devices * pieces))
     z: Any = model.apply(variables, key, BATCH, method="sample_latents")
-    z = jnp.pad(z, ((0, share * devices - BATCH), (0, 0)))
-    z = jax.lax.dynamic_slice_in_dim(z, jax.lax.axis_index(DATA_AXIS) * share, share)
+    z = jnp.pad(z, ((0, share * devices * pieces - BATCH), (0, 0)))
+    z = jax.lax.dynamic_slice_in_dim(z, (piece * devices + jax.lax.axis_index(DATA_AXIS)) * share, share)
     decoded: Any = model.apply(variables, z, method="decode")
     return decoded.mean
 
 
 @functools.cache
-def parallelize_sampling(model: VAE, mesh: Mesh) -> Any:
-    """The program that draws one batch: (variables, key) to decoder means, [B, ...] divided over the devices."""
-    draw = functools.partial(_draw, model=model, devices=mesh.shape[DATA_AXIS])
-    return parallelize(draw, mesh, (REPLICATED, REPLICATED), SHARDED)
+def parallelize_sampling(model: VAE, mesh: Mesh, pieces: int) -> Any:
+    """The program of one piece: (variables, key, number of the piece) to decoder means, [B, ...] divided over the devices."""
+    draw = functools.partial(_draw, model=model, devices=mesh.shape[DATA_AXIS], pieces=pieces)
+    return parallelize(draw, mesh, (REPLICATED, REPLICATED, REPLICATED), SHARDED)
 
 
 def sample_batches(run: Restored, count: int, seed: int = 0, first: int = 0) -> Iterator[np.ndarray]:
@@ -82,12 +88,13 @@ def sample_batches(run: Restored, count: int, seed: int = 0, first: int = 0) -> 
     """
     if first % BATCH:
         raise ValueError(f"first must be a multiple of {BATCH}, got {first}.")
-    mesh = data_mesh()
-    draw, variables = parallelize_sampling(run.model.clone(axis_name=None), mesh), replicate(run.variables, mesh)
+    mesh, number = data_mesh(), pieces(run.image_shape)
+    draw, variables = parallelize_sampling(run.model.clone(axis_name=None), mesh, number), replicate(run.variables, mesh)
     root = make_key(seed)
     for start in range(first, count, BATCH):
-        means = draw(variables, jax.random.fold_in(root, start // BATCH))
-        yield np.asarray(means, np.float32)[: min(BATCH, count - start)]
+        key, wanted = jax.random.fold_in(root, start // BATCH), min(BATCH, count - start)
+        drawn = (np.asarray(draw(variables, key, np.int32(piece)), np.float32) for piece in range(-(-number * wanted // BATCH)))
+        yield np.concatenate(list(drawn))[:wanted]
 
 
 def sample_prior(run: Restored, count: int, seed: int = 0) -> np.ndarray:

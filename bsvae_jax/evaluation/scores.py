@@ -5,6 +5,7 @@ result depends neither on the batch size nor on the number of devices, and the l
 """
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,9 @@ from bsvae_jax.objective import LOG_2PI, DecoderVariance, elbo_terms
 from bsvae_jax.random import example_keys, make_key
 
 EVALUATION_BATCH = 512
-"""Images per device call, where the caller has no reason for another number."""
+"""Images per device call, at most; of large ones fewer, see `evaluation_batch`."""
+LARGE = 64 * 64 * 3
+"""Values of an image beyond which fewer are evaluated in a call: so many fit wherever such an image can be trained on."""
 
 SAMPLES_OF_SPLIT = 10_000
 """Posterior samples over which the numbers of a split are averaged, where nobody asks for another number of each image."""
@@ -35,6 +38,15 @@ MOST_SAMPLES = 16
 SPLIT_SALT = {"train": 0x65760001, "test": 0x65760002, "validation": 0x65760003}
 """Folded into the config's seed for the posterior samples of a split, so that every evaluation takes the same ones; far from
 0 and 1, which `split` uses for the keys of training."""
+
+
+def evaluation_batch(data_shape: tuple[int, ...], most: int = EVALUATION_BATCH) -> int:
+    """Examples of a shape in a device call: `most`, and of large ones as many as have the values of `most` images of 64 x 64.
+
+    >>> [evaluation_batch((side, side, 3)) for side in (28, 64, 256, 512)]
+    [512, 512, 32, 8]
+    """
+    return max(1, most * LARGE // max(LARGE, math.prod(data_shape)))
 
 
 def split_key(seed: int, split: str) -> Key[Array, ""]:

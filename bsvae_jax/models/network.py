@@ -65,6 +65,10 @@ class Network(Kind, abc.ABC):
           `decoder(z, train)` maps latents [B, L] to the mean of p(x|z), [B, *output_shape(data_shape, outputs)].
         """
 
+    def for_data(self, data_shape: tuple[int, ...]) -> "Network":
+        """This network with everything filled in that it leaves to the shape of one example; a run is recorded with it."""
+        return self
+
     def check(self, latent_size: int, data_shape: tuple[int, ...]) -> None:
         """Raise a UserError where this network does not fit the data; by default it takes any."""
 

@@ -189,7 +189,7 @@ def from_state_dict(
         )
     if not isinstance(config.prior, StandardNormal):
         raise UserError(f"The published network has a standard normal prior, this config has {config.prior}; leave it out.")
-    wanted = counterparts(variables, config.network.widths, image_shape)
+    wanted = counterparts(variables, config.network.widths_for(image_shape), image_shape)
     _check_same_network(arrays, wanted, config, image_shape, source)
     with np.errstate(over="ignore"):  # a double beyond float32 is infinite, and refused as such
         singles = {place: np.asarray(arrays[part.name]).astype(np.float32) for place, part in wanted.items()}

@@ -11,6 +11,7 @@ PyTorch updates the running variance of a BatchNorm with the *unbiased* batch va
 at evaluation both use what is stored.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -42,21 +43,45 @@ from bsvae_jax.models.layers import (
 )
 from bsvae_jax.models.network import Network, check_images, output_shape
 
+COARSEST = 8
+"""Largest side of the map that the dense layers take, where no widths are chosen: its positions times its channels times twice
+the latents are their weights."""
+
 Images = Float[Array, "batch height width channels"]
 FeatureMaps = Float[Array, "batch map_height map_width features"]
 
 
 @dataclass(frozen=True)
 class Residual(Network):
-    """The paper's convolutional residual network; any image size and channel count."""
+    """The paper's convolutional residual network; any image size and channel count.
 
-    widths: tuple[int, ...] = (32, 64, 128)
-    """Channels per stage; every stage halves the image (rounded up). The paper: 32 64 128 (MNIST), 32 64 128 256 (CelebA)."""
+    >>> Residual().widths_for((256, 256, 3))
+    (32, 64, 128, 256, 512)
+    """
+
+    widths: tuple[int, ...] | None = None
+    """Channels per stage; every stage halves the image (rounded up). None: 32 64 128 up to 64 x 64 pixels, and for larger
+    images as many more stages, of twice the channels but at most 512, as leave a map of at most 8 x 8. The paper: 32 64 128
+    (MNIST), 32 64 128 256 (CelebA)."""
 
     def __post_init__(self) -> None:
-        check_widths("network.widths", self.widths)
+        if self.widths is not None:
+            check_widths("network.widths", self.widths)
 
     convolutional: ClassVar[bool] = True
+
+    def widths_for(self, data_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The widths, or those that images of this size are given where none are chosen."""
+        if self.widths is not None:
+            return self.widths
+        side, stages = max(check_images(self, data_shape)[:2]), 3
+        while stage_size(side, stages) > COARSEST:
+            stages += 1
+        return tuple(min(32 * 2**stage, 512) for stage in range(stages))
+
+    def for_data(self, data_shape: tuple[int, ...]) -> "Residual":
+        """With its widths chosen."""
+        return dataclasses.replace(self, widths=self.widths_for(data_shape))
 
     def check(self, latent_size: int, data_shape: tuple[int, ...]) -> None:
         """Raise a UserError unless the data are images."""
@@ -72,7 +97,7 @@ class Residual(Network):
         rematerialize: bool = False,
     ) -> tuple[nn.Module, nn.Module]:
         """Convolutions with BatchNorm, whose statistics are averaged over `axis_name`."""
-        shared = (self.widths, axis_name, dtype, rematerialize)
+        shared = (self.widths_for(data_shape), axis_name, dtype, rematerialize)
         return ResidualEncoder(latent_size, *shared), ResidualDecoder(output_shape(data_shape, outputs), *shared)
 
 

@@ -26,10 +26,11 @@ from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed.hardware import CHIPS, TOPOLOGIES, Chip, Precision, check_precision, known_topologies
 from bsvae_jax.distributed.mesh import REPLICATED, Execution, data_mesh, sweep_mesh
 from bsvae_jax.errors import UserError, nearest
-from bsvae_jax.evaluation.sampling import parallelize_sampling
+from bsvae_jax.evaluation.sampling import parallelize_sampling, pieces
 from bsvae_jax.profiling.cost_analysis import ProgramCost, program_cost
 from bsvae_jax.profiling.gpu_targets import LAUNCH, TARGETS, WITHOUT_AUTOTUNING, gpu_devices, known_gpus, split_name
 from bsvae_jax.random import make_key
+from bsvae_jax.training.memory import NEEDS_LESS
 from bsvae_jax.training.program import abstract_arguments, parallelize_training, program_config, program_model
 from bsvae_jax.training.state import create_state, steps_per_dispatch
 
@@ -80,8 +81,8 @@ class Compiled(NamedTuple):
     step: ProgramCost
     state: dict[str, int]
     """Bytes per device of the parameters, the optimizer's state, the images, ..."""
-    memory_share: float = 1.0
-    """Of a device's memory that JAX takes."""
+    memory: float = math.inf
+    """Bytes of a device that a program may take."""
 
     def times(self) -> Times | None:
         """The roofline; None without published peaks."""
@@ -98,10 +99,6 @@ class Compiled(NamedTuple):
         """Share of the chip's peak that the arithmetic of a step takes of the predicted time."""
         times = self.times()
         return None if times is None else times.compute / times.step
-
-    def available(self) -> float | None:
-        """Memory of a device that a program may take, bytes."""
-        return None if self.chip is None else self.memory_share * self.chip.memory / self.devices_per_chip
 
 
 def roofline(step: ProgramCost, chip: Chip, precision: Precision, devices: int = 1, devices_per_chip: int = 1) -> Times:
@@ -195,7 +192,13 @@ def machine(topology: str, devices: int | None = None) -> tuple[list[Any], int]:
 
 
 def compile_training(
-    config: Config, data: DataShape, topology: str, devices: int | None = None, members: int = 1, full: bool = False
+    config: Config,
+    data: DataShape,
+    topology: str,
+    devices: int | None = None,
+    members: int = 1,
+    full: bool = False,
+    memory: float | None = None,
 ) -> Compiled:
     """Compile the training program of a config for a machine; nothing is run and no array is made.
 
@@ -206,6 +209,7 @@ def compile_training(
       devices: of it; None: all.
       members: models of a sweep trained at once, divided over the devices; 1: one model, whose batch is.
       full: let the compiler take the time that it takes before training.
+      memory: bytes of a device that a program may take; None: of the published ones what JAX takes, without limit if unknown.
 
     Raises:
       UserError: no such machine, a precision that it has not, a batch that does not divide over its devices, or a program
@@ -217,8 +221,8 @@ def compile_training(
     batch, parts = config.batch_size, config.gradient_accumulation
     mesh = data_mesh(None, batch, parts, found) if members == 1 else sweep_mesh(None, members, batch, parts, found)
     chip, platform = CHIPS.get(found[0].device_kind), found[0].platform
-    share = GPU_SHARE if platform == "gpu" else 1.0
-    memory = math.inf if chip is None else share * chip.memory / per_chip
+    own = math.inf if chip is None else (GPU_SHARE if platform == "gpu" else 1.0) * chip.memory / per_chip
+    memory = own if memory is None else memory
     resident = data.nbytes <= config.resident_memory * memory
     window = steps_per_dispatch(config, platform)
     if not resident:
@@ -229,20 +233,10 @@ def compile_training(
     step = program_cost(_compile(program.lower(*arguments), topology, platform, full, with_what), platform == "gpu")
     if platform != "gpu":  # the compiler counts one pass through a loop
         step = step._replace(flops=parts * step.flops, bytes_accessed=parts * step.bytes_accessed)
-    elif step.memory > memory:  # only a GPU that is there runs out of it
-        raise DoesNotFitError(_does_not_fit_gpu(step, memory, batch, with_what))
-    return Compiled(
-        topology,
-        chip,
-        len(found),
-        per_chip,
-        config.batch_size,
-        members,
-        config.precision,
-        step,
-        _held(arguments, mesh),
-        share,
-    )
+    if step.memory > memory:  # only a device that is there runs out of it
+        raise DoesNotFitError(_needs_more(step, memory, batch, with_what))
+    held, precision = _held(arguments, mesh), config.precision
+    return Compiled(topology, chip, len(found), per_chip, batch, members, precision, step, held, memory)
 
 
 def compile_sampling(
@@ -258,17 +252,17 @@ def compile_sampling(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
         jax.eval_shape(lambda: (create_state(config, model, total).variables(), make_key(0))),
     )
-    lowered = parallelize_sampling(model, mesh).lower(variables, key)
-    return program_cost(_compile(lowered, topology, platform, full, "500 samples"), platform == "gpu")
+    number, piece = pieces(data.image_shape), jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    lowered = parallelize_sampling(model, mesh, number).lower(variables, key, piece)
+    cost = program_cost(_compile(lowered, topology, platform, full, f"{500 // number} samples"), platform == "gpu")
+    return cost._replace(flops=number * cost.flops, bytes_accessed=number * cost.bytes_accessed)
 
 
-def compile_other_batch(
-    config: Config, data: DataShape, topology: str, devices: int | None = None, members: int = 1, full: bool = False
-) -> Compiled | None:
+def compile_other_batch(config: Config, *arguments: Any) -> Compiled | None:
     """As `compile_training`, of twice the batch, or of half of it where that does not fit; None where half does not divide."""
     for size, refused in ((2 * config.batch_size, DoesNotFitError), (config.batch_size // 2, UserError)):
         with contextlib.suppress(refused):
-            return compile_training(dataclasses.replace(config, batch_size=size), data, topology, devices, members, full)
+            return compile_training(dataclasses.replace(config, batch_size=size), *arguments)
     return None
 
 
@@ -280,13 +274,12 @@ def largest_batch(compiled: Compiled, other: Compiled | None, unit: int) -> int 
       other: of another batch, all else equal.
       unit: what a batch must be a multiple of.
     """
-    available = compiled.available()
-    if available is None or other is None:
+    if other is None or compiled.memory == math.inf:
         return None
     each = (other.step.memory - compiled.step.memory) / (other.batch_size - compiled.batch_size)
     if each <= 0:
         return None
-    return int((compiled.batch_size + (available - compiled.step.memory) / each) // unit * unit)
+    return int((compiled.batch_size + (compiled.memory - compiled.step.memory) / each) // unit * unit)
 
 
 def _compile(lowered: Any, topology: str, platform: str, full: bool, with_what: str) -> Any:
@@ -305,22 +298,20 @@ def _does_not_fit(message: str, with_what: str) -> str:
     sizes = f" ({used[1]} of {used[2]} of {used[3]})" if used else ""
     largest = re.search(r"Size: ([\d.]+[KMGT]?)\s+Operator: .*?op_name=\"([^\"]*)\"[^\n]*\n\s+Shape: (\S+?)\{", message)
     what = f" The largest array is {largest[3]} ({largest[1]}), of {'/'.join(largest[2].split('/')[-2:])}." if largest else ""
-    return f"The program does not fit into the memory of a device with {with_what}{sizes}.{what} A smaller batch_size, {_LESS}"
+    less = f"A smaller batch_size, {NEEDS_LESS}."
+    return f"The program does not fit into the memory of a device with {with_what}{sizes}.{what} {less}"
 
 
-def _does_not_fit_gpu(step: ProgramCost, available: float, batch: int, with_what: str) -> str:
+def _needs_more(step: ProgramCost, available: float, batch: int, with_what: str) -> str:
     """The same of a program that was compiled: temporary memory grows with the batch."""
-    largest = max(step.kernels, key=lambda kernel: kernel.result_bytes)
-    of_layer = f", of {largest.layer}" if largest.layer else ""
+    largest = max(step.kernels, key=lambda kernel: kernel.result_bytes, default=None)
+    of_layer = f", of {largest.layer}" if largest is not None and largest.layer else ""
+    array = "" if largest is None else f" The largest array is {largest.result} ({_bytes(largest.result_bytes)}){of_layer}."
     fits = max(0, int(batch * (available - step.arguments - step.results) / step.temporary))
     return (
         f"The program does not fit into the memory of a device with {with_what} ({_bytes(step.memory)} of the "
-        f"{_bytes(available)} that JAX takes). The largest array is {largest.result} "
-        f"({_bytes(largest.result_bytes)}){of_layer}. A smaller batch_size, about {fits}, {_LESS}"
+        f"{_bytes(available)} that it may take).{array} A smaller batch_size, about {fits}, {NEEDS_LESS}."
     )
-
-
-_LESS = "--gradient-accumulation 2 (or more), --rematerialize or --precision bfloat16 needs less."
 
 
 def _held(arguments: tuple[Any, ...], mesh: Mesh) -> dict[str, int]:
@@ -357,7 +348,7 @@ def describe(compiled: Compiled) -> str:
         f"  arithmetic    {step.flops:.3g} FLOP",
         f"  memory moved  {step.bytes_accessed:.3g} bytes ({step.intensity:.1f} FLOP/byte)",
         f"  peak memory   {_bytes(step.memory)}"
-        + (f" of {_bytes(compiled.available() or 0)}" if compiled.chip else "")
+        + (f" of {_bytes(compiled.memory)}" if compiled.memory < math.inf else "")
         + f": temporary {_bytes(step.temporary)}, "
         + ", ".join(f"{what} {_bytes(size)}" for what, size in compiled.state.items()),
     ]

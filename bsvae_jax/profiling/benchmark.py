@@ -279,7 +279,7 @@ def measure_torch(
         raise UserError("The PyTorch version is of the residual network with an optimal variance; choose --network residual.")
     setup = {
         "image_shape": images.image_shape,
-        "widths": config.network.widths,
+        "widths": config.network.widths_for(images.image_shape),
         "latent_size": config.latent_size,
         "batch_size": config.batch_size,
         "precision": config.precision,

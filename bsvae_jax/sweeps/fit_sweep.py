@@ -40,7 +40,7 @@ from bsvae_jax.training.evaluated import evaluation_at
 from bsvae_jax.training.program import Program, program_config
 from bsvae_jax.training.restore import read_source, start_with
 from bsvae_jax.training.start import Source, Start, check_beginning
-from bsvae_jax.training.state import check_against_data
+from bsvae_jax.training.state import check_against_data, for_data
 from bsvae_jax.training.step import TrainState
 from bsvae_jax.training.stopped import final_step, read_failure
 from bsvae_jax.training.trainer import Member, Trainer
@@ -120,7 +120,7 @@ def fit_sweep(
     folder = as_path(workdir, "workdir")
     if execution is not None and execution not in get_args(Execution):
         raise UserError(f"execution must be one of {', '.join(get_args(Execution))}, got {execution!r}.")
-    members = grid.members(config)
+    grid.members(config)  # checked before anything is loaded
     check_platform()
     if not multihost.is_only():
         raise UserError(
@@ -136,6 +136,8 @@ def fit_sweep(
         raise UserError("Execution 'loop' trains one member at a time; leave out --members-at-once, or choose scan or vmap.")
     data_mesh(config.devices, config.batch_size if execution == "loop" else None)
     images = load(config.data)
+    config = for_data(config, images.image_shape)
+    members = grid.members(config)
     for member in members:
         check_against_data(member.config, images)
     directory = _SweepDirectory(folder, config, images, members, describe_devices(devices), start_from)

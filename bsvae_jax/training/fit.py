@@ -14,15 +14,16 @@ from bsvae_jax.config import Config, to_dict
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.distributed import multihost
 from bsvae_jax.distributed.hardware import check_platform, check_precision
-from bsvae_jax.distributed.mesh import data_mesh, describe_devices
+from bsvae_jax.distributed.mesh import available_bytes, data_mesh, describe_devices
 from bsvae_jax.distributed.preemption import stop_on_signals
 from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.training.callbacks import Callback, Callbacks, with_own
+from bsvae_jax.training.memory import check_memory
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.restore import read_source, start_with
 from bsvae_jax.training.start import check_beginning
-from bsvae_jax.training.state import check_against_data
+from bsvae_jax.training.state import check_against_data, for_data
 from bsvae_jax.training.step import TrainState
 from bsvae_jax.training.trainer import Member, Trainer
 from bsvae_jax.training.workdir import RunDirectory, read_info
@@ -120,9 +121,13 @@ def _fit(
     mesh = data_mesh(config.devices, config.batch_size, config.gradient_accumulation)
     check_precision(config.precision, mesh.devices.flat[0].device_kind)
     images = load(config.data)
+    config = for_data(config, images.image_shape)
     check_against_data(config, images)
     multihost.check_agreement("images", {"fingerprint": images.fingerprint()}, "Give every process the same data.")
-    primary = multihost.is_primary()
+    primary, program = multihost.is_primary(), Program(config, images, mesh)
+    begun = (folder / "config.json").is_file()
+    if not begun:  # while there is no folder yet, which a smaller batch would not fit
+        check_memory(program, available_bytes(mesh))
     # What is not primary touches no file.
     other = RunDirectory(folder, config, images, primary=False)
 
@@ -139,14 +144,15 @@ def _fit(
 
     directory = multihost.on_primary(open_folder, other)
     with stop_on_signals() as stop, directory as run:
-        program = Program(config, images, mesh)
+        done = max(run.saved_steps(), default=0)
+        if begun and done < program.total:
+            check_memory(program, available_bytes(mesh))
         if primary:
             log.info(
                 f"{images.name}: {images.sizes()}; "
                 f"{config.epochs} epochs, {program.total} steps of {config.batch_size}; {describe_devices(mesh)}"
                 + ("" if program.resident else "; images are streamed from the host")
             )
-        done = max(run.saved_steps(), default=0)
         with ProgressBar(program.total * config.batch_size, done * config.batch_size, progress and primary) as bar:
             member = Member(config, run)
             state = Trainer(program, [member], with_own(callbacks, bar), stop).train()

@@ -20,7 +20,7 @@ from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError, check_count
 from bsvae_jax.evaluation.run_over import joined, run_over
-from bsvae_jax.evaluation.scores import EVALUATION_BATCH
+from bsvae_jax.evaluation.scores import evaluation_batch
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.random import make_key
@@ -186,7 +186,7 @@ def _posteriors(run: Restored, images: ImageSet) -> tuple[np.ndarray, np.ndarray
         functools.partial(_encode, model=model, levels=images.levels), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED)
     )
     variables = replicate(run.variables, mesh)
-    batches = run_over(stored, mesh, EVALUATION_BATCH, lambda stored, *_: encode(variables, stored))
+    batches = run_over(stored, mesh, evaluation_batch(run.image_shape), lambda stored, *_: encode(variables, stored))
     mean, deviation = joined(batches, len(stored))
     return mean, deviation
 

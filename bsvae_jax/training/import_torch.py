@@ -17,7 +17,7 @@ from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.models import pytorch
 from bsvae_jax.models._state_dict import read_state_dict
 from bsvae_jax.training.checkpoints import Checkpoints, check_place
-from bsvae_jax.training.state import build_model, check_against_data, create_state
+from bsvae_jax.training.state import build_model, check_against_data, create_state, for_data
 from bsvae_jax.training.workdir import describe_run
 
 
@@ -64,6 +64,7 @@ def import_torch(path: str | Path, config: Config, workdir: str | Path) -> Impor
     check_kind("config", config, Config, "load_config(path) reads one from a file")
     arrays = read_state_dict(path)
     images = load(config.data)
+    config = for_data(config, images.image_shape)
     check_against_data(config, images)
     model = build_model(config, images.image_shape, images.bin_width)
     like = jax.eval_shape(lambda: create_state(config, model, 1).variables())

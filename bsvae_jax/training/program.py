@@ -34,9 +34,9 @@ from bsvae_jax.distributed.mesh import (
 )
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.scores import (
-    EVALUATION_BATCH,
     Calibration,
     SplitScores,
+    evaluation_batch,
     pixel_variance_of,
     samples_of_each,
     score_members,
@@ -150,8 +150,8 @@ class Program:
         self.data = images.shape
         self.total = steps_through(config.epochs, len(images.train), config.batch_size)
         self.model = program_model(self.config, self.data)
-        resident = fits(self.data.nbytes, mesh, config.resident_memory)
-        self.splits = {split: DeviceImages(getattr(images, split), mesh, resident) for split in images.splits}
+        self.resident = resident = fits(self.data.nbytes, mesh, config.resident_memory)
+        """Whether the images lie on the devices; they are streamed otherwise."""
         self.window = steps_per_dispatch(config, mesh.devices.flat[0].platform)
         if not resident:
             self.window = streamed_window(self.data.image_bytes, config.batch_size, members, self.window)
@@ -161,10 +161,10 @@ class Program:
         # Equal slices of a batch are the shares of the devices.
         self._arrangement = arranged(config.batch_size, mesh.shape[DATA_AXIS], config.gradient_accumulation)
 
-    @property
-    def resident(self) -> bool:
-        """Whether the images lie on the devices; they are streamed otherwise."""
-        return self.splits["train"].resident is not None
+    @functools.cached_property
+    def splits(self) -> dict[str, DeviceImages]:
+        """The images of each split, placed when they are first asked for: before that, nothing is taken of a device."""
+        return {split: DeviceImages(getattr(self.images, split), self.mesh, self.resident) for split in self.images.splits}
 
     def new_state(self, config: Config, images: ImageSet | None = None) -> TrainState:
         """The state of a member before its first step, with this program's constants; arguments as for `create_state`."""
@@ -259,7 +259,7 @@ class Program:
             [build_model(config, self.images.image_shape, self.images.bin_width).decoder_variance for config in configs],
             levels=self.images.levels,
             mesh=self.mesh,
-            batch_size=EVALUATION_BATCH,
+            batch_size=evaluation_batch(self.images.image_shape),
             execution=self.execution,
             samples=1 if calibrations is None else samples_of_each(self.config.posterior_samples, len(images)),
         )

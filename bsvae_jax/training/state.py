@@ -149,6 +149,11 @@ def steps_per_dispatch(config: Config, platform: str) -> int:
     return 1 if platform == "cpu" and config.network.convolutional else LOG_EVERY
 
 
+def for_data(config: Config, data_shape: tuple[int, ...]) -> Config:
+    """The config with its network as it is for data of this shape."""
+    return dataclasses.replace(config, network=config.network.for_data(data_shape))
+
+
 def check_against_data(config: Config, images: ImageSet) -> None:
     """What only config and data together can show to be wrong.
 

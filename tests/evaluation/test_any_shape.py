@@ -115,6 +115,17 @@ def test_samples_keep_their_range(folder, shape, capsys, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("count", [3, 260, 501])
+def test_what_is_decoded_in_pieces_is_the_same(folder, count, monkeypatch):
+    """As large images are: on eight devices here, 500 in pieces of 120 divide over neither."""
+    run = restore(folder[VECTORS])
+    whole = sampling.sample_prior(run, count)
+    monkeypatch.setattr(sampling, "evaluation_batch", lambda shape, most: 120)
+    assert sampling.pieces(VECTORS) == 5
+    np.testing.assert_allclose(sampling.sample_prior(run, count), whole, rtol=1e-5)
+
+
+@pytest.mark.long
 def test_a_sweep_of_sequences_is_reported(tmp_path):
     fit_sweep(config_of(SEQUENCES), Sweep((0.5, 1.0), (Optimal(),), 1), tmp_path / "sweep", progress=False)
     (one, _) = sorted((tmp_path / "sweep" / "members").iterdir())

@@ -486,6 +486,25 @@ def test_a_predicted_variance_doubles_the_decoders_channels_and_only_those(netwo
     assert one == (2 if isinstance(network, Residual) else 60)
 
 
+@pytest.mark.parametrize("side", [28, 32, 64])
+def test_up_to_64_pixels_there_are_the_papers_three_stages(side):
+    assert Residual().for_data((side, side, 3)) == Residual((32, 64, 128))
+    assert Residual().build(4, (side, side, 3)) == Residual((32, 64, 128)).build(4, (side, side, 3))
+    assert Residual((8, 8)).for_data((side, side, 3)) == Residual((8, 8))  # chosen ones stay
+
+
+@pytest.mark.parametrize(("shape", "stages", "smallest"), [((65, 40, 1), 4, (5, 3)), ((256, 256, 3), 5, (8, 8))])
+def test_the_dense_layers_of_large_images_stay_small(shape, stages, smallest):
+    """The weights of the layers around the coarsest map are counted by hand; nothing is computed."""
+    encoder, _ = Residual().build(16, shape)
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((2, *shape)))["params"]
+    assert len([name for name in shapes if name.endswith("block0")]) == stages
+    channels = [32, 64, 128, 256, 512][stages - 1]
+    assert shapes["hidden"]["kernel"].shape == (smallest[0] * smallest[1] * channels, 32)
+    assert len(Residual().widths_for((512, 512, 3))) == 6
+    assert max(Residual().widths_for((4096, 4096, 3))) == 512
+
+
 def test_parameters_of_the_mnist_network_counted_by_hand():
     def conv(kernel, before, after):
         return kernel * kernel * before * after + after

@@ -100,10 +100,22 @@ def test_held_memory_is_that_of_the_arrays():
     assert held["images"] == 1500 * 64
 
 
+def test_a_memory_that_is_given_bounds_the_batch():
+    """Between what one batch and what its double take by the compiler; below the first it is refused, with a batch to try."""
+    one, two = (aot.compile_training(dataclasses.replace(SMALL, batch_size=size), DIGITS, "cpu", 1) for size in (128, 256))
+    assert one.memory == math.inf
+    between = (one.step.memory + two.step.memory) / 2
+    bounded = aot.compile_training(SMALL, DIGITS, "cpu", 1, 1, False, between)
+    assert "largest" not in aot.describe(one)
+    assert 170 <= aot.largest_batch(bounded, two, unit=1) <= 214  # 192 by the line, to the nearest of what is rounded
+    with pytest.raises(aot.DoesNotFitError, match=r"with 256 images a step .*A smaller batch_size, about \d+, --gradient"):
+        aot.compile_training(dataclasses.replace(SMALL, batch_size=256), DIGITS, "cpu", 1, 1, False, between)
+
+
 def test_the_largest_batch_is_read_off_a_line():
     def of(batch, memory):
         step = program_cost(arguments=memory, results=0, temporary=0)
-        return aot.Compiled("x", CHIPS["TPU v5 lite"], 4, 1, batch, 1, "float32", step, {})
+        return aot.Compiled("x", CHIPS["TPU v5 lite"], 4, 1, batch, 1, "float32", step, {}, 16 * 2**30)
 
     # 16 GiB = 100 MB + B * 1 MB
     largest = aot.largest_batch(of(100, 200_000_000), of(200, 300_000_000), unit=8)

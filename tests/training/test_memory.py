@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bsvae_jax.config import MLP, Config, Optimizer, Residual
+from bsvae_jax.data import load
 from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
@@ -15,6 +16,8 @@ from bsvae_jax.random import arranged
 from bsvae_jax.training import state as building
 from bsvae_jax.training import step as training
 from bsvae_jax.training.fit import fit
+from bsvae_jax.training.memory import check_memory, largest_batch
+from bsvae_jax.training.program import Program
 
 IMAGES = np.random.default_rng(0).random((16, 8, 8, 1)).astype(np.float32)
 SMALL = Config(network=MLP((16,)), latent_size=3, batch_size=16, optimizer=Optimizer(gradient_clip=1e9))
@@ -148,3 +151,48 @@ def test_parts_that_do_not_divide_over_the_devices_are_refused(tmp_path):
         UserError, match=r"batch_size 20 does not divide over 4 devices in 2 parts \(gradient_accumulation\); 16 would"
     ):
         fit(dataclasses.replace(SMALL, batch_size=20, gradient_accumulation=2, devices=4), tmp_path, progress=False)
+
+
+# --- Memory, known before it is taken ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("needed", [lambda batch: 10_000 + 30 * batch, lambda batch: 10_000 + 90 * int(batch**0.8)])
+@pytest.mark.parametrize(("room", "devices", "parts"), [(10_300, 1, 1), (11_000, 2, 2), (12_345, 1, 4), (10_000, 1, 1)])
+def test_the_batch_that_is_named_fits_and_has_been_compiled(needed, room, devices, parts, monkeypatch):
+    """Of a line it is the largest there is, found by counting; of a curve it fits."""
+    tried = []
+
+    def counted(self, members):
+        tried.append(self.config.batch_size)
+        return needed(self.config.batch_size)
+
+    monkeypatch.setattr(Program, "needed_bytes", counted)
+    config = dataclasses.replace(SMALL, batch_size=240, gradient_accumulation=parts)
+    program = Program(config, load(config.data), data_mesh(devices))
+    found = largest_batch(program, needed(240), room)
+    fitting = [batch for batch in range(devices * parts, 240, devices * parts) if needed(batch) <= room]
+    if not fitting:
+        assert found is None
+        return
+    assert found in fitting
+    assert found in tried
+    if needed(200) == 10_000 + 30 * 200:
+        assert found == max(fitting)
+    assert len(tried) <= 4
+
+
+def test_a_run_that_does_not_fit_is_refused_before_its_images_are_placed(tmp_path, monkeypatch):
+    """By what the compiler counts; and the batch of the message trains in that memory."""
+    images = load(SMALL.data)
+    small, large = (
+        Program(dataclasses.replace(SMALL, batch_size=size), images, data_mesh(1)).needed_bytes(1) for size in (300, 1200)
+    )
+    room = (small + large) // 2
+    config = dataclasses.replace(SMALL, batch_size=1200, epochs=1, devices=1)
+    monkeypatch.setattr("bsvae_jax.training.fit.available_bytes", lambda mesh: room)
+    monkeypatch.setattr(Program, "splits", property(lambda self: pytest.fail("the images were placed")))
+    with pytest.raises(UserError, match=r"Training on 1200 images a step takes .* A batch_size of \d+ fits") as refusal:
+        fit(config, tmp_path / "run", progress=False)
+    fits = int(str(refusal.value).split("batch_size of ")[1].split()[0])
+    assert 600 < fits < 900  # 750 by the line
+    check_memory(Program(dataclasses.replace(config, batch_size=fits), images, data_mesh(1)), room)
