@@ -14,10 +14,12 @@ command line runs them:
     restore(workdir)                               opens a run, also with a fitted prior: `Restored`
     evaluate(run, images)                          every number of a run; with a `Fid`, FID and KID too
     read_metrics, read_results, write_report       rows of a run, results of a sweep, its report
+    list_runs(folder), compare_runs(folders)       what there is, how far it has come; runs side by side
     fit_prior(workdir, kind)                       a density of the latents of a run whose training is over
     train_step, TrainState.create                  one step of any `VAE`, for a loop of your own; `distributed.parallelize`
     failed_step(workdir)                           the arguments of the step that was not finite
     import_torch, export_safetensors               weights from the paper's PyTorch network; weights for other programs
+    export_hub(workdir, folder)                    weights, numbers and a model card for a hub; restore opens the folder
     export_stablehlo(workdir, folder)              encoder and decoder as programs that JAX runs without this package
 
 A wrong argument is a `UserError`, which is a `ValueError`; training that is not finite is a `DivergenceError` (both are

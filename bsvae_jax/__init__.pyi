@@ -35,16 +35,19 @@ from .objective import (
     optimal_variance,
     quantization_variance,
 )
+from .sweeps.comparison import compare_runs
 from .sweeps.fit_sweep import SweepResult, fit_sweep
 from .sweeps.grid import Sweep
 from .sweeps.report import write_report
 from .sweeps.results import read_results
+from .sweeps.runs import list_runs
 from .training.callbacks import Callback, CallbackError, EarlyStopping, WandbTracker
 from .training.export import export_safetensors, export_stablehlo
 from .training.failed_step import FailedStep, failed_step
 from .training.fit import FitResult, fit
 from .training.fit_prior import fit_prior
 from .training.fitted_prior import FittedPrior
+from .training.hub import export_hub
 from .training.import_torch import Imported, import_torch
 from .training.restore import restore
 from .training.step import TrainState, train_step
@@ -92,12 +95,14 @@ __all__ = [
     "UserError",
     "WandbTracker",
     "bits_per_dimension",
+    "compare_runs",
     "config",
     "data",
     "distributed",
     "elbo_terms",
     "evaluate",
     "evaluation",
+    "export_hub",
     "export_safetensors",
     "export_stablehlo",
     "failed_step",
@@ -109,6 +114,7 @@ __all__ = [
     "kl_gaussians",
     "kl_per_latent",
     "kl_to_standard_normal",
+    "list_runs",
     "load_config",
     "mean_objective",
     "mean_over_devices",

@@ -426,15 +426,21 @@ def changes(saved: Config, wanted: Config) -> list[str]:
     return differences(saved, with_execution_of(wanted, saved))
 
 
+def flattened(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The plain values of a config, or of `to_dict` of one, by dotted name.
+
+    >>> flattened(Optimizer())["learning_rate"], flattened(Config())["decoder_variance.over"]
+    (0.001, 'example')
+    """
+    values = to_dict(config)
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {k: v for name, value in values.items() for k, v in flattened(value, f"{prefix}.{name}".strip(".")).items()}
+
+
 def differences(one: Config, other: Config) -> list[str]:
     """`"beta: 1.0 -> 2.0"` for every field, by dotted name, in which two configs differ."""
-
-    def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(values, dict):
-            return {prefix: values}
-        return {k: v for name, value in values.items() for k, v in flatten(value, f"{prefix}.{name}".strip(".")).items()}
-
-    a, b = flatten(to_dict(one)), flatten(to_dict(other))
+    a, b = flattened(one), flattened(other)
     return [
         f"{name}: {a.get(name, 'absent')} -> {b.get(name, 'absent')}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)
     ]

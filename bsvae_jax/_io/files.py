@@ -215,6 +215,18 @@ def take_folder(folder: Path, doing: str, option: str = "--workdir") -> TextIO:
     return lock
 
 
+def is_taken(folder: Path) -> bool:
+    """Whether a process works in the folder: whether `take_folder` would refuse it."""
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def digest(tree: Any) -> str:
     """SHA-256 of names, types, shapes and values of all arrays: what a checkpoint must restore to."""
     found = hashlib.sha256()

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -55,6 +55,17 @@ def messages_shown(enabled: bool = True) -> Iterator[None]:
         log.propagate = propagate
         for console in consoles:
             console.removeFilter(_is_of_others)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text, each column as wide as its widest cell.
+
+    >>> print(aligned([["run", "rate"], ["runs/digits", "8.5"]]))
+    run          rate
+    runs/digits  8.5
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 class ProgressBar:

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from bsvae_jax.cli.document import document
 from bsvae_jax.cli.experiment import ConfigFile, Experiment, keep_compiled_programs, read_experiment
 from bsvae_jax.cli.options import Merged, call
 
@@ -13,8 +14,13 @@ def bench(
     seconds: float = 3.0,
     against: Literal["torch"] | None = None,
     noise: bool = False,
+    json: bool = False,
 ) -> None:
     """Measure how fast a config trains on the devices at hand; nothing is saved.
+
+    With --json: {"speed": {"machine", "precision", "batch_size", "images_per_second": [of each repeat], "compile_seconds",
+    "waited", "step": {"flops", "bytes_accessed", ...}, "devices", "ceiling", "published", "peak_memory"}, "torch": [{"setting",
+    "images_per_second", ...}]}; times in seconds, memory in bytes.
 
     Example: bsvae bench configs/mnist.py --against torch
 
@@ -26,6 +32,7 @@ def bench(
       against: torch: train the same network by the same recipe in PyTorch as well, before and after which this is measured,
         and print the ratio to the best of its settings.
       noise: Train on noise of the size of the data, which are then not read.
+      json: Print one JSON document on standard output.
     """
     from bsvae_jax.data import load, shape_of
     from bsvae_jax.profiling import benchmark
@@ -33,14 +40,15 @@ def bench(
     keep_compiled_programs()
     config = experiment.config
     images = benchmark.random_images(shape_of(config.data)) if noise else load(config.data)
-    speed = benchmark.measure(config, images, repeats, seconds)
-    if against is None:
+    with document(json) as found:
+        speed, peers = benchmark.measure(config, images, repeats, seconds), []
+        if against is not None:
+            peers = benchmark.measure_torch(config, images, repeats, seconds)
+            speed = benchmark.combined(speed, benchmark.measure(config, images, repeats, seconds))
         print(benchmark.describe(speed))
-        return
-    peers = benchmark.measure_torch(config, images, repeats, seconds)
-    speed = benchmark.combined(speed, benchmark.measure(config, images, repeats, seconds))
-    print(benchmark.describe(speed))
-    print(benchmark.describe_against(speed, peers))
+        if peers:
+            print(benchmark.describe_against(speed, peers))
+        found |= {"speed": speed, "torch": peers}
 
 
 def main(arguments: list[str]) -> None:

@@ -3,11 +3,16 @@
 import dataclasses
 import math
 import sys
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from bsvae_jax.cli.document import document
 from bsvae_jax.cli.experiment import ConfigFile, Experiment, read_experiment
 from bsvae_jax.cli.options import Merged, call
+from bsvae_jax.config import Config
 from bsvae_jax.errors import check_count, check_number
+
+if TYPE_CHECKING:
+    from bsvae_jax.data import DataShape
 
 
 def compile(
@@ -21,12 +26,17 @@ def compile(
     full: bool = False,
     top: int = 0,
     memory: float | None = None,
+    json: bool = False,
 ) -> None:
     """Compile the training and sampling programs of a config for a machine, which need not be there.
 
     Prints per device the arithmetic, the memory moved and held, the communication, the kernels of a GPU by kind, the least
     time of a step by the machine's published peaks, and the largest batch that fits. TPUs are compiled for with libtpu alone,
     GPUs with the extra `cuda` alone; nothing is run and no data are read where their size is known.
+
+    With --json: {"machines": [{"topology", "chip", "devices", "batch_size", "members", "precision", "step": {"flops",
+    "bytes_accessed", "arguments", "results", "temporary", "collectives"}, "state": {what: bytes}, "memory", "peak_memory",
+    "times", "images_per_second", "utilization", "largest_batch", "sampling"}]}, per device, in bytes and seconds.
 
     Example: bsvae compile configs/mnist.py --topology v5e:2x4 h100 --precision bfloat16 --batch-size 4096
 
@@ -42,6 +52,7 @@ def compile(
       full: Let the compiler of TPUs take its time, minutes, as it does before training; times are about the same.
       memory: GiB of a device that training may take, in place of the published ones: with --topology cpu, whose program holds
         about the arrays of any other, an estimate for a GPU that cannot be compiled for here.
+      json: Print one JSON document on standard output.
       top: List so many kernels of a GPU's step, those that move the most bytes, with the layer that each comes from.
     """
     from bsvae_jax.data import shape_of
@@ -61,36 +72,47 @@ def compile(
     check_against_shape(config, shape)
     check_count("--members", members)
     check_count("--top", top, low=0)
-    if scaling is None:
+    with document(json) as found:
+        if scaling is None:
+            found["machines"] = [_describe(config, shape, name, members, full, limit, top) for name in topology]
+            return
+        rows = []
         for name in topology:
-            compiled = aot.compile_training(config, shape, name, None, members, full, limit)
-            print(aot.describe(compiled))
-            if top and compiled.step.kernels:
-                print(aot.top_table(compiled.step, top))
-            if compiled.memory < math.inf:
-                other = aot.compile_other_batch(config, shape, name, None, members, full, limit)
-                unit = config.gradient_accumulation * (compiled.devices if members == 1 else 1)
-                largest = aot.largest_batch(compiled, other, unit)
-                if other is not None and largest is not None:
-                    print(
-                        f"largest batch that fits: about {largest:,}, by the memory of {compiled.batch_size} "
-                        f"and of {other.batch_size}"
-                    )
-            sampling = aot.compile_sampling(config, shape, name, None, full)
-            print(f"sampling 500 images: {sampling.flops:.3g} FLOP, {sampling.bytes_accessed:.3g} bytes per device\n")
-        return
-    rows = []
-    for name in topology:
-        devices = len(aot.machine(name, config.devices)[0])
-        factor = 1 if scaling == "strong" else devices
-        if members == 1:
-            scaled = dataclasses.replace(config, batch_size=config.batch_size * factor)
-            rows.append(aot.compile_training(scaled, shape, name, None, 1, full, limit))
-        else:
-            rows.append(aot.compile_training(config, shape, name, None, members * factor, full))
-        print(aot.scaling_table(rows).splitlines()[-1], file=sys.stderr)
-    print(aot.scaling_table(rows))
-    print("Computed, not measured: the compiler's counts and published peaks.")
+            devices = len(aot.machine(name, config.devices)[0])
+            factor = 1 if scaling == "strong" else devices
+            if members == 1:
+                scaled = dataclasses.replace(config, batch_size=config.batch_size * factor)
+                rows.append(aot.compile_training(scaled, shape, name, None, 1, full, limit))
+            else:
+                rows.append(aot.compile_training(config, shape, name, None, members * factor, full, limit))
+            print(aot.scaling_table(rows).splitlines()[-1], file=sys.stderr)
+        print(aot.scaling_table(rows))
+        print("Computed, not measured: the compiler's counts and published peaks.")
+        found["machines"] = [aot.as_json(row) for row in rows]
+
+
+def _describe(
+    config: Config, shape: "DataShape", name: str, members: int, full: bool, limit: float | None, top: int
+) -> dict[str, Any]:
+    """Print all that is known of one machine; the same as plain values."""
+    from bsvae_jax.profiling import aot
+
+    compiled = aot.compile_training(config, shape, name, None, members, full, limit)
+    print(aot.describe(compiled))
+    if top and compiled.step.kernels:
+        print(aot.top_table(compiled.step, top))
+    largest = None
+    if compiled.memory < math.inf:
+        other = aot.compile_other_batch(config, shape, name, None, members, full, limit)
+        unit = config.gradient_accumulation * (compiled.devices if members == 1 else 1)
+        largest = aot.largest_batch(compiled, other, unit)
+        if other is not None and largest is not None:
+            print(
+                f"largest batch that fits: about {largest:,}, by the memory of {compiled.batch_size} and of {other.batch_size}"
+            )
+    sampling = aot.compile_sampling(config, shape, name, None, full)
+    print(f"sampling 500 images: {sampling.flops:.3g} FLOP, {sampling.bytes_accessed:.3g} bytes per device\n")
+    return {**aot.as_json(compiled), "largest_batch": largest, "sampling": sampling._replace(kernels=())}
 
 
 def main(arguments: list[str]) -> None:

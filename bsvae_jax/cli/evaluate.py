@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bsvae_jax.cli.document import document
 from bsvae_jax.cli.environment import numbers_without_figures
 from bsvae_jax.cli.options import Data, Merged, Prior, Run, call
 from bsvae_jax.cli.report import print_report
@@ -31,12 +32,16 @@ def evaluate(
     inception_weights: Path | None = None,
     prior: Prior = "model",
     figures: bool = True,
+    json: bool = False,
 ) -> None:
     """Evaluate a trained run, or every finished member of a sweep: a table with units and standard errors, and figures.
 
     The profile likelihood gives each image its own optimal variance and is not a density; the calibrated one freezes the
     training set's variance and is. Compare models by the calibrated one. The numbers go to evaluation.json in the folder, the
     figures to figures/. Long computations continue where they were interrupted.
+
+    With --json: {"workdir", "step", "checkpoint", "splits": {split: {name: {"value", "standard_error", "unit", "meaning"}}},
+    "figures": folder or null}; of a sweep what bsvae report --json prints, with all numbers of its members.
 
     Args:
       run: A trained run or a sweep.
@@ -53,6 +58,7 @@ def evaluate(
       inception_weights: Weights of the published network, pytorch-fid's .pth or an .npz; downloaded at first use if not given.
       prior: fitted gives the numbers under the density of bsvae fit-prior as well, beside those of the model's own.
       figures: Draw figures.
+      json: Print one JSON document on standard output.
     """
     from bsvae_jax.data import load
     from bsvae_jax.data.datasets import moved
@@ -89,15 +95,16 @@ def evaluate(
         posterior_samples=posterior_samples, samples=samples, bound_images=bound_images, fid_options=options
     )
     evaluate_in = functools.partial(_evaluate_run, run, load_once, split, numbers, prior)
-    if not (run.workdir / "sweep.json").is_file():
-        evaluate_in(run.workdir, figures)
-        return
-    from bsvae_jax.sweeps.results import read_results
+    with document(json) as found:
+        if not (run.workdir / "sweep.json").is_file():
+            found |= evaluate_in(run.workdir, figures)
+            return
+        from bsvae_jax.sweeps.results import read_results
 
-    for member in read_results(run.workdir).members:
-        print(f"\n{member.name}")
-        evaluate_in(run.workdir / "members" / member.name, False)
-    print_report(run.workdir)
+        for member in read_results(run.workdir).members:
+            print(f"\n{member.name}")
+            evaluate_in(run.workdir / "members" / member.name, False)
+        found |= print_report(run.workdir)
 
 
 def _evaluate_run(
@@ -108,7 +115,7 @@ def _evaluate_run(
     prior: Prior,
     folder: Path,
     figures: bool,
-) -> None:
+) -> dict[str, Any]:
     from bsvae_jax.evaluation import diagnostic_figures, metrics
     from bsvae_jax.evaluation import evaluate as evaluation
     from bsvae_jax.training.evaluated import write_evaluation
@@ -136,13 +143,15 @@ def _evaluate_run(
     if (sentence := metrics.left_out(images)) is not None:
         print(sentence)
     print("".join(f"{sentence}\n" for sentence in info.provenance()), end="")
+    found = {"workdir": folder, "step": restored.step, "checkpoint": run.checkpoint, "splits": metrics.as_json(report)}
     if not figures:
-        return
+        return {**found, "figures": None}
     with numbers_without_figures():
         diagnostic_figures.draw(restored, images, evaluated, folder)
         if with_fitted is not None:
             diagnostic_figures.draw_fitted(restored, with_fitted, images, evaluated, folder)
         print(f"figures: {folder / 'figures'}")
+    return {**found, "figures": folder / "figures"}
 
 
 def main(arguments: list[str]) -> None:

@@ -17,15 +17,18 @@ COMMANDS = {
     "train": "Train the experiment of a config file; run it again to continue where it stopped.",
     "sweep": "Train a grid of experiments as few compiled programs, and write their report.",
     "report": "Write the table, the figures and the page of a sweep from what has finished so far.",
+    "runs": "List the runs and sweeps below a folder: how far each has come, and its numbers.",
+    "compare": "Print the configs and numbers of runs side by side, and draw them.",
     "evaluate": "Evaluate a trained run, or every finished member of a sweep.",
     "sample": "Draw images from a trained run.",
     "fit-prior": "Fit a density to the latents of a trained run.",
     "prepare": "Decode a set of images once, into a memory map that training reads.",
     "import-torch": "Make a run of weights of the paper's PyTorch network.",
-    "export": "Write the weights of a run as a .safetensors file.",
+    "export": "Write a run for other programs: its weights, its networks, or a folder for a model hub.",
     "compile": "Compile the programs of a config for a machine, which need not be there.",
     "cache": "List what is kept between commands, and remove it.",
     "bench": "Measure how fast a config trains on the devices at hand.",
+    "completion": "Print a script by which a shell completes commands and options with the tab key.",
 }
 """The commands, whose functions are in files of the same names, and what `bsvae --help` says of each."""
 
@@ -37,7 +40,8 @@ def _command(arguments: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(
         prog="bsvae",
         description="Gaussian VAEs with their decoder variance treated properly.",
-        epilog="bsvae COMMAND --help shows the options of a command.",
+        epilog="bsvae COMMAND --help shows the options of a command; with --json, which some have, it prints one JSON document. "
+        "The tab key: bsvae completion --help.",
     )
     parser.add_argument("--version", action="version", version=f"bsvae {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)

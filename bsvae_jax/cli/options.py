@@ -1,10 +1,11 @@
 """Options that several commands share, and how a command is called with them."""
 
 import contextlib
+import contextvars
 import functools
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -25,18 +26,41 @@ Prior = Literal["model", "fitted"]
 
 def call(command: Callable[..., None], arguments: list[str], **defaults: Any) -> None:
     """Call a command with its parameters as options; `defaults` are those that are known only now."""
+    if (noted := _NOTED.get()) is not None:
+        noted[_name(command)] = _parsed(command, defaults)
+        return
     read_options(command, arguments, **defaults)()
 
 
-def read_options(command: Callable[..., None], arguments: list[str], **defaults: Any) -> Callable[[], None]:
-    """The call of a command that its options amount to, which is still to be made."""
+_NOTED: contextvars.ContextVar[dict[str, Callable[..., Any]] | None] = contextvars.ContextVar("noted", default=None)
 
+
+@contextlib.contextmanager
+def noted() -> Iterator[dict[str, Callable[..., Any]]]:
+    """Within the block `call` calls nothing, but notes each command, by its name: a function of its options for tyro."""
+    found: dict[str, Callable[..., Any]] = {}
+    token = _NOTED.set(found)
+    try:
+        yield found
+    finally:
+        _NOTED.reset(token)
+
+
+def _name(command: Callable[..., None]) -> str:
+    return command.__name__.replace("_", "-")
+
+
+def _parsed(command: Callable[..., None], defaults: dict[str, Any]) -> Callable[..., Callable[[], None]]:
     @functools.wraps(command)
     def parsed(*values: Any, **options: Any) -> Callable[[], None]:
         return functools.partial(command, *values, **options)
 
-    name = command.__name__.replace("_", "-")
-    return parse(functools.partial(parsed, **defaults), prog=f"bsvae {name}", args=arguments)
+    return functools.partial(parsed, **defaults)
+
+
+def read_options(command: Callable[..., None], arguments: list[str], **defaults: Any) -> Callable[[], None]:
+    """The call of a command that its options amount to, which is still to be made."""
+    return parse(_parsed(command, defaults), prog=f"bsvae {_name(command)}", args=arguments)
 
 
 def parse(target: Any, **options: Any) -> Any:

@@ -1,38 +1,70 @@
 """`bsvae report`: the report of a sweep."""
 
 from pathlib import Path
+from typing import Any
 
+from bsvae_jax.cli.document import document
 from bsvae_jax.cli.environment import numbers_without_figures
 from bsvae_jax.cli.options import Merged, Workdir, call
 
 
-def report(folder: Merged[Workdir]) -> None:
+def report(folder: Merged[Workdir], json: bool = False) -> None:
     """Write the table, the figures and report.html of a sweep from what has finished so far.
 
     Leaves table.csv, table.md, members.csv, report.html and figures in the folder; needs neither data nor a device.
 
+    With --json: {"folder", "status", "table": [{"split", "decoder_variance", "prior", "learning_rate", "beta", "seeds",
+    "diverged", "quantities": {name: {"mean", "standard_deviation" over seeds}}}], "members": {name: evaluation.json's splits},
+    "failures": {name: why}, "unfinished": [name], "sentences": [text], "files": [path]}.
+
     Args:
       folder: Folder that bsvae sweep wrote.
+      json: Print one JSON document on standard output.
     """
     folder.load_classes()
-    print_report(folder.workdir)
+    with document(json) as found:
+        found |= print_report(folder.workdir)
 
 
-def print_report(folder: Path) -> None:
-    """Write the report of a sweep, and print its table and what it says."""
+def print_report(folder: Path) -> dict[str, Any]:
+    """Write the report of a sweep, and print its table and what it says; the same as plain values."""
+    from bsvae_jax.evaluation.metrics import as_json
     from bsvae_jax.sweeps.report import best_beta, differences, findings, status, write_report
     from bsvae_jax.sweeps.results import read_results
-    from bsvae_jax.sweeps.table import as_text, display_rows, error_bars
+    from bsvae_jax.sweeps.table import as_text, display_rows, error_bars, table_rows
 
-    page = None
+    files: list[Path] = []
     with numbers_without_figures():
-        *_, page = write_report(folder)
+        files = write_report(folder)
     results = read_results(folder)
+    sentences = [*best_beta(results), *differences(results), *findings(results)]
     bars = error_bars(display_rows(results, "test")[0])
     print(f"{status(results)} Test set. {bars}\n\n{as_text(results)}\n")
-    print("\n".join([*best_beta(results), *differences(results), *findings(results)]))
-    if page is not None:
-        print(f"\nreport: {page}")
+    print("\n".join(sentences))
+    if files:
+        print(f"\nreport: {files[-1]}")
+    table = []
+    for row in table_rows(results):
+        variance, prior, rate, beta = row.setting
+        setting = {
+            "split": row.split,
+            "decoder_variance": variance.name,
+            "prior": prior.name,
+            "learning_rate": rate,
+            "beta": beta,
+        }
+        cells = {name: {"mean": mean, "standard_deviation": deviation} for name, (mean, deviation) in row.cells.items()}
+        table.append({**setting, "seeds": row.seeds, "diverged": row.diverged, "quantities": cells})
+    return {
+        "folder": folder,
+        "status": status(results),
+        "table": table,
+        "members": {member.name: as_json(member.report) for member in results.members},
+        "failures": results.failures,
+        "unfinished": results.unfinished,
+        "sentences": sentences,
+        "files": files,
+    }
 
 
 def main(arguments: list[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bsvae_jax._io.terminal import aligned
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.image_set import no_images
 from bsvae_jax.evaluation.scores import Calibration, SplitScores, distortion_at, optimal_variance_of_split
@@ -33,6 +34,10 @@ class Quantity(NamedTuple):
     """Of the mean over examples: how images differ, and their posterior samples; None where that does not apply."""
     unit: str
     meaning: str
+
+    def cell(self) -> str:
+        """`8.5123 ± 0.042`, for a table."""
+        return f"{self.value:.5g}" + ("" if self.standard_error is None else f" ± {self.standard_error:.2g}")
 
 
 Report = dict[str, dict[str, Quantity]]
@@ -190,14 +195,9 @@ def _quantity(value: Any, standard_error: Any, unit: Any, meaning: Any) -> Quant
 def as_table(report: Report) -> str:
     """A report as text: a line per quantity, a column per split, standard errors and units."""
 
-    def cell(quantity: Quantity) -> str:
-        error = "" if quantity.standard_error is None else f" ± {quantity.standard_error:.2g}"
-        return f"{quantity.value:.5g}{error}"
-
     rows = [["± standard error over images", *report, "unit", "meaning"]]
     for name in dict.fromkeys(name for quantities in report.values() for name in quantities):
         found = [quantities.get(name) for quantities in report.values()]
         first = next(filter(None, found))
-        rows.append([name, *("" if own is None else cell(own) for own in found), first.unit, first.meaning])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        rows.append([name, *("" if own is None else own.cell() for own in found), first.unit, first.meaning])
+    return aligned(rows)

@@ -369,6 +369,19 @@ def describe(compiled: Compiled) -> str:
     return "\n".join(lines)
 
 
+def as_json(compiled: Compiled) -> dict[str, Any]:
+    """Everything known of a compiled training program but its single kernels, as plain values; infinite memory is no limit."""
+    return {
+        **compiled._asdict(),
+        "chip": None if compiled.chip is None else compiled.chip.name,
+        "step": compiled.step._replace(kernels=())._asdict(),
+        "peak_memory": compiled.step.memory,
+        "times": compiled.times(),
+        "images_per_second": compiled.images_per_second(),
+        "utilization": compiled.utilization(),
+    }
+
+
 def kernel_lines(step: ProgramCost) -> list[str]:
     """Kernels of a GPU's step by library and kind, with the bytes that each kind moves."""
     libraries = {name: sum(kernel.times for kernel in step.kernels if kernel.library == name) for name in ("cuDNN", "cuBLAS")}

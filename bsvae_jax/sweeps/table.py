@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from bsvae_jax._io.terminal import aligned
 from bsvae_jax.data.image_set import SPLIT_NAMES
 from bsvae_jax.sweeps.differences import Difference
 from bsvae_jax.sweeps.results import (
@@ -230,6 +231,4 @@ def as_text(results: SweepResults) -> str:
     )
     kept = [i for i, heading in enumerate(headings) if heading not in HEADINGS.values()]
     kept += [headings.index(HEADINGS[name]) for name in shown if HEADINGS[name] in headings]
-    lines = [[line[i] for i in kept] for line in (headings, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(kept))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned([[line[i] for i in kept] for line in (headings, *rows)])

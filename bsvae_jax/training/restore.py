@@ -2,19 +2,21 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
-from bsvae_jax._io.files import as_path, digest
+from bsvae_jax._io.files import as_path, digest, read_json, sha256_of
 from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config, load_module
 from bsvae_jax.data import ImageSet
 from bsvae_jax.distributed.hardware import check_platform
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.trained import Restored
-from bsvae_jax.models.pytorch import flatten
+from bsvae_jax.models.pytorch import flatten, unflatten
 from bsvae_jax.training.checkpoints import Checkpoints
 from bsvae_jax.training.evaluated import read_calibration
 from bsvae_jax.training.fitted_prior import FILE, read_fitted
@@ -24,6 +26,9 @@ from bsvae_jax.training.state import build_model, create_state
 from bsvae_jax.training.step import PRIOR
 from bsvae_jax.training.switches import check_switches
 from bsvae_jax.training.workdir import read_info
+
+WEIGHTS = "model.safetensors"
+"""In the place of the checkpoints, in a folder that `export_hub` wrote."""
 
 
 def restore(
@@ -35,7 +40,7 @@ def restore(
     """Open a run.
 
     Args:
-      workdir: the folder given to `fit` or `bsvae train`.
+      workdir: the folder given to `fit` or `bsvae train`; or one of `export_hub`, which has one checkpoint.
       checkpoint: 'latest' (the end of training), or 'best' (least objective of the images for validation, or of those for
         testing where there are none, whose numbers are then slightly optimistic; of the beta at which a schedule arrives, or
         what `BetaSchedule.ranking` has in its place). A damaged latest one is reported on stderr, and the one before is used.
@@ -66,24 +71,44 @@ def restore(
     if config is not None and not isinstance(config, Config):
         load_module(as_path(config, "config"))
     info = read_info(folder, config if isinstance(config, Config) else None)
-    if not (folder / "checkpoints").is_dir():
+    exported = not (folder / "checkpoints").is_dir() and (folder / WEIGHTS).is_file()
+    if not exported and not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} has no checkpoint yet; train it with bsvae train.")
     check_switches(folder, info.switches)
     model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
     target = jax.eval_shape(lambda: create_state(info.config, model, 1).arrays())
-    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device()), target)
-    run_id, *earlier = identities(folder)
-    with Checkpoints(folder / "checkpoints", True, {"run": run_id}, earlier) as checkpoints:
-        step, arrays = checkpoints.restore(target, checkpoints.best_step() if checkpoint == "best" else None, log.warning)
-    params = arrays["ema_params"] or arrays["params"]
+    multiplier = 1.0
+    if exported:
+        step, variables, multiplier = _read_exported(folder, {name: target[name] for name in ("params", "batch_stats")})
+    else:
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device()), target)
+        run_id, *earlier = identities(folder)
+        with Checkpoints(folder / "checkpoints", True, {"run": run_id}, earlier) as checkpoints:
+            step, arrays = checkpoints.restore(target, checkpoints.best_step() if checkpoint == "best" else None, log.warning)
+        variables = {"params": arrays["ema_params"] or arrays["params"], "batch_stats": arrays["batch_stats"]}
+        multiplier = float(arrays.get("multiplier", 1.0))
     calibration = read_calibration(folder)
     if calibration is not None and calibration.step != step:
         calibration = None
-    variables = {"params": params, "batch_stats": arrays["batch_stats"]}
-    multiplier = float(arrays.get("multiplier", 1.0))
     data = (info.image_shape, info.levels, calibration, info.holds_images)
     run = Restored(model, variables, info.config, step, *data, multiplier)
     return run if prior == "model" else _with_fitted_prior(folder, run, checkpoint)
+
+
+def _read_exported(folder: Path, like: dict[str, Any]) -> tuple[int, dict[str, Any], float]:
+    """Step, variables in the structure of `like`, and the multiplier of beta, of a folder that `export_hub` wrote.
+
+    Raises:
+      UserError: the weights are not those that its config.json names.
+    """
+    path, again = folder / WEIGHTS, "fetch or export the folder again"
+    with read_json(folder / "config.json", again) as values:
+        own = values["exported"]
+        step, sha256, multiplier = int(own["step"]), str(own["sha256"]), float(own["multiplier"])
+    if sha256_of(path) != sha256:
+        raise UserError(f"{path} is damaged, or not of the config.json beside it; {again}.")
+    arrays = unflatten({name: jnp.asarray(array) for name, array in safetensors.numpy.load_file(path).items()})
+    return step, {name: arrays.get(name, {}) for name in like}, multiplier
 
 
 def _with_fitted_prior(folder: Path, run: Restored, checkpoint: str) -> Restored:

@@ -1,0 +1,40 @@
+"""`bsvae completion`: what the tab key does."""
+
+import contextlib
+import importlib
+import io
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from bsvae_jax.cli import options
+
+
+def completion(shell: Annotated[Positional[Literal["bash", "zsh", "fish"]], tyro.conf.arg(metavar="SHELL")]) -> None:
+    """Print a script by which a shell completes commands, options and their choices.
+
+    bash: bsvae completion bash > ~/.local/share/bash-completion/completions/bsvae
+    zsh:  bsvae completion zsh > FOLDER/_bsvae, for a FOLDER of $fpath
+    fish: bsvae completion fish > ~/.config/fish/completions/bsvae.fish
+
+    The options are those of the library's own classes; it takes some seconds, and must be repeated after an update.
+
+    Args:
+      shell: Of which the script is.
+    """
+    from bsvae_jax.cli.main import COMMANDS
+
+    with options.noted() as commands:
+        for name in COMMANDS:
+            importlib.import_module(f"bsvae_jax.cli.{name.replace('-', '_')}").main(["--help"])
+    script = io.StringIO()
+    with contextlib.redirect_stdout(script):
+        tyro.extras.subcommand_cli_from_dict(commands, prog="bsvae", args=["--tyro-write-completion", shell, "-"])
+    # Where the script has nothing to say, the shell's own completion names files.
+    print(script.getvalue().replace("\ncomplete -F ", "\ncomplete -o default -F "))
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    options.call(completion, arguments)
