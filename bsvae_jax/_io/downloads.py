@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from bsvae_jax._io.disk import free_bytes, mebibytes
 from bsvae_jax._io.files import sha256_of
+from bsvae_jax._io.terminal import ProgressBar, messages_shown
 from bsvae_jax.errors import UserError
 
 
@@ -50,6 +51,22 @@ def find(wanted: Download, folders: Sequence[Path], remedy: str) -> Path | None:
     return None if path is None else check(path, wanted, remedy)
 
 
+class _OfPooch:
+    """A progress bar with the methods that pooch calls; at the end it tells the whole size once more, to fill the bar."""
+
+    def __init__(self, bar: ProgressBar, total: int):
+        self._bar, self._left, self.total = bar, total, total
+
+    def update(self, count: int) -> None:
+        count = min(count, self._left)
+        self._left -= count
+        self._bar.update(count)
+
+    def reset(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def fetch(wanted: Download, folder: Path, remedy: str) -> Path:
     """The file in `folder`, downloaded unless it is there already; checked either way.
 
@@ -65,8 +82,9 @@ def fetch(wanted: Download, folder: Path, remedy: str) -> Path:
         raise UserError(f"The disk of {folder} has {mebibytes(free)} free; {wanted.name} takes {mebibytes(wanted.size)}.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        download = pooch.HTTPDownloader(progressbar=True, timeout=60)
-        path = pooch.retrieve(wanted.url, f"sha256:{wanted.sha256}", wanted.name, folder, downloader=download)
+        with messages_shown(), ProgressBar(wanted.size, 0, True, "bytes", f"downloading {wanted.name}") as bar:
+            download = pooch.HTTPDownloader(progressbar=_OfPooch(bar, wanted.size), timeout=60)
+            path = pooch.retrieve(wanted.url, f"sha256:{wanted.sha256}", wanted.name, folder, downloader=download)
     except ValueError as error:  # pooch's word for another hash; it has deleted the file
         raise UserError(f"The download of {wanted.url} has another SHA-256 than {wanted.sha256}. {remedy}") from error
     except OSError as error:  # requests' errors are of this kind

@@ -74,16 +74,20 @@ class ProgressBar:
     A bar on a terminal, a widget in a notebook; where standard error is a file or a pipe, a line every half minute.
     """
 
-    def __init__(self, total: int | None, initial: int, enabled: bool, unit: str = "images"):
-        """A bar from `initial` to `total` images, if that is known, or of another `unit`."""
+    def __init__(
+        self, total: int | None, initial: int, enabled: bool, unit: str = "images", description: str = "", leave: bool = True
+    ):
+        """A bar from `initial` to `total` images, if that is known, or of another `unit`; left standing at the end or not."""
         widget = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
         self._as_lines = enabled and not widget and not sys.stderr.isatty()
         self._total, self._done, self._unit = total, initial, unit
         self._begun = self._last_line = time.monotonic()
-        self._initial, self._description = initial, ""
+        self._initial, self._description = initial, description
         self._bar: Any = tqdm(
             total=total,
             initial=initial,
+            desc=description or None,
+            leave=leave,
             unit=f" {unit}",
             unit_scale=True,
             dynamic_ncols=True,
@@ -97,7 +101,7 @@ class ProgressBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Leave the last line standing."""
+        """Show the last state of it."""
         self._bar.close()
 
     def update(self, images: int) -> None:

@@ -40,8 +40,8 @@ def _command(arguments: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(
         prog="bsvae",
         description="Gaussian VAEs with their decoder variance treated properly.",
-        epilog="bsvae COMMAND --help shows the options of a command; with --json, which some have, it prints one JSON document. "
-        "The tab key: bsvae completion --help.",
+        epilog="bsvae COMMAND --help shows the options of a command. With --json, where it has it, it prints one JSON document "
+        "and nothing else, on standard output. The tab key: bsvae completion --help.",
     )
     parser.add_argument("--version", action="version", version=f"bsvae {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)

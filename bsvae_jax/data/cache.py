@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from bsvae_jax._io.disk import MARGIN, free_bytes, mebibytes
 from bsvae_jax._io.files import digest_of, locked, sha256_of, write_json
-from bsvae_jax._io.terminal import log
+from bsvae_jax._io.terminal import ProgressBar, log
 from bsvae_jax.data._workers import Decoders
 from bsvae_jax.data.decoding import CorruptImageError, Header, read_header
 from bsvae_jax.data.image_files import Encoded
@@ -144,8 +143,8 @@ def undamaged(folder: Path, files: dict[str, Any], progress: bool) -> bool:
         return all(sha256_of(folder / name, bar.update) == wanted["sha256"] for name, wanted in files.items())
 
 
-def _bar(total: int, what: str, enabled: bool, unit: str = "image") -> tqdm:
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", leave=False, disable=not enabled)
+def _bar(total: int, what: str, enabled: bool, unit: str = "images") -> ProgressBar:
+    return ProgressBar(total, 0, enabled, unit, what, leave=False)
 
 
 # --- Preparing --------------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def _numbers(report: Report) -> str:
         lines.append([name, *cells, known.unit, known.meaning.replace("|", "\\|")])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
-        f"{table}\n\n± is the standard error of the mean over the examples of a split. The *profile* ELBO gives every example its "
-        "own optimal variance\nand is no density; the *calibrated* one freezes that of the training set, and is one. Never "
-        "compare the two."
+        f"{table}\n\n± is the standard error of the mean over the examples of a split. The *profile* ELBO gives every "
+        "example its own optimal variance\nand is no density; the *calibrated* one freezes that of the training set, and is "
+        "one. Never compare the two."
     )
