@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bsvae_jax._io import terminal
+from bsvae_jax._io import downloads, terminal
 from bsvae_jax._io.terminal import ProgressBar, log, messages_shown
 
 
@@ -78,3 +78,48 @@ def test_a_console_handler_of_the_program_does_not_repeat_them(capsys):
     assert capsys.readouterr().err == "kept as well\non the console\n"
     assert kept.getvalue() == "kept as well\non the console\n"
     assert (console.filters, log.handlers, log.level) == ([], [], logging.NOTSET)
+
+
+NOTEBOOK = """
+import threading
+from bsvae_jax._io.terminal import ProgressBar, log, messages_shown
+
+def work(name):
+    with messages_shown(), ProgressBar(100, 0, True, description=name) as bar:
+        bar.update(100)
+        log.info(f"said by {name}")
+
+work("the cell")
+thread = threading.Thread(target=work, args=("a thread",))
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.long
+def test_in_a_notebook_progress_is_a_widget_from_another_thread_too():
+    """In a real kernel: a display of a widget each, the message beside it, and no bar in characters."""
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipywidgets")
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    outputs = notebook.cells[0].outputs
+    shown = [output for output in outputs if output.output_type == "display_data"]
+    assert ["application/vnd.jupyter.widget-view+json" in output.data for output in shown] == [True, True]
+    said = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert said == "said by the cell\nsaid by a thread\n"
+
+
+def test_a_file_is_downloaded_with_lines(clock, capsys):
+    """As pooch drives a bar: by chunks, the last of which is larger than what is left, and the whole size once more."""
+    with messages_shown(), ProgressBar(2500, 0, True, "bytes", "downloading weights") as bar:
+        driven = downloads._OfPooch(bar, 2500)
+        driven.total = 2500
+        for _ in range(3):
+            clock[0] += 20.0
+            driven.update(1000)
+        driven.reset()
+        driven.update(2500)
+        driven.close()
+    assert capsys.readouterr().err.splitlines() == ["downloading weights: 2,000 of 2,500 bytes (80 %), 50 bytes/s"]

@@ -29,10 +29,14 @@ def completion(shell: Annotated[Positional[Literal["bash", "zsh", "fish"]], tyro
         for name in COMMANDS:
             importlib.import_module(f"bsvae_jax.cli.{name.replace('-', '_')}").main(["--help"])
     script = io.StringIO()
-    with contextlib.redirect_stdout(script):
-        tyro.extras.subcommand_cli_from_dict(commands, prog="bsvae", args=["--tyro-write-completion", shell, "-"])
-    # Where the script has nothing to say, the shell's own completion names files.
-    print(script.getvalue().replace("\ncomplete -F ", "\ncomplete -o default -F "))
+    try:
+        with contextlib.redirect_stdout(script):
+            tyro.extras.subcommand_cli_from_dict(commands, prog="bsvae", args=["--tyro-write-completion", shell, "-"])
+    except SystemExit as stop:  # which is how tyro ends, with a script or without
+        if stop.code:
+            raise
+    # Where the script has nothing to say, bash's own completion names files.
+    print(script.getvalue().replace("complete -F ", "complete -o default -F "))
 
 
 def main(arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ from jax import export as jax_export
 from bsvae_jax import config as configs
 from bsvae_jax._io.files import as_path, write_atomically
 from bsvae_jax.errors import UserError
+from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.models.pytorch import flatten
 from bsvae_jax.training.restore import restore
 
@@ -61,7 +62,16 @@ def export_safetensors(
     if out.suffix != ".safetensors":
         raise UserError(f"The file must be called NAME.safetensors, got {out}.")
     _check_free(out, overwrite)
-    run = restore(workdir, checkpoint)
+    write_weights(restore(workdir, checkpoint), out)
+    return out
+
+
+def write_weights(run: Restored, out: Path) -> None:
+    """Write the arrays and metadata of `export_safetensors`.
+
+    Raises:
+      UserError: a place that cannot be written.
+    """
     arrays = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(run.variables).items()}
     metadata = {
         "format": "flax",
@@ -73,7 +83,6 @@ def export_safetensors(
     if run.calibration is not None:
         metadata["calibrated_variance"] = json.dumps(run.calibration.variance)
     _write(out, safetensors.numpy.save(arrays, metadata))
-    return out
 
 
 PLATFORMS = ("cpu", "cuda", "tpu")

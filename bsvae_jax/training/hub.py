@@ -16,7 +16,7 @@ from bsvae_jax.config import is_builtin
 from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.evaluation.trained import Restored
-from bsvae_jax.training.export import export_safetensors
+from bsvae_jax.training.export import write_weights
 from bsvae_jax.training.identity import EDITED, write_run_arrays
 from bsvae_jax.training.restore import WEIGHTS, restore
 from bsvae_jax.training.evaluated import read_evaluation, write_evaluation
@@ -100,20 +100,21 @@ def export_hub(
         check_kind("license", license, str)
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
             raise UserError(f"license must be the hub's short name of one, apache-2.0 or mit for example, got {license!r}.")
-    names = ("README.md", "config.json", "calibration.npz", "evaluation.json")
+    names = (WEIGHTS, "README.md", "config.json", "calibration.npz", "evaluation.json")
     if (there := [name for name in names if (out / name).exists()]) and not overwrite:
         raise UserError(f"{out} has {', '.join(there)}; give another --out, or --overwrite to replace them.")
     if out.resolve() == workdir.resolve():
         raise UserError(f"{out} is the run itself; give another --out.")
     run = restore(workdir, checkpoint)
-    weights = export_safetensors(workdir, out / WEIGHTS, checkpoint, overwrite)
+    run = run._replace(config=dataclasses.replace(run.config, data=_without_places(run.config.data)))
+    write_weights(run, out / WEIGHTS)
     try:
-        for name in names:
+        for name in names[1:]:
             (out / name).unlink(missing_ok=True)
         with read_json(workdir / "config.json", EDITED) as values:
             description = {name: value for name, value in values.items() if name != "digest"}
-        description["config"] = configs.to_dict(dataclasses.replace(run.config, data=_without_places(run.config.data)))
-        description["exported"] = {"step": run.step, "sha256": sha256_of(weights)}
+        description["config"] = configs.to_dict(run.config)
+        description["exported"] = {"step": run.step, "sha256": sha256_of(out / WEIGHTS)}
         write_json(out / "config.json", description)
         if run.calibration is not None:
             write_run_arrays(out / "calibration.npz", **run.calibration._asdict())

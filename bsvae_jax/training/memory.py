@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from bsvae_jax._io.disk import mebibytes
+from bsvae_jax.distributed import multihost
 from bsvae_jax.distributed.mesh import DATA_AXIS
 from bsvae_jax.errors import UserError
 from bsvae_jax.training.program import Program
@@ -15,7 +16,8 @@ NEEDS_LESS = "--gradient-accumulation 2 (or more), --rematerialize or --precisio
 def check_memory(program: Program, available: int) -> None:
     """Compile the training program of one model, which it runs from then on, and refuse it where a device cannot hold it.
 
-    A program that cannot be compiled before its first call, of `pmap` and without `jit`, is let pass.
+    Let pass are programs of several processes, whose memory none of them sees, and those that are not compiled before their
+    first call: of `pmap`, and without `jit`.
 
     Args:
       program: of execution 'loop', whose images are not placed yet.
@@ -24,7 +26,8 @@ def check_memory(program: Program, available: int) -> None:
     Raises:
       UserError: it needs more; the message has the largest batch that fits, of which the compiler was asked as well.
     """
-    if program.config.device_map == "pmap" or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+    unjitted = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+    if unjitted or program.config.device_map == "pmap" or not multihost.is_only():
         return
     needed = program.needed_bytes(1)
     if needed <= available:

@@ -106,7 +106,7 @@ def test_samples_are_reproducible_and_the_first_do_not_depend_on_the_count(train
     assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
-COMMANDS = ("prepare", "train", "sweep", "report", "evaluate", "sample", "import-torch", "export", "cache")
+COMMANDS = ("prepare", "train", "sweep", "report", "runs", "compare", "evaluate", "sample", "import-torch", "export", "cache")
 
 
 @pytest.mark.parametrize("command", [["--help"], *([name, "--help"] for name in COMMANDS)])

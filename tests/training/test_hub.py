@@ -32,14 +32,14 @@ def test_the_card_has_the_fields_of_the_hub_and_the_numbers_of_the_run(exported)
     run, out = exported
     front, text = re.fullmatch(r"---\n(.*?)---\n(.*)", (out / "README.md").read_text(), re.DOTALL).groups()
     front = yaml.safe_load(front)
-    assert (front["license"], front["library_name"], front["datasets"]) == ("apache-2.0", "bsvae_jax", ["dots.npz"])
+    assert (front["license"], front["library_name"], front["datasets"]) == ("apache-2.0", "bsvae_jax", ["dots"])
     assert front["pipeline_tag"] == "unconditional-image-generation"
     assert "variational-autoencoder" in front["tags"]
     (model,) = front["model-index"]
     (result,) = model["results"]
     assert model["name"] == "vae-dots"
     assert result["task"]["type"] == "unconditional-image-generation"
-    assert result["dataset"] == {"name": "dots.npz", "type": "dots.npz", "split": "test"}
+    assert result["dataset"] == {"name": "dots", "type": "dots", "split": "test"}
     numbers = json.loads((run / "evaluation.json").read_text())["splits"]["test"]
     found = {metric["type"]: metric["value"] for metric in result["metrics"]}
     assert found == {name: number["value"] for name, number in numbers.items()}
@@ -99,7 +99,7 @@ def test_commands_take_it_as_a_run(exported, tmp_path, capsys):
 
 def test_what_is_wrong_is_said(exported, tmp_path, capsys):
     run, out = exported
-    assert "vae-dots has README.md, config.json" in refused(capsys, "export", run, "--format", "hub", "--out", out)
+    assert "vae-dots has model.safetensors, README.md" in refused(capsys, "export", run, "--format", "hub", "--out", out)
     assert "--license is for the model card" in refused(capsys, "export", run, "--license", "mit")
     assert "apache-2.0 or mit for example, got 'MIT License'" in refused(
         capsys, "export", run, "--format", "hub", "--out", tmp_path / "x", "--license", "MIT License"
