@@ -13,9 +13,10 @@ def report(folder: Merged[Workdir], json: bool = False) -> None:
 
     Leaves table.csv, table.md, members.csv, report.html and figures in the folder; needs neither data nor a device.
 
-    With --json: {"folder", "status", "table": [{"split", "decoder_variance", "prior", "learning_rate", "beta", "seeds",
-    "diverged", "quantities": {name: {"mean", "standard_deviation" over seeds}}}], "members": {name: evaluation.json's splits},
-    "failures": {name: why}, "unfinished": [name], "sentences": [text], "files": [path]}.
+    With --json: {"folder", "status", "table": [{"split", "decoder_variance", "prior", "learning_rate", "beta", "beta_schedule",
+    "seeds", "diverged", "quantities": {name: {"mean", "standard_deviation" over seeds}}, "difference": to the best or null}],
+    "members": {name: evaluation.json's splits}, "failures": {name: why}, "unfinished": [name], "sentences": [text],
+    "files": [path]}.
 
     Args:
       folder: Folder that bsvae sweep wrote.
@@ -45,16 +46,11 @@ def print_report(folder: Path) -> dict[str, Any]:
         print(f"\nreport: {files[-1]}")
     table = []
     for row in table_rows(results):
-        variance, prior, rate, beta = row.setting
-        setting = {
-            "split": row.split,
-            "decoder_variance": variance.name,
-            "prior": prior.name,
-            "learning_rate": rate,
-            "beta": beta,
-        }
+        names = ("decoder_variance", "prior", "beta_schedule")
+        setting = row.setting._asdict() | {name: getattr(row.setting, name).name for name in names}
         cells = {name: {"mean": mean, "standard_deviation": deviation} for name, (mean, deviation) in row.cells.items()}
-        table.append({**setting, "seeds": row.seeds, "diverged": row.diverged, "quantities": cells})
+        own = {"split": row.split, **setting, "seeds": row.seeds, "diverged": row.diverged, "quantities": cells}
+        table.append({**own, "difference": row.difference})
     return {
         "folder": folder,
         "status": status(results),

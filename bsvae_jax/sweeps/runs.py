@@ -12,9 +12,9 @@ from bsvae_jax.config import DecoderVariance
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Kind
+from bsvae_jax.training.evaluated import read_evaluation
 from bsvae_jax.training.identity import EDITED
 from bsvae_jax.training.stopped import final_step, read_failure
-from bsvae_jax.training.evaluated import read_evaluation
 
 State = Literal["finished", "running", "interrupted", "diverged", "begun", "imported", "exported", "damaged"]
 

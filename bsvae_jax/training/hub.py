@@ -16,10 +16,10 @@ from bsvae_jax.config import is_builtin
 from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.evaluation.trained import Restored
+from bsvae_jax.training.evaluated import read_evaluation, write_evaluation
 from bsvae_jax.training.export import write_weights
 from bsvae_jax.training.identity import EDITED, write_run_arrays
 from bsvae_jax.training.restore import WEIGHTS, restore
-from bsvae_jax.training.evaluated import read_evaluation, write_evaluation
 
 TASK = "unconditional-image-generation"
 """What the hub calls the task of a generative model of images."""
@@ -114,7 +114,9 @@ def export_hub(
         with read_json(workdir / "config.json", EDITED) as values:
             description = {name: value for name, value in values.items() if name != "digest"}
         description["config"] = configs.to_dict(run.config)
-        description["exported"] = {"step": run.step, "sha256": sha256_of(out / WEIGHTS)}
+        if (source := description.get("started_from")) is not None:
+            description["started_from"] = source | {"workdir": Path(source["workdir"]).name}
+        description["exported"] = {"step": run.step, "multiplier": run.multiplier, "sha256": sha256_of(out / WEIGHTS)}
         write_json(out / "config.json", description)
         if run.calibration is not None:
             write_run_arrays(out / "calibration.npz", **run.calibration._asdict())
