@@ -13,9 +13,10 @@ def report(folder: Merged[Workdir], json: bool = False) -> None:
 
     Leaves table.csv, table.md, members.csv, report.html and figures in the folder; needs neither data nor a device.
 
-    With --json: {"folder", "status", "table": [{"split", "decoder_variance", "prior", "learning_rate", "beta", "seeds",
-    "diverged", "quantities": {name: {"mean", "standard_deviation" over seeds}}}], "members": {name: evaluation.json's splits},
-    "failures": {name: why}, "unfinished": [name], "sentences": [text], "files": [path]}.
+    With --json: {"folder", "status", "table": [{"split", "decoder_variance", "prior", "learning_rate", "beta", "beta_schedule",
+    "seeds", "diverged", "quantities": {name: {"mean", "standard_deviation" over seeds}}, "difference": to the best or null}],
+    "members": {name: evaluation.json's splits}, "failures": {name: why}, "unfinished": [name], "sentences": [text],
+    "files": [path]}.
 
     Args:
       folder: Folder that bsvae sweep wrote.
@@ -37,26 +38,19 @@ def print_report(folder: Path) -> dict[str, Any]:
     with numbers_without_figures():
         files = write_report(folder)
     results = read_results(folder)
-    bars = error_bars(display_rows(results, "test")[0])
     sentences = [*best_beta(results), *differences(results), *findings(results)]
+    bars = error_bars(display_rows(results, "test")[0])
     print(f"{status(results)} Test set. {bars}\n\n{as_text(results)}\n")
     print("\n".join(sentences))
     if files:
         print(f"\nreport: {files[-1]}")
     table = []
     for row in table_rows(results):
-        setting = {
-            "split": row.split,
-            "decoder_variance": row.setting.decoder_variance.name,
-            "prior": row.setting.prior.name,
-            "beta_schedule": row.setting.beta_schedule.name,
-            "learning_rate": row.setting.learning_rate,
-            "beta": row.setting.beta,
-        }
+        names = ("decoder_variance", "prior", "beta_schedule")
+        setting = row.setting._asdict() | {name: getattr(row.setting, name).name for name in names}
         cells = {name: {"mean": mean, "standard_deviation": deviation} for name, (mean, deviation) in row.cells.items()}
-        difference = None if row.difference is None else row.difference._asdict()
-        counts = {"seeds": row.seeds, "diverged": row.diverged}
-        table.append({**setting, **counts, "quantities": cells, "calibrated_elbo_difference": difference})
+        own = {"split": row.split, **setting, "seeds": row.seeds, "diverged": row.diverged, "quantities": cells}
+        table.append({**own, "difference": row.difference})
     return {
         "folder": folder,
         "status": status(results),

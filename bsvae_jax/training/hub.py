@@ -114,6 +114,8 @@ def export_hub(
         with read_json(workdir / "config.json", EDITED) as values:
             description = {name: value for name, value in values.items() if name != "digest"}
         description["config"] = configs.to_dict(run.config)
+        if (source := description.get("started_from")) is not None:
+            description["started_from"] = source | {"workdir": Path(source["workdir"]).name}
         description["exported"] = {"step": run.step, "sha256": sha256_of(out / WEIGHTS), "multiplier": run.multiplier}
         write_json(out / "config.json", description)
         if run.calibration is not None:

@@ -77,39 +77,38 @@ def restore(
     check_switches(folder, info.switches)
     model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
     target = jax.eval_shape(lambda: create_state(info.config, model, 1).arrays())
+    multiplier = 1.0
     if exported:
-        step, arrays = _read_exported(folder, {name: target[name] for name in ("params", "batch_stats")})
-        params = arrays["params"]
+        step, variables, multiplier = _read_exported(folder, {name: target[name] for name in ("params", "batch_stats")})
     else:
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device()), target)
         run_id, *earlier = identities(folder)
         with Checkpoints(folder / "checkpoints", True, {"run": run_id}, earlier) as checkpoints:
             step, arrays = checkpoints.restore(target, checkpoints.best_step() if checkpoint == "best" else None, log.warning)
-        params = arrays["ema_params"] or arrays["params"]
+        variables = {"params": arrays["ema_params"] or arrays["params"], "batch_stats": arrays["batch_stats"]}
+        multiplier = float(arrays.get("multiplier", 1.0))
     calibration = read_calibration(folder)
     if calibration is not None and calibration.step != step:
         calibration = None
-    variables = {"params": params, "batch_stats": arrays["batch_stats"]}
-    multiplier = float(arrays.get("multiplier", 1.0))
     data = (info.image_shape, info.levels, calibration, info.holds_images)
     run = Restored(model, variables, info.config, step, *data, multiplier)
     return run if prior == "model" else _with_fitted_prior(folder, run, checkpoint)
 
 
-def _read_exported(folder: Path, like: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Step, and variables in the structure of `like` with the multiplier of beta, of a folder that `export_hub` wrote.
+def _read_exported(folder: Path, like: dict[str, Any]) -> tuple[int, dict[str, Any], float]:
+    """Step, variables in the structure of `like`, and the multiplier of beta, of a folder that `export_hub` wrote.
 
     Raises:
       UserError: the weights are not those that its config.json names.
     """
     path, again = folder / WEIGHTS, "fetch or export the folder again"
     with read_json(folder / "config.json", again) as values:
-        step, sha256 = int(values["exported"]["step"]), str(values["exported"]["sha256"])
-        multiplier = float(values["exported"]["multiplier"])
+        own = values["exported"]
+        step, sha256, multiplier = int(own["step"]), str(own["sha256"]), float(own["multiplier"])
     if sha256_of(path) != sha256:
         raise UserError(f"{path} is damaged, or not of the config.json beside it; {again}.")
     arrays = unflatten({name: jnp.asarray(array) for name, array in safetensors.numpy.load_file(path).items()})
-    return step, {"multiplier": multiplier} | {name: arrays.get(name, {}) for name in like}
+    return step, {name: arrays.get(name, {}) for name in like}, multiplier
 
 
 def _with_fitted_prior(folder: Path, run: Restored, checkpoint: str) -> Restored:

@@ -12,7 +12,7 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Quantity
 from bsvae_jax.sweeps.comparison import compare_runs
 from bsvae_jax.sweeps.runs import list_runs
-from bsvae_jax.training.workdir import write_evaluation
+from bsvae_jax.training.evaluated import write_evaluation
 
 CONFIG = Config(epochs=3, batch_size=100, beta=0.5)
 

@@ -43,7 +43,7 @@ def test_the_card_has_the_fields_of_the_hub_and_the_numbers_of_the_run(exported)
     numbers = json.loads((run / "evaluation.json").read_text())["splits"]["test"]
     found = {metric["type"]: metric["value"] for metric in result["metrics"]}
     assert found == {name: number["value"] for name, number in numbers.items()}
-    assert re.search(r"β = 0.5, decoder variance optimal", text)
+    assert "β = 0.5, decoder variance " in text
     error = numbers["calibrated_elbo"]["standard_error"]
     assert f"{numbers['calibrated_elbo']['value']:.5g} ± {error:.2g}" in text
     assert "2409.09361" in text
