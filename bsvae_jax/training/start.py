@@ -46,9 +46,14 @@ class Start(NamedTuple):
     """All of that for people."""
 
 
+def _place(name: str) -> str:
+    """`encoder.posterior.kernel` of `params.encoder.posterior.kernel`."""
+    return name.partition(".")[2]
+
+
 def _layer(name: str) -> str:
-    """`encoder.posterior` of `params.encoder.posterior.kernel`, '' of the trained log-variance."""
-    return name.partition(".")[2].rpartition(".")[0]
+    """`encoder.posterior` of that, '' of the trained log-variance."""
+    return _place(name).rpartition(".")[0]
 
 
 def fitting(shapes: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -78,7 +83,7 @@ def take(shapes: Mapping[str, tuple[int, ...]], source: Source) -> Start:
     taken = fitting(shapes, there)
     anew = [name for name in shapes if name not in taken]
     unlike = {
-        _layer(name) or name: f"{name.rpartition('.')[2]} is {shapes[name]} here and {there.get(name, 'absent')} there"
+        _layer(name) or _place(name): f"{name.rpartition('.')[2]} is {shapes[name]} here and {there.get(name, 'absent')} there"
         for name in anew
         if there.get(name) != shapes[name]
     }
@@ -92,7 +97,7 @@ def take(shapes: Mapping[str, tuple[int, ...]], source: Source) -> Start:
     sentence = f"Beginning with the weights of {source.name}: {len(taken)} of {len(shapes)} arrays, {count:,} numbers."
     if anew:
         sentence += f" These layers start anew: {differing}."
-    if left := dict.fromkeys(_layer(name) or name for name in there if name not in shapes):
+    if left := dict.fromkeys(_layer(name) or _place(name) for name in there if name not in shapes):
         sentence += f" These have no place here: {_listed(list(left))}."
     return Start(arrays, {**source.record, "taken": taken, "anew": anew}, sentence)
 
