@@ -241,6 +241,8 @@ def _value_axis(axes: Any, label: str, curves: Sequence[Curve]) -> None:
         log_scale(axes, "y")
         return
     axes.ticklabel_format(axis="y", useOffset=False)
+    if np.all(values == values.round()):  # no half of a latent
+        axes.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     kept = values[sizes <= 10 * usual]
     if len(kept) < len(values) and np.ptp(kept) > 0:
         show_only(axes, kept, values)

@@ -305,7 +305,7 @@ def _beta_variance(results: SweepResults) -> dict[str, Picture]:
             products = [beta * member_values(own, "variance", "train") for beta, own in positive]
             label = family.decoder_variance.label
             by_beta = dict(points_of(family))
-            others[family.label.split(",")[0] + " σ²*"] = {
+            others[family.label.replace(", ", ",\n")] = {
                 name: np.array([mean_and_deviation(by_beta.get(beta, []), quantity, "test")[0] for beta in betas])
                 for quantity, name in quantities.items()
             }

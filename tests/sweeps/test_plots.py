@@ -126,7 +126,9 @@ def test_one_huge_value_does_not_flatten_the_others():
     x, none = np.array(BETAS), np.zeros(len(BETAS))
     signed = Curve("model", x, np.array([-60.0, -50.0, -30.0, 5.0, 7e6]), none, none)
     positive = signed._replace(y=np.array([180.0, 200.0, 250.0, 300.0, 1000.0]))
-    figure = plots.metrics_against_beta({"objective": [signed], "FID": [positive], "rate": [signed._replace(y=-x)]})
+    whole = signed._replace(y=np.full(len(x), 4.0))
+    panels = {"objective": [signed], "FID": [positive], "rate": [signed._replace(y=-x)], "active latents": [whole]}
+    figure = plots.metrics_against_beta(panels)
     objective, distance, rate = figure.axes[:3]
     assert objective.get_ylim() == pytest.approx((-63.25, 11.5))
     assert objective.get_title(loc="right") == "cut off: ▲ up to 7e+06"
@@ -134,6 +136,7 @@ def test_one_huge_value_does_not_flatten_the_others():
     figure.canvas.draw()
     ticks = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes[:3]]
     assert ticks == [["0.01", "0.1", "1", "10", "100"]] * 3
+    assert all(value == round(value) for value in figure.axes[3].get_yticks())
 
 
 @pytest.mark.parametrize(
