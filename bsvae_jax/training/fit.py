@@ -124,7 +124,10 @@ def _fit(
     config = for_data(config, images.image_shape)
     check_against_data(config, images)
     multihost.check_agreement("images", {"fingerprint": images.fingerprint()}, "Give every process the same data.")
-    primary = multihost.is_primary()
+    primary, program = multihost.is_primary(), Program(config, images, mesh)
+    begun = (folder / "config.json").is_file()
+    if not begun:  # while there is no folder yet, which would hold the config that does not fit
+        check_memory(program, available_bytes(mesh))
     # What is not primary touches no file.
     other = RunDirectory(folder, config, images, primary=False)
 
@@ -141,9 +144,8 @@ def _fit(
 
     directory = multihost.on_primary(open_folder, other)
     with stop_on_signals() as stop, directory as run:
-        program = Program(config, images, mesh)
         done = max(run.saved_steps(), default=0)
-        if done < program.total:
+        if begun and done < program.total:
             check_memory(program, available_bytes(mesh))
         if primary:
             log.info(

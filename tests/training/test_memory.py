@@ -195,4 +195,5 @@ def test_a_run_that_does_not_fit_is_refused_before_its_images_are_placed(tmp_pat
         fit(config, tmp_path / "run", progress=False)
     fits = int(str(refusal.value).split("batch_size of ")[1].split()[0])
     assert 600 < fits < 900  # 750 by the line
+    assert not (tmp_path / "run").exists()  # which would hold the config that does not fit
     check_memory(Program(dataclasses.replace(config, batch_size=fits), images, data_mesh(1)), room)
