@@ -123,7 +123,9 @@ def _fit(
     images = load(config.data)
     config = for_data(config, images.image_shape)
     check_against_data(config, images)
-    multihost.check_agreement("images", {"fingerprint": images.fingerprint()}, "Give every process the same data.")
+    multihost.check_agreement(
+        "images", {"fingerprint": images.fingerprint(config.classes)}, "Give every process the same data."
+    )
     primary = multihost.is_primary()
     # What is not primary touches no file.
     other = RunDirectory(folder, config, images, primary=False)
