@@ -153,6 +153,8 @@ class Config:
     """Share of a device's memory that the images may take; a larger set is streamed to the devices batch by batch."""
     seed: int = 0
     """Decides the initial parameters, the order of the data, augmentation and posterior samples."""
+    classes: int | None = field(default=None, metadata={"saved": "if given"})
+    """Classes that encoder and decoder are told of, by the labels of the data (Sohn et al. 2015); None: they are told none."""
 
     def __post_init__(self) -> None:
         for own in dataclasses.fields(self):
@@ -188,7 +190,7 @@ class Config:
         check_count("evaluate_every", self.evaluate_every)
         check_choice("precision", self.precision, ("float32", "bfloat16"))
         check_choice("device_map", self.device_map, ("shard_map", "pmap"))
-        for name in ("posterior_samples", "steps_per_dispatch", "devices"):
+        for name in ("classes", "posterior_samples", "steps_per_dispatch", "devices"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_number("resident_memory", self.resident_memory, low=0.0, high=1.0)
@@ -372,17 +374,15 @@ def _find_kind(name: str, base: type, given: tuple[type, ...]) -> type:
     )
 
 
-def _saved_fields(config: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(config) if f.init and f.metadata.get("of") != "VAE"]
-
-
 def to_dict(config: Any) -> Any:
     """A config as plain JSON values; kinds are written under `"kind"` by `kind_name`."""
     if isinstance(config, tuple | list):
         return [to_dict(value) for value in config]
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         return config
-    fields = {name: to_dict(getattr(config, name)) for name in _saved_fields(config)}
+    saved = [f for f in dataclasses.fields(config) if f.init and f.metadata.get("of") != "VAE"]
+    values = {f.name: to_dict(getattr(config, f.name)) for f in saved}
+    fields = {f.name: values[f.name] for f in saved if "saved" not in f.metadata or values[f.name] is not None}
     return {"kind": kind_name(type(config)), **fields} if isinstance(config, Kind) else fields
 
 

@@ -7,7 +7,7 @@ order.
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Integer, Shaped
 
 from bsvae_jax.errors import UserError, check_number, shown
 
@@ -181,11 +181,15 @@ def probabilistic_pca_log_likelihood(eigenvalues: Eigenvalues, latent_size: int)
     return variance, float(-0.5 * (dimensions * np.log(2 * np.pi) + log_determinant + dimensions))
 
 
-def covariance_eigenvalues(data: Shaped[np.ndarray, "examples *pixels"]) -> Eigenvalues:
+def covariance_eigenvalues(
+    data: Shaped[np.ndarray, "examples *pixels"], labels: Integer[np.ndarray, " examples"] | None = None
+) -> Eigenvalues:
     """Eigenvalues, largest first, of the covariance (divided by N) of flattened data, [D]; squared units of the data, float64.
 
     Args:
       data: [N, ...], of any type; D is the product of the other axes.
+      labels: the class of each example, [N]: the covariance is then that around the mean of the class, averaged over the
+        examples, by which the optimum of a linear model is known that is told the class; None: around one mean.
 
     >>> data = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
     >>> print(covariance_eigenvalues(data))  # 8/4 and 2/4
@@ -203,10 +207,16 @@ def covariance_eigenvalues(data: Shaped[np.ndarray, "examples *pixels"]) -> Eige
     flat = data.reshape(len(data), -1)
     if len(flat) < 2:
         raise UserError(f"A covariance needs at least 2 examples, got {len(flat)}.")
-    mean = flat.mean(axis=0, dtype=np.float64)
+    if labels is None:
+        groups, means = np.zeros(len(flat), int), flat.mean(axis=0, dtype=np.float64)[None]
+    else:
+        if np.shape(labels) != (len(flat),):
+            raise UserError(f"labels must be one class for each of {len(flat)} examples, got shape {np.shape(labels)}.")
+        groups = np.unique(labels, return_inverse=True)[1]
+        means = np.stack([flat[groups == group].mean(axis=0, dtype=np.float64) for group in range(groups.max() + 1)])
     covariance = np.zeros((flat.shape[1], flat.shape[1]))
     for start in range(0, len(flat), 4096):  # bounds the float64 copy
-        centered = flat[start : start + 4096].astype(np.float64) - mean
+        centered = flat[start : start + 4096].astype(np.float64) - means[groups[start : start + 4096]]
         covariance += centered.T @ centered
     if not np.isfinite(covariance.trace()):
         raise UserError("data must be finite; some values are NaN or infinite.")

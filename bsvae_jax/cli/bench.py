@@ -39,7 +39,7 @@ def bench(
 
     keep_compiled_programs()
     config = experiment.config
-    images = benchmark.random_images(shape_of(config.data)) if noise else load(config.data)
+    images = benchmark.random_images(shape_of(config.data), config.classes) if noise else load(config.data)
     with document(json) as found:
         speed, peers = benchmark.measure(config, images, repeats, seconds), []
         if against is not None:

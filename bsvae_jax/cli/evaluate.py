@@ -140,6 +140,8 @@ def _evaluate_run(
     if run.checkpoint == "latest" and (test := evaluated.splits.get("test")) is not None:
         write_per_image(folder, restored.step, metrics.calibrated_elbo(test.scores, evaluated.calibration))
     print(metrics.as_table(report))
+    if restored.config.classes is not None:
+        print("Conditional on the class y: these are likelihoods of p(x|y), which no p(x) is to be compared with.")
     if (sentence := metrics.left_out(images)) is not None:
         print(sentence)
     print("".join(f"{sentence}\n" for sentence in info.provenance()), end="")

@@ -26,6 +26,9 @@ library, images of 16 bits. A line says how they were divided, and what was left
 and said, where floats lie on a grid; asked for where they do not). Images of more than 179 million pixels need
 `BSVAE_MAX_PIXELS`, PNGs with more than a mebibyte of text `BSVAE_MAX_TEXT`.
 
+Where a set has labels, one class for each image, `bsvae train CONFIG --classes 10` tells them to encoder and decoder: then
+`bsvae sample RUN --labels 0 1 2` draws of these classes.
+
 A set that fits into half of a device's memory (`--resident-memory 0.5`) lies there; a larger one is streamed with the next
 batches on their way, in the same order. That order depends on seed and epoch alone: every image once an epoch, on any number
 of devices.

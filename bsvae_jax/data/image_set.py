@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bsvae_jax import theory
 from bsvae_jax.errors import UserError, check_count, check_kind
@@ -38,6 +38,19 @@ def is_image(shape: tuple[int, ...]) -> bool:
 def no_images(shape: tuple[int, ...]) -> str:
     """What examples are that are no images in [0, 1], for a message: `of shape (64, 3)`."""
     return f"of shape {shape}" + (", not all in [0, 1]" if is_image(shape) else "")
+
+
+class Labeled(NamedTuple):
+    """Examples with their classes, which stay together from the data set to the model: what a conditional model is given."""
+
+    images: Any
+    """[..., *image_shape], as stored."""
+    labels: Any
+    """[...], int32."""
+
+
+Examples = np.ndarray | Array | Labeled
+"""As stored, on the host or on the devices; `Labeled` of a conditional model."""
 
 
 class DataShape(NamedTuple):
@@ -148,14 +161,50 @@ class ImageSet:
         validation = 0 if self.validation is None else len(self.validation)
         return DataShape(self.image_shape, self.levels, self.train.dtype, len(self.train), len(self.test), validation)
 
+    def examples(self, split: str, classes: int | None = None, count: int | None = None) -> Any:
+        """The examples of a split, or the first `count` of them; with `classes`, `Labeled` with the class of each.
+
+        >>> blank = np.zeros((3, 8, 8, 1), np.uint8)
+        >>> labels = np.array([0, 1, 1])
+        >>> images = ImageSet("blank", blank, blank, train_labels=labels, test_labels=labels)
+        >>> images.examples("train", classes=2, count=2).labels
+        array([0, 1], dtype=int32)
+
+        Raises:
+          UserError: with `classes`: the split has no labels, not one class for each example, or one out of range.
+        """
+        images, labels = getattr(self, split)[:count], getattr(self, f"{split}_labels")
+        if classes is None:
+            return images
+        what = f"classes {classes} makes the model conditional, but {self.name}"
+        if labels is None:
+            raise UserError(f"{what} has no labels of its {split} images; leave classes out, or choose data with labels.")
+        labels = np.asarray(labels)
+        if labels.shape != (len(getattr(self, split)),) or labels.dtype.kind not in "iub":
+            raise UserError(
+                f"{what} has {labels.dtype} labels of shape {labels.shape} for its {len(getattr(self, split))} {split} images; "
+                "one class for each, a whole number, is needed."
+            )
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0:
+            raise UserError(f"{what} has {int((labels < 0).sum())} {split} images that are of no class of the training images.")
+        if high >= classes:
+            raise UserError(f"{what} has labels up to {high} among its {split} images; classes {high + 1} takes them.")
+        return Labeled(images, labels[:count].astype(np.int32))
+
     def sizes(self) -> str:
         """How many images there are, and of which shape, for messages: 60,000 training and 10,000 test images (28, 28, 1)."""
         kept = "" if self.validation is None else f", {len(self.validation):,} validation"
         return f"{len(self.train):,} training{kept} and {len(self.test):,} test images {self.image_shape}"
 
-    def fingerprint(self) -> str:
-        """Hash of the images of all splits: their values, shapes and type."""
-        return self._fingerprint
+    def fingerprint(self, classes: int | None = None) -> str:
+        """Hash of the images of all splits: their values, shapes and type; with `classes`, also of the class of each."""
+        if classes is None:
+            return self._fingerprint
+        digest = hashlib.blake2b(self._fingerprint.encode(), digest_size=16)
+        for split in self.splits:
+            digest.update(self.examples(split, classes).labels.data)
+        return digest.hexdigest()
 
     @functools.cached_property
     def _fingerprint(self) -> str:  # computed once: every member of a sweep records it
@@ -206,6 +255,16 @@ class ImageSet:
             return None
         return theory.covariance_eigenvalues(self.train) * self.scale**2
 
+    def spectrum(self, classes: int | None = None) -> np.ndarray | None:
+        """`covariance_eigenvalues`; with `classes`, of the images around the mean of their class: what z has left to say."""
+        return self.covariance_eigenvalues if classes is None else self._within_classes
+
+    @functools.cached_property
+    def _within_classes(self) -> np.ndarray | None:
+        if math.prod(self.image_shape) > SPECTRUM_LIMIT:
+            return None
+        return theory.covariance_eigenvalues(self.train, self.train_labels) * self.scale**2
+
     @functools.cached_property
     def mean_image(self) -> np.ndarray:
         """Mean of the training images in [0, 1], [H, W, C], float64."""
@@ -235,6 +294,12 @@ def to_unit_interval(images: Array, levels: int) -> Float[Array, "..."]:
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images.astype(jnp.float32)
     return images.astype(jnp.float32) / (levels - 1)
+
+
+def to_inputs(stored: Examples, levels: int) -> tuple[Float[Array, "..."], Int[Array, "..."] | None]:
+    """What a model takes of stored examples: images by `to_unit_interval`, and their labels, None where they have none."""
+    images, labels = stored if isinstance(stored, Labeled) else (stored, None)
+    return to_unit_interval(jnp.asarray(images), levels), None if labels is None else jnp.asarray(labels)
 
 
 def check_images(images: Any, what: str) -> np.ndarray:

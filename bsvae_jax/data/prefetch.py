@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from bsvae_jax.data import ShuffledOrder
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.distributed.mesh import SHARDED, P, memory_bytes, replicate
 
 WINDOW_BYTES = 2**26
@@ -51,11 +52,16 @@ def gather(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return found
 
 
+def rows_at(resident: Any, indices: Any, image_shape: tuple[int, ...]) -> Any:
+    """Examples at `indices` [B] of those that lie on the device: of images flattened, [N, D], and of labels [N] beside them."""
+    return jax.tree.map(lambda array: array[indices].reshape(-1, *image_shape) if array.ndim > 1 else array[indices], resident)
+
+
 class HostImages:
     """Images in the host's memory or a memory map, of which about `UNRELEASED` bytes stay resident after they were read."""
 
     def __init__(self, images: np.ndarray):
-        """`images` [N, H, W, C]."""
+        """`images` [N, H, W, C], or labels [N]."""
         self.images, self._read = images, 0
         base: Any = images
         while isinstance(base, np.ndarray):
@@ -83,33 +89,34 @@ class HostImages:
 class DeviceImages:
     """The images of one split as the devices are given them: a copy on every device, or batch by batch from the host."""
 
-    def __init__(self, images: np.ndarray, mesh: Mesh, resident: bool = True):
-        """`images` [N, H, W, C] as stored; `resident`: copy all of them to every device of the mesh now."""
-        self._images, self._mesh = HostImages(images), mesh
-        self.resident: Array | None = replicate(images.reshape(len(images), -1), mesh) if resident else None
-        """Flattened, [N, H * W * C], on every device; None if they are streamed."""
+    def __init__(self, examples: Examples, mesh: Mesh, resident: bool = True):
+        """`examples` of `ImageSet.examples`, [N, ...]; `resident`: copy all of them to every device of the mesh now."""
+        self._host, self._mesh = jax.tree.map(HostImages, examples), mesh
+        self._shape = jax.tree.leaves(examples)[0].shape
+        flat = jax.tree.map(lambda array: array.reshape(len(array), -1) if array.ndim > 1 else array, examples)
+        self.resident: Any = replicate(flat, mesh) if resident else None
+        """Images flattened, [N, H * W * C], on every device, with their labels where they have them; None if streamed."""
 
     def __len__(self) -> int:
         """N."""
-        return len(self._images.images)
+        return self._shape[0]
 
     @property
     def data_shape(self) -> tuple[int, ...]:
         """Of one example."""
-        return self._images.images.shape[1:]
+        return self._shape[1:]
 
-    def batch(self, indices: np.ndarray) -> Array:
-        """The images at `indices` [B], as stored, [B, H, W, C], divided over the data axis of the mesh."""
+    def batch(self, indices: np.ndarray) -> Any:
+        """The examples at `indices` [B], as stored, [B, ...], divided over the data axis of the mesh."""
         if self.resident is not None:
             return _gather_resident(self._mesh, self.data_shape)(self.resident, indices)
-        return self._images.place(np.asarray(indices), NamedSharding(self._mesh, SHARDED))
+        sharding = NamedSharding(self._mesh, SHARDED)
+        return jax.tree.map(lambda part: part.place(np.asarray(indices), sharding), self._host)
 
 
 @functools.cache
 def _gather_resident(mesh: Mesh, image_shape: tuple[int, ...]) -> Any:
-    def gather_rows(images: Array, indices: Array) -> Array:
-        return images[indices].reshape(-1, *image_shape)
-
+    gather_rows = functools.partial(rows_at, image_shape=image_shape)
     return jax.jit(gather_rows, out_shardings=NamedSharding(mesh, SHARDED))
 
 
@@ -130,7 +137,7 @@ class Stream:
 
     def __init__(
         self,
-        images: np.ndarray,
+        examples: Examples,
         orders: Sequence[ShuffledOrder],
         mesh: Mesh,
         spec: P,
@@ -141,7 +148,7 @@ class Stream:
         """Opens the stream; use it in a `with` block.
 
         Args:
-          images: [N, H, W, C] as stored, a memory map for instance.
+          examples: [N, ...] as stored, a memory map for instance.
           orders: of each member; one for a model without a member axis.
           mesh: of the devices.
           spec: of the pieces: [steps, B, H, W, C], or [members, steps, B, H, W, C].
@@ -149,12 +156,12 @@ class Stream:
           starts: the first step of each piece, in order.
           arrangement: order of the images within a batch, [B]; None: as the orders have them.
         """
-        self._images, self._steps, self._starts = HostImages(images), steps, starts
+        self._host, self._steps, self._starts = jax.tree.map(HostImages, examples), steps, starts
         self._arrangement = slice(None) if arrangement is None else arrangement
         self._orders = [order.on_host() for order in orders]
         self._sharding, self._stacked = NamedSharding(mesh, spec), len(spec) == 3
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "images")
-        self._coming: collections.deque[tuple[int, concurrent.futures.Future[Array]]] = collections.deque()
+        self._coming: collections.deque[tuple[int, concurrent.futures.Future[Any]]] = collections.deque()
         self.waited = 0.0
         """Seconds that `take` has waited for images."""
 
@@ -171,11 +178,12 @@ class Stream:
         while len(self._coming) <= AHEAD and (start := next(self._starts, None)) is not None:
             self._coming.append((start, self._pool.submit(self._piece, start)))
 
-    def _piece(self, start: int) -> Array:
+    def _piece(self, start: int) -> Any:
         indices = [np.asarray(order(start, self._steps))[:, self._arrangement] for order in self._orders]
-        return self._images.place(np.stack(indices) if self._stacked else indices[0], self._sharding)
+        wanted = np.stack(indices) if self._stacked else indices[0]
+        return jax.tree.map(lambda part: part.place(wanted, self._sharding), self._host)
 
-    def take(self, step: int) -> Array:
+    def take(self, step: int) -> Any:
         """The piece that begins at `step`, which must be the next one."""
         start, piece = self._coming.popleft()
         if start != step:

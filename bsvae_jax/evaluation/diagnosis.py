@@ -57,7 +57,7 @@ def diagnose(scores: SplitScores, config: Config, images: ImageSet, beta: float 
 
 def _critical_beta(config: Config, images: ImageSet, beta: float) -> str:
     """Where theory puts the collapse of a linear model on these data."""
-    eigenvalues = images.covariance_eigenvalues
+    eigenvalues = images.spectrum(config.classes)
     if eigenvalues is None or not isinstance(config.prior, StandardNormal):
         return ""
     critical = config.decoder_variance.critical_beta(eigenvalues, quantization_variance(images.bin_width))

@@ -10,13 +10,13 @@ from jax.scipy.stats import norm
 
 from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
-from bsvae_jax.data.image_set import SPLIT_NAMES, to_unit_interval
+from bsvae_jax.data.image_set import SPLIT_NAMES, to_inputs, to_unit_interval
 from bsvae_jax.evaluation import diagnostic_plots, plots, residuals
 from bsvae_jax.evaluation.evaluate import Evaluated, SplitEvaluation, bound_name
 from bsvae_jax.evaluation.figures import title_of
 from bsvae_jax.evaluation.metrics import mean_quantity
 from bsvae_jax.evaluation.nearest_neighbors import nearest_images
-from bsvae_jax.evaluation.sampling import sample_prior
+from bsvae_jax.evaluation.sampling import classes_in_turn, sample_prior
 from bsvae_jax.evaluation.scores import split_key
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.random import make_key
@@ -89,10 +89,14 @@ def draw_fitted(run: Restored, fitted: Restored, images: ImageSet, evaluated: Ev
         drawn: Any = own.model.apply(own.variables, make_key(run.config.seed), PLOTTED, method="sample_latents")
         latents[name] = np.asarray(drawn, np.float64)
     decode = jax.jit(run.model.apply, static_argnames="method")
-    pictures = {
-        name: images.as_shown(np.asarray(decode(run.variables, jnp.asarray(z[:DECODED], jnp.float32), method="decode").mean))
-        for name, z in latents.items()
-    }
+
+    def decoded(z: np.ndarray) -> np.ndarray:
+        # The same classes for all, in turn: what differs between the pictures is the prior.
+        shown = jnp.asarray(z[:DECODED], jnp.float32)
+        classes = np.resize(classes_in_turn(run), len(shown)) if run.config.classes else None
+        return images.as_shown(np.asarray(decode(run.variables, shown, labels=classes, method="decode").mean))
+
+    pictures = {name: decoded(z) for name, z in latents.items()}
     plane = np.zeros((2, aggregate.shape[1])) if aggregate.shape[1] < 2 else axes[:2]
     if aggregate.shape[1] < 2:  # one latent: its values against their order
         plane[0, 0] = 1.0
@@ -217,15 +221,19 @@ def linear(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray
 
 def _interpolations(run: Restored, images: ImageSet, title: str) -> Any:
     pairs = min(INTERPOLATED, len(images.test) // 2)
-    x = to_unit_interval(jnp.asarray(images.test[: 2 * pairs]), images.levels)
+    x, labels = to_inputs(images.examples("test", run.config.classes, 2 * pairs), images.levels)
     apply = jax.jit(run.model.apply, static_argnames="method")
-    ends = np.asarray(apply(run.variables, x, method="encode").mean, np.float64)
+    ends = np.asarray(apply(run.variables, x, labels=labels, method="encode").mean, np.float64)
     shares = np.linspace(0.0, 1.0, STEPS)
     # Arcs around the origin keep to where N(0, I) has its mass; of another prior nothing is known.
     ways = {"linear": linear} | ({"spherical": spherical} if isinstance(run.model.prior, StandardNormal) else {})
     paths = [path(ends[i], ends[i + 1], shares) for i in range(0, 2 * pairs, 2) for path in ways.values()]
     z = np.concatenate(paths).astype(np.float32)
-    decoded = np.asarray(apply(run.variables, z, method="decode").mean).reshape(len(paths), STEPS, *run.image_shape)
+    # The class changes in the middle of a path, as there is nothing between two classes.
+    own = None if labels is None else np.repeat(np.asarray(labels).reshape(-1, 2), len(ways), axis=0)
+    own = None if own is None else own[:, np.minimum(2 * np.arange(STEPS) // STEPS, 1)].ravel()
+    decoded = np.asarray(apply(run.variables, z, labels=own, method="decode").mean)
+    decoded = decoded.reshape(len(paths), STEPS, *run.image_shape)
     decoded = images.as_shown(decoded)
     return diagnostic_plots.interpolations(
         decoded, [*ways] * pairs, f"Decoder means between the posterior means of test images; {title}"
@@ -235,8 +243,8 @@ def _interpolations(run: Restored, images: ImageSet, title: str) -> Any:
 def _neighbors(run: Restored, images: ImageSet, title: str) -> Any:
     limits = (0.0, 1.0) if images.holds_images else (-np.inf, np.inf)
     samples = sample_prior(run, COMPARED, run.config.seed) / (255.0 if images.holds_images else 1.0)
-    held_out = to_unit_interval(jnp.asarray(images.test[:COMPARED]), images.levels)
-    output: Any = jax.jit(run.model.apply)(run.variables, held_out, split_key(run.config.seed, "test"))
+    held_out, labels = to_inputs(images.examples("test", run.config.classes, COMPARED), images.levels)
+    output: Any = jax.jit(run.model.apply)(run.variables, held_out, split_key(run.config.seed, "test"), labels=labels)
     sets = {
         "samples": samples,
         "test reconstructions": np.clip(np.asarray(output.decoded.mean), *limits),

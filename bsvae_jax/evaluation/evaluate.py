@@ -63,7 +63,7 @@ class Fid:
     """
 
     samples: int = 10_000
-    """Images drawn from the prior."""
+    """Images drawn from the prior; of a conditional run, of classes drawn from the labels of the training images."""
     weights: inception.Weights | None = None
     """Of `inception.load_weights`; None: downloaded at first use."""
     protocol: Literal["standard", "paper"] = "standard"
@@ -166,7 +166,8 @@ def evaluate(
 
     @functools.cache
     def stored(split: str) -> DeviceImages:
-        return DeviceImages(getattr(images, split), mesh, fits(images.shape.nbytes, mesh, run.config.resident_memory))
+        resident = fits(images.shape.nbytes, mesh, run.config.resident_memory)
+        return DeviceImages(images.examples(split, run.config.classes), mesh, resident)
 
     def score(split: str, number: int, calibration: Calibration | None) -> SplitScores:
         # The same posterior samples as `fit` takes, so that its evaluation is repeated here.
@@ -192,7 +193,7 @@ def evaluate(
         folder = cache_folder() / "samples" if workdir is None else workdir
         made_of = (digest(run.variables)[:16], fid_options.protocol, network.source[:16], str(fid_options.samples))
         kept = folder / f".fid-{'-'.join(made_of)}.npz"
-        drawn = _sample_statistics(run, network, fid_options, mesh, kept, progress)
+        drawn = _sample_statistics(run, images, network, fid_options, mesh, kept, progress)
         for split in splits:
             report[split] |= _fid_quantities(drawn, images, split, network, fid_options, mesh, progress)
         kept.unlink(missing_ok=True)  # of no use once the distances are known
@@ -208,6 +209,8 @@ def _check(run: Restored, images: ImageSet, splits: Sequence[str], samples: int 
             raise UserError(f"There is no split {split!r}{nearest(str(split), images.splits)}; the splits are {known}.")
     if images.image_shape != run.image_shape:
         raise UserError(f"The model takes images of shape {run.image_shape}, the data have {images.image_shape}.")
+    for split in {"train", *splits}:
+        images.examples(split, run.config.classes)
     if samples is not None:
         importance_weighted.check_samples(samples)
     if bound_images is not None and (not isinstance(bound_images, int) or bound_images < 1):
@@ -256,7 +259,7 @@ def _evaluate_split(
     if importance_weighted.has_own_density(run.model):
         wanted += [Density(frozen=False, dequantized=False), Density(frozen=False, dequantized=True)]
     count = min(bound_images or len(stored), len(stored))
-    identity = [digest(run.variables), samples, count, calibration.variance, images.fingerprint()]
+    identity = [digest(run.variables), samples, count, calibration.variance, images.fingerprint(run.config.classes)]
     file = UnfinishedBound(workdir, split, identity)
     partial = file.read()
     with ProgressBar(count, 0 if partial is None else partial.done, progress) as bar:
@@ -368,12 +371,16 @@ def _groups(stored: np.ndarray, levels: int, first: int) -> Iterator[np.ndarray]
 
 
 def _sample_statistics(
-    run: Restored, network: FeatureNetwork, options: Fid, mesh: Mesh, path: Path, progress: bool
+    run: Restored, images: ImageSet, network: FeatureNetwork, options: Fid, mesh: Mesh, path: Path, progress: bool
 ) -> statistics.FeatureStatistics:
+    """Of samples of the prior; those of a conditional model are of classes drawn from the labels of the training images."""
     seed = int(jax.random.bits(jax.random.fold_in(make_key(run.config.seed), FID_SALT), dtype=jnp.uint32))
+    classes = run.config.classes
+    labels: Any = () if classes is None else images.examples("train", classes).labels
+    labels = labels if classes is None else np.random.default_rng(seed).choice(labels, options.samples)
 
     def drawn(first: int) -> Iterator[np.ndarray]:
-        for means in sample_batches(run, options.samples, seed, first):
+        for means in sample_batches(run, options.samples, seed, first, labels):
             yield to_8_bits(stretch_contrast(means) if options.protocol == "paper" else means)
 
     return _statistics(network, drawn, options.samples, mesh, path, f"{network.name}: samples", progress)

@@ -1,6 +1,7 @@
 """Pictures of a run: runs the model and hands the arrays to `figures`."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +10,38 @@ import numpy as np
 from bsvae_jax._io.files import read_metrics
 from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
-from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.data.image_set import to_inputs
 from bsvae_jax.evaluation import plots
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.random import make_key
 
 PAIRS = 30
 SAMPLES = 100
+BY_CLASS = (20, 10)
+"""Classes of which samples are shown, and how many of each."""
 TRAVERSED = 10
 TRAVERSAL = np.linspace(-3.0, 3.0, 13)
 
 
 def title_of(run: Restored, images: ImageSet) -> str:
     """What the figures of a run have in common."""
-    title = f"{images.name}: {run.config.decoder_variance.label}, β = {run.beta:.4g}"
+    given = "" if run.config.classes is None else " given the class"
+    title = f"{images.name}{given}: {run.config.decoder_variance.label}, β = {run.beta:.4g}"
     return title if len(images.image_shape) <= 3 else f"{title}; middle slices"
+
+
+def _samples(run: Restored, images: ImageSet, key: Any, title: str) -> Any:
+    """Samples of the prior; of a conditional run a row for each class, the same z in all rows of a column."""
+    apply = jax.jit(run.model.apply, static_argnames=("method", "count"))
+    if run.config.classes is None:
+        samples = apply(run.variables, key, count=SAMPLES, method="sample")
+        return plots.image_grid(images.as_shown(np.asarray(samples)), f"Samples of the prior: {title}")
+    classes, columns = min(run.config.classes, BY_CLASS[0]), BY_CLASS[1]
+    z = jnp.tile(apply(run.variables, key, count=columns, method="sample_latents"), (classes, 1))
+    samples = apply(run.variables, z, labels=jnp.repeat(jnp.arange(classes), columns), method="decode").mean
+    names = images.label_names[:classes] or tuple(map(str, range(classes)))
+    title = f"Samples by class, each column of one z\n{title}"
+    return plots.image_grid(images.as_shown(np.asarray(samples)), title, columns, names)
 
 
 def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
@@ -34,8 +52,8 @@ def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
     """
     key = make_key(run.config.seed)
     apply = jax.jit(run.model.apply, static_argnames=("method", "count"))
-    x = to_unit_interval(jnp.asarray(images.test[:512]), images.levels)
-    output = apply(run.variables, x, key)
+    x, labels = to_inputs(images.examples("test", run.config.classes, 512), images.levels)
+    output = apply(run.variables, x, key, labels=labels)
     # Most informative latents first, as `scoring.SplitScores.latent_rate` has it; moved on the scale of the prior where that is
     # known, else on that of the data.
     mean, log_variance = (np.asarray(values) for values in output.posterior)  # JAX would compile every line of what follows
@@ -49,8 +67,9 @@ def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
     z = np.tile(mean[0], (len(order), len(TRAVERSAL), 1))
     for row, latent in enumerate(order):
         z[row, :, latent] = origin[latent] + TRAVERSAL * scale[latent]
-    moved = np.asarray(apply(run.variables, z.reshape(-1, mean.shape[1]), method="decode").mean)
-    samples = apply(run.variables, key, count=SAMPLES, method="sample")
+    z = z.reshape(-1, mean.shape[1])
+    own = None if labels is None else np.repeat(np.asarray(labels[:1]), len(z))
+    moved = np.asarray(apply(run.variables, z, labels=own, method="decode").mean)
     title = title_of(run, images)
     shown = images.as_shown
     rows = read_metrics(workdir)
@@ -61,7 +80,7 @@ def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
             shown(np.asarray(output.decoded.mean[:PAIRS])),
             f"Test set and its reconstructions; {title}",
         ),
-        "samples": plots.image_grid(shown(np.asarray(samples)), f"Decoder means of samples of the prior; {title}"),
+        "samples": _samples(run, images, key, title),
         "latent_traversals": plots.latent_traversals(
             shown(moved).reshape(len(order), len(TRAVERSAL), *run.image_shape),
             TRAVERSAL.tolist(),

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
-from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.data.image_set import Labeled, to_inputs
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, padded_batches, parallelize
 from bsvae_jax.errors import UserError
@@ -68,14 +68,15 @@ class _Sums(NamedTuple):
     squares: Float[Array, "densities batch"]
 
 
-def _encode(variables: Any, stored: Array, *, model: VAE, levels: int) -> Any:
-    posterior: Any = model.apply(variables, to_unit_interval(stored, levels), method="encode")
+def _encode(variables: Any, stored: Array | Labeled, *, model: VAE, levels: int) -> Any:
+    x, labels = to_inputs(stored, levels)
+    posterior: Any = model.apply(variables, x, labels=labels, method="encode")
     return tuple(posterior)
 
 
 def _add_samples(
     variables: Any,
-    stored: Array,
+    stored: Array | Labeled,
     indices: Int[Array, " batch"],
     counted: Float[Array, " batch"],
     posterior: Any,
@@ -104,9 +105,11 @@ def _add_samples(
     noise = jnp.swapaxes(jax.vmap(noise_of)(keys), 0, 1)  # [chunk, B, L]
     z = (mean[None] + jnp.exp(0.5 * log_variance)[None] * noise).reshape(-1, mean.shape[-1])  # [chunk * B, L]
     repeated = [jnp.broadcast_to(part, noise.shape).reshape(z.shape) for part in posterior]
-    log_ratio = _apply(model, variables, z, "log_prior") - gaussian_log_prob(z, *repeated)
-    decoded = _apply(model, variables, z, "decode")
-    x = to_unit_interval(stored, levels)
+    log_prior: Any = model.apply(variables, z, method="log_prior")
+    log_ratio = log_prior - gaussian_log_prob(z, *repeated)
+    x, labels = to_inputs(stored, levels)
+    own = None if labels is None else jnp.tile(labels, chunk)
+    decoded: Any = model.apply(variables, z, labels=own, method="decode")
     step = 1.0 / (levels - 1)
     uniform = uniform_per_example(keys, 0, x.shape[1:])
 
@@ -126,10 +129,6 @@ def _add_samples(
     curve = jax.lax.psum(jnp.sum(bounds * counted[None, None], axis=-1), DATA_AXIS)
     squares = jnp.logaddexp(sums.squares, jax.nn.logsumexp(2 * weights, axis=1))
     return _Sums(running[:, -1], squares), curve
-
-
-def _apply(model: VAE, variables: Any, z: Array, method: str) -> Any:
-    return model.apply(variables, z, method=method)
 
 
 @functools.cache

@@ -276,15 +276,21 @@ def line_panels(examples: Mapping[str, np.ndarray], title: str, columns: int = 4
     return figure
 
 
-def image_grid(images: np.ndarray, title: str, columns: int = 10) -> Figure:
-    """A grid of images [N, H, W, C] in [0, 1]; values outside are clipped. Of other examples see `show_examples`."""
-    if drawn_as_lines(images.shape[1:]):
+def image_grid(images: np.ndarray, title: str, columns: int = 10, rows_are: Sequence[str] = ()) -> Figure:
+    """A grid of images [N, H, W, C] in [0, 1]; values outside are clipped. Of other examples see `show_examples`.
+
+    `rows_are` names the rows.
+    """
+    if drawn_as_lines(images.shape[1:]) and not rows_are:
         return line_panels({"sample": images}, title)
     height, width = cell_size(images.shape[1:])
     rows = -(-len(images) // columns)
     figure = new_figure(7.0, 7 * (rows * (height + 1) - 1) / (columns * (width + 1) - 1) + 0.4, title)
     axes = figure.subplots()
     show_examples(axes, images, columns)
+    if rows_are:
+        axes.set_yticks(centers(height, rows), rows_are)
+        axes.tick_params(length=0)
     return figure
 
 

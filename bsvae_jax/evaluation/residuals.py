@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.data.image_set import Labeled, to_inputs
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, parallelize
 from bsvae_jax.evaluation.run_over import joined, run_over
@@ -82,7 +82,7 @@ def _histogram(values: Array, counted: Array) -> Array:
 
 def _batch(
     variables: Any,
-    stored: Array,
+    stored: Array | Labeled,
     indices: Int[Array, " batch"],
     counted: Float[Array, " batch"],
     key: Key[Array, ""],
@@ -93,9 +93,9 @@ def _batch(
     levels: int,
     similarity: bool,
 ) -> _Batch:
-    x = to_unit_interval(stored, levels)
+    x, labels = to_inputs(stored, levels)
     keys = example_keys(key, indices)
-    output: Any = model.apply(variables, x, keys)
+    output: Any = model.apply(variables, x, keys, labels=labels)
     log_prior: Any = model.apply(variables, output.z, method="log_prior")
     mean = output.decoded.mean
     step = 1.0 / (levels - 1)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.data.image_set import Labeled, to_inputs
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, Execution, parallelize
 from bsvae_jax.evaluation.run_over import run_over
@@ -133,7 +133,7 @@ class _BatchTotals(NamedTuple):
 
 def _score_batch(
     variables: Mapping[str, Any],
-    stored: Array,
+    stored: Array | Labeled,
     indices: Int[Array, " batch"],
     weights: Float[Array, " batch"],
     key: Key[Array, ""],
@@ -142,9 +142,9 @@ def _score_batch(
     model: VAE,
     levels: int,
 ) -> tuple[_ExampleScores, _BatchTotals]:
-    x = to_unit_interval(stored, levels)
+    x, labels = to_inputs(stored, levels)
     # Noise by position in the split, and beyond its end for further samples: the same for any number of devices.
-    output: Any = model.apply(variables, x, example_keys(key, indices))
+    output: Any = model.apply(variables, x, example_keys(key, indices), labels=labels)
     mean, log_variance = output.decoded
     terms = elbo_terms(x, mean, output.rate, model.decoder_variance, log_variance=log_variance, axis_name=DATA_AXIS)
     of_example = tuple(range(1, x.ndim))

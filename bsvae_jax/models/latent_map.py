@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from bsvae_jax.errors import UserError, check_count, check_flag, check_widths
 from bsvae_jax.models._subpixel import Convolution
-from bsvae_jax.models.layers import ZEROS, as_float32, dense, exact, stage_size
+from bsvae_jax.models.layers import ZEROS, Labels, add_class, as_float32, dense, exact, stage_size
 from bsvae_jax.models.network import Network, check_images, output_shape
 
 Images = Float[Array, "batch height width channels"]
@@ -74,10 +74,12 @@ class Spatial(Network):
         axis_name: str | None = None,
         dtype: Any = jnp.float32,
         rematerialize: bool = False,
+        classes: int | None = None,
     ) -> tuple[nn.Module, nn.Module]:
         """Convolutions with GroupNorm and attention; nothing is averaged over devices."""
-        encoder = SpatialEncoder(self, dtype, rematerialize, latent_size=latent_size)
-        return encoder, SpatialDecoder(self, dtype, rematerialize, output_shape=output_shape(data_shape, outputs))
+        shared = (self, dtype, rematerialize, classes)
+        encoder = SpatialEncoder(*shared, latent_size=latent_size)
+        return encoder, SpatialDecoder(*shared, output_shape=output_shape(data_shape, outputs))
 
 
 def latent_map(network: Spatial, latent_size: int, height: int, width: int) -> tuple[int, int, int]:
@@ -156,6 +158,7 @@ class _Stages(nn.Module):
     network: Spatial
     dtype: Any = jnp.float32
     rematerialize: bool = False
+    classes: int | None = None
 
     def block(self, features: int, name: str) -> nn.Module:
         """A residual block; rematerialized, its activations are computed again for the gradient instead of kept."""
@@ -176,16 +179,20 @@ class _Stages(nn.Module):
 
 
 class SpatialEncoder(_Stages):
-    """A conv3x3 to the first width; stages of blocks, a conv3x3 of stride 2 between them; the middle; 2c maps."""
+    """A conv3x3 to the first width; stages of blocks, a conv3x3 of stride 2 between them; the middle; 2c maps.
+
+    The class is added to every position of the first conv3x3, here and in the decoder.
+    """
 
     latent_size: int = 0
 
     @nn.compact
-    def __call__(self, x: Images, train: bool = False) -> tuple[Latents, Latents]:
+    def __call__(self, x: Images, train: bool = False, labels: Labels | None = None) -> tuple[Latents, Latents]:
         """Images [B, H, W, C] to mean and log-variance, each a map [h, w, c] in row-major order: [B, L]."""
         batch, height, width, _ = x.shape
         channels = latent_map(self.network, self.latent_size, height, width)[2]
         x = Convolution(self.network.widths[0], 3, 1, self.dtype, name="image")(x)
+        x = add_class(x, labels, self.classes)
         for stage, features in enumerate(self.network.widths):
             if stage:
                 x = Convolution(self.network.widths[stage - 1], 3, 2, self.dtype, name=f"stage{stage}_halved")(x)
@@ -202,12 +209,13 @@ class SpatialDecoder(_Stages):
     output_shape: tuple[int, ...] = (0, 0, 0)
 
     @nn.compact
-    def __call__(self, z: Latents, train: bool = False) -> Images:
+    def __call__(self, z: Latents, train: bool = False, labels: Labels | None = None) -> Images:
         """Latents [B, L], a map [h, w, c] in row-major order each, to images [B, *output_shape]."""
         height, width, image_channels = self.output_shape
         widths = self.network.widths
         x = z.reshape(z.shape[0], *latent_map(self.network, z.shape[1], height, width))
-        x = self.middle(Convolution(widths[-1], 3, 1, self.dtype, name="latent")(x))
+        x = add_class(Convolution(widths[-1], 3, 1, self.dtype, name="latent")(x), labels, self.classes)
+        x = self.middle(x)
         for stage in reversed(range(len(widths))):
             for block in range(self.network.blocks):
                 x = self.block(widths[stage], f"stage{stage}_block{block}")(x)

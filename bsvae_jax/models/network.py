@@ -1,6 +1,7 @@
 """The kind `Network`: what an encoder and a decoder are built from. Derive it for a network of your own."""
 
 import abc
+import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,6 +49,7 @@ class Network(Kind, abc.ABC):
         axis_name: str | None,
         dtype: Any,
         rematerialize: bool,
+        classes: int | None = None,
     ) -> tuple[nn.Module, nn.Module]:
         """Encoder and decoder.
 
@@ -59,6 +61,8 @@ class Network(Kind, abc.ABC):
           axis_name: of the devices that share a batch: batch statistics are to be averaged over it. None on one device.
           dtype: of matrix products and activations; parameters and outputs are float32.
           rematerialize: compute activations again in the backward pass instead of keeping them, where the network can.
+          classes: of a conditional model, whose modules take the class of each example, whole numbers [B], as their third
+            argument; None: they are told none. A `build` without this argument is of models that are not conditional.
 
         Returns:
           `(encoder, decoder)`: `encoder(x, train)` maps data [B, *data_shape] to mean and log-variance of q(z|x), [B, L] each;
@@ -109,14 +113,21 @@ def build_modules(
     axis_name: str | None = None,
     dtype: Any = jnp.float32,
     rematerialize: bool = False,
+    classes: int | None = None,
 ) -> tuple[nn.Module, nn.Module]:
     """Encoder and decoder of a network for data of a shape, checked to be two modules; arguments as for `Network.build`.
 
     Raises:
-      UserError: the network does not fit the data, or `build` returns something else.
+      UserError: the network does not fit the data or takes no classes, or `build` returns something else.
     """
     network.check(latent_size, data_shape)
-    built = network.build(latent_size, data_shape, outputs, axis_name, dtype, rematerialize)
+    conditional: dict[str, Any] = {} if classes is None else {"classes": classes}
+    if conditional and "classes" not in inspect.signature(network.build).parameters:
+        raise UserError(
+            f"build of {type(network).__name__} has no argument classes, so this network takes no labels; leave classes out of "
+            "the config, or give build(..., classes=None) modules that take labels as their third argument."
+        )
+    built = network.build(latent_size, data_shape, outputs, axis_name, dtype, rematerialize, **conditional)
     if not isinstance(built, tuple) or len(built) != 2 or not all(isinstance(part, nn.Module) for part in built):
         raise UserError(
             f"build of {type(network).__name__} must return two flax.linen modules, (encoder, decoder), got {built!r}; a "

@@ -33,9 +33,11 @@ from bsvae_jax.models.layers import (
     PYTORCH_TRANSPOSED,
     BatchNorm,
     Bias,
+    Labels,
     Latents,
     PosteriorParameters,
     add_bias,
+    add_class,
     as_float32,
     dense,
     leaky_relu,
@@ -96,9 +98,10 @@ class Residual(Network):
         axis_name: str | None = None,
         dtype: Any = jnp.float32,
         rematerialize: bool = False,
+        classes: int | None = None,
     ) -> tuple[nn.Module, nn.Module]:
         """Convolutions with BatchNorm, whose statistics are averaged over `axis_name`."""
-        shared = (self.widths_for(data_shape), axis_name, dtype, rematerialize)
+        shared = (self.widths_for(data_shape), axis_name, dtype, rematerialize, classes)
         return ResidualEncoder(latent_size, *shared), ResidualDecoder(output_shape(data_shape, outputs), *shared)
 
 
@@ -164,22 +167,27 @@ def _block(rematerialize: bool) -> type[ResidualBlock]:
 
 
 class ResidualEncoder(nn.Module):
-    """Two residual blocks per stage, the first of stride 2; then Dense(2L)-BN-LeakyReLU-Dense(2L)."""
+    """Two residual blocks per stage, the first of stride 2; then Dense(2L)-BN-LeakyReLU-Dense(2L).
+
+    The class is added to what the first dense layer gives.
+    """
 
     latent_size: int
     widths: tuple[int, ...]
     axis_name: str | None = None
     dtype: Any = jnp.float32
     rematerialize: bool = False
+    classes: int | None = None
 
     @nn.compact
-    def __call__(self, x: Images, train: bool = False) -> PosteriorParameters:
+    def __call__(self, x: Images, train: bool = False, labels: Labels | None = None) -> PosteriorParameters:
         """Images [B, H, W, C] to mean and log-variance, [B, L]."""
         for stage, width in enumerate(self.widths):
             for block, stride in enumerate((2, 1)):
                 name = f"stage{stage}_block{block}"
                 x = _block(self.rematerialize)(width, stride, self.axis_name, self.dtype, name=name)(x, train)
         hidden = dense(2 * self.latent_size, self.dtype, name="hidden", start=PYTORCH)(x.reshape(x.shape[0], -1))
+        hidden = add_class(hidden, labels, self.classes)
         hidden = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="hidden_norm")(hidden)
         return split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior", start=PYTORCH)(hidden))
 
@@ -191,6 +199,8 @@ def _upsample(conv: TransposedConvolution, norm: BatchNorm, x: Array, size: tupl
 class ResidualDecoder(nn.Module):
     """Dense-BN-LeakyReLU to the smallest map, one residual block, then transposed conv 3x3 of stride 2-BN-LeakyReLU per stage.
 
+    The class is added to what the dense layer gives.
+
     Stages take the encoder's widths in reverse, each going to the next one's width; the last keeps its own. A transposed
     convolution of stride 1 ends in the image. BatchNorm of the dense layer is per feature, before the reshape.
     """
@@ -200,14 +210,16 @@ class ResidualDecoder(nn.Module):
     axis_name: str | None = None
     dtype: Any = jnp.float32
     rematerialize: bool = False
+    classes: int | None = None
 
     @nn.compact
-    def __call__(self, z: Latents, train: bool = False) -> Images:
+    def __call__(self, z: Latents, train: bool = False, labels: Labels | None = None) -> Images:
         """Latents [B, L] to images [B, *output_shape]."""
         height, width, channels = self.output_shape
         features, stages = self.widths[::-1], len(self.widths)
         sizes = [(stage_size(height, stage), stage_size(width, stage)) for stage in reversed(range(stages + 1))]
         x = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden", start=PYTORCH)(z)
+        x = add_class(x, labels, self.classes)
         x = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="hidden_norm")(x)
         x = x.reshape(z.shape[0], *sizes[0], features[0])
         x = _block(self.rematerialize)(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Key
 from bsvae_jax import objective
 from bsvae_jax.errors import UserError, check_count, check_kind
 from bsvae_jax.models import priors
+from bsvae_jax.models.layers import Labels
 from bsvae_jax.models.network import Network, build_modules, output_shape
 from bsvae_jax.objective import DecoderVariance, ElboTerms, check_kind_of
 from bsvae_jax.random import check_key, example_keys, example_positions, normal_per_example
@@ -54,6 +56,7 @@ class VAE(nn.Module):
     `train=True` BatchNorm uses batch statistics (averaged over `axis_name`) and `batch_stats` must be mutable.
 
     >>> import jax
+    >>> from bsvae_jax.models import MLP
     >>> class Encoder(nn.Module):
     ...     @nn.compact
     ...     def __call__(self, x, train=False):
@@ -84,9 +87,16 @@ class VAE(nn.Module):
     >>> model.apply(variables, jax.random.key(3), 4, method="sample").shape
     (4, 5)
 
+    With `classes` it is conditional (Sohn et al. 2015): q(z|x, y) and p(x|z, y) know the class y of an example, p(z) does not.
+
+    >>> model = build_vae(MLP((16,)), 2, (8, 8, 1), classes=10)
+    >>> variables = model.init(jax.random.key(0), jnp.zeros((3, 8, 8, 1)), jax.random.key(1))
+    >>> model.apply(variables, jax.random.key(3), 4, labels=jnp.array([7, 7, 0, 1]), method="sample").shape
+    (4, 8, 8, 1)
+
     Raises:
-      UserError: a field of a wrong kind, data of another shape than `data_shape`, what is no key, or an encoder or decoder that
-        returns something else than is said here.
+      UserError: a field of a wrong kind, data of another shape than `data_shape`, what is no key, an encoder or decoder that
+        returns something else than is said here, labels that are missing or out of range, or of a model without classes.
     """
 
     encoder: nn.Module
@@ -101,6 +111,9 @@ class VAE(nn.Module):
     """Of one example, as in (28, 28, 1); None: whatever the encoder takes."""
     axis_name: str | None = None
     """The axis of the devices that share a batch, inside `pmap` or `shard_map`; None on one device."""
+    classes: int | None = None
+    """Number of classes of a conditional model: its encoder and decoder take labels [B], whole numbers from 0 to `classes` - 1,
+    as their third argument; None: they take none."""
 
     def setup(self) -> None:
         """Build the parts; called by Flax."""
@@ -128,19 +141,43 @@ class VAE(nn.Module):
             )
         check_kind_of("prior", self.prior, priors.Prior)
         check_kind("decoder_variance", self.decoder_variance, DecoderVariance, "as in bsvae_jax.Optimal()")  # may be traced
+        if self.classes is not None:
+            check_count("classes", self.classes)
         shape = self.data_shape
         if shape is not None and not (isinstance(shape, tuple) and shape and all(isinstance(n, int) and n > 0 for n in shape)):
             raise UserError(f"data_shape must be that of one example, whole numbers >= 1 as in (28, 28, 1), got {shape!r}.")
 
-    def encode(self, x: Data, train: bool = False) -> Posterior:
-        """Data [B, ...] to q(z|x)."""
+    def _and_labels(self, labels: Labels | None, count: Any) -> tuple[Labels, ...]:
+        """The argument that encoder and decoder of a conditional model take besides; none of another model."""
+        if self.classes is None:
+            if labels is not None:
+                raise UserError(
+                    "This model knows no classes and takes no labels; leave them out, or make it with classes=10, say."
+                )
+            return ()
+        if labels is None:
+            if not self.is_initializing():
+                raise UserError(f"This model is conditional: give labels, the class of each example, 0 ... {self.classes - 1}.")
+            labels = jnp.zeros(count, jnp.int32)
+        labels = jnp.asarray(labels)
+        if labels.shape != (count,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise UserError(f"labels must be whole numbers of shape ({count},), got {labels.dtype} of shape {labels.shape}.")
+        if not isinstance(labels, jax.core.Tracer) and count:
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= self.classes:
+                raise UserError(f"labels must lie in 0 ... {self.classes - 1}, got values from {low} to {high}.")
+        return (labels,)
+
+    def encode(self, x: Data, train: bool = False, labels: Labels | None = None) -> Posterior:
+        """Data [B, ...], and of a conditional model their labels [B], to q(z|x)."""
         if self.data_shape is not None and jnp.shape(x)[1:] != self.data_shape:
             raise UserError(f"This model takes data of shape {self.data_shape}, got a batch of shape {jnp.shape(x)}.")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise UserError(
                 f"This model takes floating-point data (images in [0, 1]), got {x.dtype}; divide 8-bit values by 255."
             )
-        outputs, expected = self.encoder(x, train), (x.shape[0], self.latent_size)
+        outputs = self.encoder(x, train, *self._and_labels(labels, x.shape[0]))
+        expected = (x.shape[0], self.latent_size)
         name = type(self.encoder).__name__
         if not isinstance(outputs, tuple | list) or len(outputs) != 2:
             raise UserError(
@@ -154,11 +191,12 @@ class VAE(nn.Module):
                 )
         return Posterior(*outputs)
 
-    def decode(self, z: Latents, train: bool = False) -> Decoded:
-        """Latents [B, L] to p(x|z)."""
+    def decode(self, z: Latents, train: bool = False, labels: Labels | None = None) -> Decoded:
+        """Latents [B, L], and of a conditional model labels [B], to p(x|z)."""
         if jnp.ndim(z) != 2 or jnp.shape(z)[1] != self.latent_size:
             raise UserError(f"This model takes latents of shape [B, {self.latent_size}], got {jnp.shape(z)}.")
-        decoded, name = self.decoder(z, train), type(self.decoder).__name__
+        decoded = self.decoder(z, train, *self._and_labels(labels, z.shape[0]))
+        name = type(self.decoder).__name__
         if isinstance(decoded, tuple | list):
             raise UserError(f"The decoder {name} must return one array, the mean of p(x|z), got {_shown(decoded)}.")
         parts = self.decoder_variance.decoder_outputs
@@ -187,31 +225,32 @@ class VAE(nn.Module):
         check_count("count", count)
         return self.prior_model.sample(key, count)
 
-    def sample(self, key: Key[Array, ""], count: int) -> Float[Array, "count *shape"]:
-        """Decoder means of `count` samples of the prior, [count, ...], without pixel noise."""
-        return self.decode(self.sample_latents(key, count)).mean
+    def sample(self, key: Key[Array, ""], count: int, labels: Labels | None = None) -> Float[Array, "count *shape"]:
+        """Decoder means of `count` samples of the prior, [count, ...], without pixel noise; `labels` as for `decode`."""
+        return self.decode(self.sample_latents(key, count), labels=labels).mean
 
-    def __call__(self, x: Data, key: Key[Array, "*batch"], train: bool = False) -> VAEOutput:
+    def __call__(self, x: Data, key: Key[Array, "*batch"], train: bool = False, labels: Labels | None = None) -> VAEOutput:
         """One forward pass with one posterior sample per image.
 
         Args:
           x: data [B, ...], images in [0, 1]; under a device axis, this device's share of the global batch.
           key: one key, from which each example takes its own by its position in the global batch; or a key per example, [B].
           train: BatchNorm uses and updates batch statistics.
+          labels: the class of each example, [B], of a conditional model.
         """
         # Before the batch is encoded: in training that updates running statistics, which a VampPrior uses.
         density = self.prior_model.density()
-        posterior = self.encode(x, train)
+        posterior = self.encode(x, train, labels)
         check_key(key, x.shape[0])
         keys = example_keys(key, example_positions(x.shape[0], self.axis_name)) if key.ndim == 0 else key
         noise = normal_per_example(keys, posterior.mean.shape[1:])
         z = posterior.mean + jnp.exp(0.5 * posterior.log_variance) * noise.astype(posterior.mean.dtype)
         rate = self.prior_model.rate(*posterior, z, density)
-        return VAEOutput(posterior, z, self.decode(z, train), rate)
+        return VAEOutput(posterior, z, self.decode(z, train, labels), rate)
 
-    def elbo_terms(self, x: Data, key: Key[Array, "*batch"], train: bool = False) -> ElboTerms:
+    def elbo_terms(self, x: Data, key: Key[Array, "*batch"], train: bool = False, labels: Labels | None = None) -> ElboTerms:
         """Distortion and rate per example, nats; arguments as for the forward pass."""
-        output = self(x, key, train)
+        output = self(x, key, train, labels)
         return objective.elbo_terms(
             x,
             output.decoded.mean,
@@ -238,6 +277,7 @@ def build_vae(
     axis_name: str | None = None,
     dtype: Any = jnp.float32,
     rematerialize: bool = False,
+    classes: int | None = None,
 ) -> VAE:
     """The VAE of a network for data of a shape.
 
@@ -250,6 +290,7 @@ def build_vae(
       axis_name: of the devices that share a batch.
       dtype: of matrix products and activations.
       rematerialize: compute activations of convolutional blocks again in the backward pass instead of keeping them.
+      classes: of a conditional model; None: it is told none.
 
     >>> from bsvae_jax.models import MLP
     >>> build_vae(MLP((16,)), 2, (8, 8, 1)).latent_size
@@ -265,7 +306,7 @@ def build_vae(
     prior = priors.StandardNormal() if prior is None else prior
     check_kind_of("prior", prior, priors.Prior)
     encoder, decoder = build_modules(
-        network, latent_size, data_shape, decoder_variance.decoder_outputs, axis_name, dtype, rematerialize
+        network, latent_size, data_shape, decoder_variance.decoder_outputs, axis_name, dtype, rematerialize, classes
     )
     prior = dataclasses.replace(prior, latent_size=latent_size)
-    return VAE(encoder, decoder, prior, decoder_variance, data_shape, axis_name)
+    return VAE(encoder, decoder, prior, decoder_variance, data_shape, axis_name, classes)

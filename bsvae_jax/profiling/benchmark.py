@@ -89,13 +89,14 @@ class TorchSpeed(NamedTuple):
         return statistics.median(self.images_per_second or (0.0,))
 
 
-def random_images(shape: DataShape) -> ImageSet:
-    """8-bit noise of the sizes of a data set, where the set itself is not at hand; speed does not depend on the values."""
+def random_images(shape: DataShape, classes: int | None = None) -> ImageSet:
+    """8-bit noise of the sizes of a data set, of `classes` in turn, where the set itself is not at hand: it takes as long."""
     rng = np.random.default_rng(0)
     train, test = (
         rng.integers(0, shape.levels, (count, *shape.image_shape), np.uint8) for count in (shape.train, max(shape.test, 1))
     )
-    return ImageSet("noise", train, test, shape.levels, known_fingerprint="noise")
+    train_labels, test_labels = (np.arange(len(split)) % (classes or 1) for split in (train, test))
+    return ImageSet("noise", train, test, shape.levels, train_labels, test_labels, known_fingerprint="noise")
 
 
 def matrix_product_ceiling(precision: str, platform: str) -> float:

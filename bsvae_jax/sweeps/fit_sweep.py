@@ -287,7 +287,7 @@ def _train_turn(
                 draw_members(
                     program.model,
                     state.variables(),
-                    program.images.test[:PICTURES],
+                    program.images.examples("test", program.config.classes, PICTURES),
                     keys,
                     len(turn),
                     levels=program.images.levels,
@@ -341,7 +341,7 @@ class _SweepDirectory:
                     f"{folder} goes on with all its members ({'; '.join(changed)}), and {left[0]} is none of these. Give lists "
                     "with all of them, or another --workdir."
                 )
-            if info.fingerprint != images.fingerprint():
+            if info.fingerprint != images.fingerprint(config.classes):
                 raise UserError(f"{folder} was trained on other images of {images.name}; choose another --workdir.")
             for member in members:
                 if self._has_begun(member):
@@ -385,13 +385,13 @@ class _SweepDirectory:
 
     def _description(self, members: list[str], before: "SweepInfo | None") -> dict[str, Any]:
         images = self._images
-        spectrum = images.covariance_eigenvalues if before is None else before.eigenvalues
+        spectrum = images.spectrum(self._config.classes) if before is None else before.eigenvalues
         return {
             "format": FORMAT,
             "config": configs.to_dict(base_config(self._config)),
             "data": {
                 "name": images.name,
-                "fingerprint": images.fingerprint(),
+                "fingerprint": images.fingerprint(self._config.classes),
                 "image_shape": images.image_shape,
                 "levels": images.levels,
                 "covariance_eigenvalues": None if spectrum is None else spectrum.tolist(),

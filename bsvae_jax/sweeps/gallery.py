@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.data.image_set import Examples, Labeled, to_inputs
 from bsvae_jax.distributed.mesh import REPLICATED, Execution, parallelize
 from bsvae_jax.evaluation.sampling import to_8_bits
 from bsvae_jax.models.vae import VAE
@@ -28,14 +28,16 @@ class Gallery(NamedTuple):
     reconstructions: np.ndarray
     """Decoder means of one posterior sample of each original."""
     samples: np.ndarray
-    """Decoder means of samples of the prior."""
+    """Decoder means of samples of the prior; of a conditional model, of the classes of the originals."""
 
 
-def _draw(variables: Mapping[str, Any], images: Array, key: Key[Array, ""], *, model: VAE, levels: int, clip: bool) -> Any:
+def _draw(
+    variables: Mapping[str, Any], images: Array | Labeled, key: Key[Array, ""], *, model: VAE, levels: int, clip: bool
+) -> Any:
     posterior_key, prior_key = jax.random.split(key)
-    x = to_unit_interval(images, levels)
-    output: Any = model.apply(variables, x, posterior_key)
-    samples: Any = model.apply(variables, prior_key, len(images), method="sample")
+    x, labels = to_inputs(images, levels)
+    output: Any = model.apply(variables, x, posterior_key, labels=labels)
+    samples: Any = model.apply(variables, prior_key, len(x), labels=labels, method="sample")
     limits: Any = dict(min=0.0, max=1.0) if clip else {}
     return x, jnp.clip(output.decoded.mean, **limits), jnp.clip(samples, **limits)
 
@@ -49,7 +51,7 @@ def _parallelized(model: VAE, levels: int, clip: bool, mesh: Mesh, execution: Ex
 def draw_members(
     model: VAE,
     variables: Mapping[str, Any],
-    images: np.ndarray,
+    images: Examples,
     keys: Key[Array, "*members"],
     members: int,
     *,

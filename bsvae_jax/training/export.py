@@ -102,6 +102,8 @@ def export_stablehlo(
     * `encoder.stablehlo`: data [N, ...] (images in [0, 1]) to mean and log-variance of q(z|x), [N, L] each;
     * `decoder.stablehlo`: latents [N, L] to the mean of p(x|z), [N, ...], and, where the model has one, its log-variance.
 
+    Those of a conditional model take labels, int32 [N], as their second argument.
+
     Args:
       workdir: of `fit`, `import_torch`, or a member of a sweep.
       out: a folder.
@@ -131,20 +133,21 @@ def export_stablehlo(
         _check_free(file, overwrite)
     run = restore(workdir, checkpoint)
 
-    def encode(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        posterior: Any = run.model.apply(run.variables, x, method="encode")
+    def encode(x: jax.Array, *labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        posterior: Any = run.model.apply(run.variables, x, False, *labels, method="encode")
         return posterior.mean, posterior.log_variance
 
-    def decode(z: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
-        decoded: Any = run.model.apply(run.variables, z, method="decode")
+    def decode(z: jax.Array, *labels: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
+        decoded: Any = run.model.apply(run.variables, z, False, *labels, method="decode")
         return decoded.mean if decoded.log_variance is None else (decoded.mean, decoded.log_variance)
 
     (count,) = jax_export.symbolic_shape("count")
+    labels = () if run.config.classes is None else (jax.ShapeDtypeStruct((count,), jnp.int32),)
     shapes = ((encode, run.image_shape), (decode, (run.config.latent_size,)))
     for file, (function, shape) in zip(files, shapes, strict=True):
         example = jax.ShapeDtypeStruct((count, *shape), jnp.float32)
         try:
-            program = jax_export.export(jax.jit(function), platforms=PLATFORMS)(example).serialize()
+            program = jax_export.export(jax.jit(function), platforms=PLATFORMS)(example, *labels).serialize()
         except Exception as error:  # whatever a network of the user's own does with the number of examples
             reason = str(error).strip().split("\n")[0][:200]
             raise UserError(

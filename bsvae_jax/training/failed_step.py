@@ -49,6 +49,8 @@ class FailedStep(NamedTuple):
     """Numbers of the decoder variance by name, [] each: `variance` of `Constant`; empty for the other kinds."""
     schedule: dict[str, Array] | None = None
     """Numbers of the schedule of beta, in the same way: `nats` of `TargetRate`."""
+    labels: Array | None = None
+    """[B], of a conditional model."""
 
 
 def failing_step(config: Config, images: ImageSet, total: int, step: int, run: RunDirectory) -> dict[str, np.ndarray]:
@@ -67,15 +69,18 @@ def failing_step(config: Config, images: ImageSet, total: int, step: int, run: R
     hyperparameters = build_hyperparameters(config)
     batch_of = jax.jit(prepare_batch, static_argnames=("levels", "augmentation"))
     take = jax.jit(train_step)
+    labels = None if config.classes is None else images.examples("train", config.classes).labels
     while True:
         (indices,) = order(int(state.step), 1)
         stored = gather(images.train, np.asarray(indices))
         batch, key = batch_of(state, stored, levels=images.levels, augmentation=config.augmentation)
+        own = None if labels is None else labels[np.asarray(indices)]
         if int(state.step) >= step - 1:
             break
-        state, _ = take(state, batch, key, *hyperparameters)
+        state, _ = take(state, batch, key, *hyperparameters, labels=own)
     arrays = {f"state{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.arrays())}
     arrays |= {"images": batch, "key": jax.random.key_data(key), "total": np.int64(total)}
+    arrays |= {} if own is None else {"labels": own}
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
@@ -103,8 +108,8 @@ def failed_step(workdir: str | Path) -> FailedStep:
             lambda path, leaf: jnp.asarray(arrays[f"state{jax.tree_util.keystr(path)}"]), state.arrays()
         )
         key = wrap_key(jnp.asarray(arrays["key"]))
-        images = jnp.asarray(arrays["images"])
-        return FailedStep(state.with_arrays(restored), images, key, *build_hyperparameters(info.config))
+        images, labels = jnp.asarray(arrays["images"]), jnp.asarray(arrays["labels"]) if "labels" in arrays else None
+        return FailedStep(state.with_arrays(restored), images, key, *build_hyperparameters(info.config), labels)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:

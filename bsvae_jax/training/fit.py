@@ -123,7 +123,8 @@ def _fit(
     images = load(config.data)
     config = for_data(config, images.image_shape)
     check_against_data(config, images)
-    multihost.check_agreement("images", {"fingerprint": images.fingerprint()}, "Give every process the same data.")
+    fingerprint = images.fingerprint(config.classes)
+    multihost.check_agreement("images", {"fingerprint": fingerprint}, "Give every process the same data.")
     primary, program = multihost.is_primary(), Program(config, images, mesh)
     begun = (folder / "config.json").is_file()
     if not begun:  # while there is no folder yet, which would hold the config that does not fit

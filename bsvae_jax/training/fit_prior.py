@@ -14,7 +14,7 @@ from bsvae_jax._io.files import as_path, digest, read_json, take_folder
 from bsvae_jax.config import FlowMatching
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.datasets import moved
-from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.data.image_set import to_inputs
 from bsvae_jax.data.prefetch import DeviceImages, fits
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, parallelize, replicate
@@ -59,7 +59,8 @@ def fit_prior(
 
     `restore(workdir, prior="fitted")`, `bsvae sample --prior fitted` and `bsvae evaluate --prior fitted` then use it in place
     of the prior that the model was trained with; encoder and decoder stay as they are. It is fitted to samples of q(z|x) over
-    nine tenths of the training images, one each, or more where there are fewer than 50,000 images.
+    nine tenths of the training images, one each, or more where there are fewer than 50,000 images. In a conditional run these
+    are of all classes together, as p(z) does not depend on the class.
 
     Args:
       workdir: of `fit`, or a member of a sweep.
@@ -173,14 +174,16 @@ def _check_trained(folder: Path, run: Restored, images: ImageSet) -> None:
 
 
 def _encode(variables: Any, stored: Any, *, model: VAE, levels: int) -> Any:
-    posterior: Any = model.apply(variables, to_unit_interval(stored, levels), method="encode")
+    x, labels = to_inputs(stored, levels)
+    posterior: Any = model.apply(variables, x, labels=labels, method="encode")
     return posterior.mean, jnp.exp(0.5 * posterior.log_variance)
 
 
 def _posteriors(run: Restored, images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of q(z|x) of every training image, [N, L] each."""
     mesh = data_mesh()
-    stored = DeviceImages(images.train, mesh, fits(images.shape.nbytes, mesh, run.config.resident_memory))
+    resident = fits(images.shape.nbytes, mesh, run.config.resident_memory)
+    stored = DeviceImages(images.examples("train", run.config.classes), mesh, resident)
     model = run.model.clone(axis_name=None)
     encode = parallelize(
         functools.partial(_encode, model=model, levels=images.levels), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED)

@@ -62,6 +62,8 @@ def import_torch(path: str | Path, config: Config, workdir: str | Path) -> Impor
     """
     path, folder = as_path(path, "path"), as_path(workdir, "workdir")
     check_kind("config", config, Config, "load_config(path) reads one from a file")
+    if config.classes is not None:
+        raise UserError("The published network knows no classes; leave classes out of the config.")
     arrays = read_state_dict(path)
     images = load(config.data)
     config = for_data(config, images.image_shape)

@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from bsvae_jax.config import Config, Optimizer
 from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder
+from bsvae_jax.data.image_set import Labeled
 from bsvae_jax.data.prefetch import AHEAD, DeviceImages, Stream, fits, streamed_window
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed.hardware import memory_sizes
@@ -134,12 +135,14 @@ def abstract_arguments(
     one = jax.eval_shape(lambda: (create_state(program, program_model(program, data), total), build_hyperparameters(program)))
     state, hyperparameters = jax.tree.map(lambda leaf: abstract((*slots, *leaf.shape), leaf.dtype, *member), one)
     count = abstract((), jnp.int32)
+    where = (*slots, window, config.batch_size)
+    order = abstract(where, jnp.int32, *member, None, DATA_AXIS)
     if resident:
         images = abstract((data.train, math.prod(data.image_shape)), data.dtype)
-        order = abstract((*slots, window, config.batch_size), jnp.int32, *member, None, DATA_AXIS)
-        return state, images, order, count, hyperparameters
-    shape = (*slots, window, config.batch_size, *data.image_shape)
-    return state, abstract(shape, data.dtype, *member, None, DATA_AXIS), count, hyperparameters
+        examples = images if config.classes is None else Labeled(images, abstract((data.train,), jnp.int32))
+        return state, examples, order, count, hyperparameters
+    images = abstract((*where, *data.image_shape), data.dtype, *member, None, DATA_AXIS)
+    return state, images if config.classes is None else Labeled(images, order), count, hyperparameters
 
 
 class Program:
@@ -173,7 +176,10 @@ class Program:
     @functools.cached_property
     def splits(self) -> dict[str, DeviceImages]:
         """The images of each split, placed when they are first asked for: before that, nothing is taken of a device."""
-        return {split: DeviceImages(getattr(self.images, split), self.mesh, self.resident) for split in self.images.splits}
+        return {
+            split: DeviceImages(self.images.examples(split, self.config.classes), self.mesh, self.resident)
+            for split in self.images.splits
+        }
 
     def new_state(self, config: Config, images: ImageSet | None = None) -> TrainState:
         """The state of a member before its first step, with this program's constants; arguments as for `create_state`."""
@@ -206,7 +212,8 @@ class Program:
         if self.execution != "loop":
             orders = [*orders, *[orders[-1]] * (member_slots(self.mesh, len(orders)) - len(orders))]
             spec = P(MEMBER_AXIS, None, DATA_AXIS)
-        with Stream(self.images.train, orders, self.mesh, spec, self.window, starts, self._arrangement) as stream:
+        train = self.images.examples("train", self.config.classes)
+        with Stream(train, orders, self.mesh, spec, self.window, starts, self._arrangement) as stream:
             yield stream.take
 
     def _place_order(self, windows: list[Array]) -> Any:
@@ -244,8 +251,8 @@ class Program:
         arguments = self._arguments(members)
         besides = self.data.nbytes - self.images.train.nbytes
         if not self.resident:  # the pieces on their way
-            piece = arguments[1]
-            besides = AHEAD * math.prod(piece.shape) * piece.dtype.itemsize // self.mesh.devices.size
+            piece = sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(arguments[1]))
+            besides = AHEAD * piece // self.mesh.devices.size
         compiled = self._run_steps.lower(*arguments).compile()
         if self.config.device_map != "pmap":
             self.compiled = self.use(compiled)

@@ -81,6 +81,7 @@ def build_model(
         axis_name,
         jnp.dtype(config.precision) if dtype is None else dtype,
         config.rematerialize,
+        config.classes,
     )
 
 
@@ -159,7 +160,8 @@ def check_against_data(config: Config, images: ImageSet) -> None:
 
     Raises:
       UserError: a batch larger than the training set, a warm-up longer than the run, a schedule of beta that does not fit it
-        or that asks for more than can be carried, more latents than pixels, or more pseudo-inputs than training images.
+        or that asks for more than can be carried, more latents than pixels, more pseudo-inputs than training images, or labels
+        that are missing or are not of the config's classes.
     """
     if config.batch_size > len(images.train):
         raise UserError(f"batch_size {config.batch_size} exceeds the {len(images.train)} training images of {images.name}.")
@@ -170,6 +172,11 @@ def check_against_data(config: Config, images: ImageSet) -> None:
             "train for more epochs, or warm up for fewer steps."
         )
     config.prior.check(len(images.train))
+    if config.classes is not None and isinstance(config.prior, configs.VampPrior):
+        raise UserError("prior VampPrior encodes images that are of no class; with classes choose another prior.")
+    labeled = [images.examples(split, config.classes) for split in images.splits]
+    if config.classes is not None and (unseen := set(range(config.classes)) - set(np.unique(labeled[0].labels).tolist())):
+        raise UserError(f"classes {config.classes} are too many: no training image of {images.name} is of class {min(unseen)}.")
     check_against_shape(config, images.shape)
     config.beta_schedule.check(config.beta, total, config.free_bits.least(config.latent_size), most_nats(config, images.shape))
 

@@ -17,8 +17,10 @@ from jaxtyping import Array, Float, Int, Key
 from bsvae_jax import config as configs
 from bsvae_jax import objective
 from bsvae_jax.data import ImageSet, ShuffledOrder, augment
-from bsvae_jax.data.image_set import to_unit_interval
+from bsvae_jax.data.image_set import Labeled, to_unit_interval
+from bsvae_jax.data.prefetch import rows_at
 from bsvae_jax.errors import UserError, check_kind
+from bsvae_jax.models.layers import Labels
 from bsvae_jax.models.vae import VAE, Decoded, Posterior
 from bsvae_jax.random import check_key, example_keys, example_positions, wrap_key
 from bsvae_jax.training.packed import pack, unpack
@@ -193,6 +195,7 @@ def train_step(
     beta: float | Float[Array, ""],
     variance: Mapping[str, Any] | float | Float[Array, ""] | None = None,
     schedule: Mapping[str, Any] | None = None,
+    labels: Labels | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """One step of gradient descent on `distortion + beta * rate`, as the state's schedule and free bits weigh the rate. Pure;
     jit, pmap or shard_map it.
@@ -209,6 +212,7 @@ def train_step(
       variance: fields of the decoder variance by name, in place of the model's own, may be traced; one number is the field
         `variance`, which `Constant` has. None: the model's own.
       schedule: fields of the schedule of beta by name, in place of its own, may be traced. None: its own.
+      labels: of a conditional model, the class of each of these images, [B].
 
     Returns:
       The state after the step, and the metrics of the batch before it: nats per example, `mse` and `variance` in squared
@@ -224,8 +228,8 @@ def train_step(
     True
 
     Raises:
-      UserError: a `state`, images or a `key` of another kind or shape than the model's, or a `beta` or `variance` that is out
-        of range and not traced.
+      UserError: a `state`, images, labels or a `key` of another kind or shape than the model's, or a `beta` or `variance` that
+        is out of range and not traced.
     """
     check_kind("state", state, TrainState)
     axis_name = state.model.axis_name
@@ -236,7 +240,7 @@ def train_step(
 
     def loss(params: Any) -> tuple[Float[Array, ""], tuple[objective.ElboTerms, Any, Any, Any]]:
         variables = {"params": unpack(params), "batch_stats": state.batch_stats}
-        terms, posterior, batch_stats = _terms(model, variables, images, key, state.parts)
+        terms, posterior, batch_stats = _terms(model, variables, images, key, labels, state.parts)
         rate = objective.mean_over_devices(jnp.mean(jax.lax.stop_gradient(terms.rate)), axis_name)
         weight = beta_schedule.weight(beta, state.step, rate, state.multiplier)
         weighed = state.free_bits.penalized(terms, *posterior, axis_name)
@@ -280,12 +284,12 @@ def _with_fields(kind: Any, fields: Mapping[str, Any]) -> Any:
 
 
 def _terms(
-    model: VAE, variables: Mapping[str, Any], images: Array, key: Key[Array, ""], parts: int
+    model: VAE, variables: Mapping[str, Any], images: Array, key: Key[Array, ""], labels: Labels | None, parts: int
 ) -> tuple[objective.ElboTerms, Posterior, Any]:
     """ELBO terms and posteriors of the whole batch, and the batch statistics after it."""
     if parts > 1:
-        return _terms_in_parts(model, variables, images, key, parts)
-    output, updates = model.apply(variables, images, key, train=True, mutable=["batch_stats"])
+        return _terms_in_parts(model, variables, images, key, labels, parts)
+    output, updates = model.apply(variables, images, key, train=True, labels=labels, mutable=["batch_stats"])
     return _elbo_terms(model, images, output.decoded, output.rate), output.posterior, updates.get("batch_stats", {})
 
 
@@ -296,7 +300,7 @@ def _elbo_terms(model: VAE, images: Array, decoded: Decoded, rate: Array) -> obj
 
 
 def _terms_in_parts(
-    model: VAE, variables: Mapping[str, Any], images: Array, key: Key[Array, ""], parts: int
+    model: VAE, variables: Mapping[str, Any], images: Array, key: Key[Array, ""], labels: Labels | None, parts: int
 ) -> tuple[objective.ElboTerms, Posterior, Any]:
     """What `_terms` gives, with the activations of one part in memory at a time.
 
@@ -305,16 +309,18 @@ def _terms_in_parts(
     """
 
     @jax.checkpoint
-    def forward(batch_stats: Any, part: tuple[Array, Array]) -> tuple[Any, Any]:
+    def forward(batch_stats: Any, part: tuple[Array, Array, Labels | None]) -> tuple[Any, Any]:
         own = {"params": variables["params"], "batch_stats": batch_stats}
-        output, updates = model.apply(own, *part, train=True, mutable=["batch_stats"])
+        x, keys, labels = part
+        output, updates = model.apply(own, x, keys, train=True, labels=labels, mutable=["batch_stats"])
         return updates.get("batch_stats", {}), (output.decoded, output.rate, output.posterior)
 
     def split(values: Array) -> Array:
         return values.reshape(parts, len(images) // parts, *values.shape[1:])
 
     keys = example_keys(key, example_positions(len(images), model.axis_name, parts))
-    batch_stats, (decoded, rate, posterior) = jax.lax.scan(forward, variables["batch_stats"], (split(images), split(keys)))
+    inputs = jax.tree.map(split, (images, keys, labels))
+    batch_stats, (decoded, rate, posterior) = jax.lax.scan(forward, variables["batch_stats"], inputs)
     mean, log_variance = decoded
     if log_variance is not None:  # one number, the same of every part; or one per pixel
         log_variance = jnp.mean(log_variance) if log_variance.ndim == 1 else log_variance.reshape(images.shape)
@@ -359,7 +365,7 @@ def prepare_batch(
 
 def run_steps(
     state: TrainState,
-    images: Array,
+    images: Array | Labeled,
     order: Int[Array, "steps batch"],
     count: Int[Array, ""],
     hyperparameters: Hyperparameters,
@@ -373,7 +379,8 @@ def run_steps(
     Args:
       state: donated by the trainer.
       images: all training images as stored, flattened, [N, H * W * C], on every device: rows are gathered from it as it lies,
-        while the images of a four-dimensional array may be laid out anew at every call, padded to the registers of a TPU.
+        while the images of a four-dimensional array may be laid out anew at every call, padded to the registers of a TPU. Of
+        a conditional model with their labels, [N].
       order: this device's share of the indices of each step's batch, [steps, B].
       count: how many of the steps to take.
       hyperparameters: beta, and numbers of the decoder variance and of the schedule of beta.
@@ -384,15 +391,15 @@ def run_steps(
 
     shape = data_shape_of(state.model)
 
-    def stored(i: Any) -> Array:
-        return images[order[i]].reshape(-1, *shape)
+    def stored(i: Any) -> Array | Labeled:
+        return rows_at(images, order[i], shape)
 
     return _run_steps(state, stored, len(order), count, hyperparameters, levels, augmentation, packed)
 
 
 def run_streamed_steps(
     state: TrainState,
-    batches: Array,
+    batches: Array | Labeled,
     count: Int[Array, ""],
     hyperparameters: Hyperparameters,
     *,
@@ -401,12 +408,14 @@ def run_streamed_steps(
     packed: bool = False,
 ) -> tuple[TrainState, StepMetrics]:
     """`run_steps` on images that come with the call: this device's share of each step's batch, [steps, B, ...]."""
-    return _run_steps(state, lambda i: batches[i], len(batches), count, hyperparameters, levels, augmentation, packed)
+    steps = len(jax.tree.leaves(batches)[0])
+    stored = lambda i: jax.tree.map(lambda array: array[i], batches)  # noqa: E731
+    return _run_steps(state, stored, steps, count, hyperparameters, levels, augmentation, packed)
 
 
 def _run_steps(
     state: TrainState,
-    stored: Callable[[Any], Array],
+    stored: Callable[[Any], Array | Labeled],
     steps: int,
     count: Int[Array, ""],
     hyperparameters: Hyperparameters,
@@ -415,8 +424,10 @@ def _run_steps(
     packed: bool,
 ) -> tuple[TrainState, StepMetrics]:
     def step(i: Any, state: TrainState) -> tuple[TrainState, StepMetrics]:
-        batch, posterior_key = prepare_batch(state, stored(i), levels, augmentation)
-        return train_step(state, batch, posterior_key, *hyperparameters)
+        batch = stored(i)
+        images, labels = batch if isinstance(batch, Labeled) else (batch, None)
+        images, posterior_key = prepare_batch(state, images, levels, augmentation)
+        return train_step(state, images, posterior_key, *hyperparameters, labels=labels)
 
     if steps == 1:  # without a loop: on CPU, XLA's fast convolutions do not run inside one
         state, metrics = step(0, state)

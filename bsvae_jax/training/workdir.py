@@ -153,7 +153,7 @@ def describe_run(config: Config, images: ImageSet, **also: Any) -> dict[str, Any
             "images": images.holds_images,
             "levels": images.levels,
             **{split: len(getattr(images, split)) for split in images.splits},
-            "fingerprint": images.fingerprint(),
+            "fingerprint": images.fingerprint(config.classes),
         },
         "switches": switches(),
         "versions": {name: version(name) for name in ("bsvae_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")},
@@ -168,7 +168,7 @@ def check_same_data(folder: Path, info: RunInfo, images: ImageSet) -> None:
             f"{folder} was trained on images {info.image_shape} with {info.levels} levels; "
             f"the data are now {images.image_shape} with {images.levels}."
         )
-    if info.fingerprint != images.fingerprint():
+    if info.fingerprint != images.fingerprint(info.config.classes):
         raise UserError(
             f"{folder} was trained on other images of {images.name}: their content has changed since. Restore the data, say "
             "where they lie now (--data.path), or choose another --workdir."

@@ -320,11 +320,11 @@ def test_interrupted_sampling_continues(name, trained, tmp_path, monkeypatch, ca
     main("sample", trained, "--count", 23, "--out", tmp_path / f"expected-{name}")
     real, drawn = sampling.sample_batches, []
 
-    def interrupt(run, count, seed, first):
+    def interrupt(run, count, seed, first, *labels):
         if len(drawn) == 3:
             raise KeyboardInterrupt
         drawn.append(first)
-        return real(run, count, seed, first)
+        return real(run, count, seed, first, *labels)
 
     monkeypatch.setattr(sampling, "sample_batches", interrupt)
     with pytest.raises(SystemExit) as stop:
@@ -332,9 +332,7 @@ def test_interrupted_sampling_continues(name, trained, tmp_path, monkeypatch, ca
     assert stop.value.code == 130
     capsys.readouterr()
     drawn.clear()
-    monkeypatch.setattr(
-        sampling, "sample_batches", lambda run, count, seed, first: drawn.append(first) or real(run, count, seed, first)
-    )
+    monkeypatch.setattr(sampling, "sample_batches", lambda *arguments: drawn.append(arguments[3]) or real(*arguments))
     main("sample", trained, "--count", 23, "--out", tmp_path / name)
     assert drawn == [15, 20]
     assert "15 of them there already" in capsys.readouterr().out

@@ -20,6 +20,7 @@ import bsvae_jax as bv
 from bsvae_jax._io.files import read_metrics
 from bsvae_jax.config import MLP, Config, Digits, Optimizer
 from bsvae_jax.data import ImageSet, ShuffledOrder, load, prefetch
+from bsvae_jax.data.image_set import Labeled
 from bsvae_jax.data.prefetch import DeviceImages, HostImages, Stream, fits, gather, streamed_window
 from bsvae_jax.distributed import mesh as parallel
 from bsvae_jax.distributed.mesh import data_mesh, sweep_mesh
@@ -55,6 +56,21 @@ def test_a_batch_is_the_images_at_its_indices(tmp_path, resident, devices):
     np.testing.assert_array_equal(batch, images[indices])
     assert len(on_devices) == 100
     assert {shard.data.shape for shard in batch.addressable_shards} == {(8 // devices, 2, 2, 3)}
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_image_and_label_stay_together(tmp_path, key, resident, devices):
+    """The label of an image is its number, which it shows in every pixel."""
+    examples, mesh = Labeled(mapped(tmp_path, stored()), np.arange(100, dtype=np.int32)), data_mesh(devices)
+    on_devices, indices = DeviceImages(examples, mesh, resident), np.random.default_rng(1).integers(0, 100, 8)
+    with Stream(examples, [ShuffledOrder(key, 100, 8)], mesh, P(None, "data"), 3, iter([0])) as stream:
+        for images, labels in (on_devices.batch(indices), stream.take(0)):
+            np.testing.assert_array_equal(images[..., 1, 1, 0], labels)
+            shares = [{shard.data.size for shard in part.addressable_shards} for part in (images, labels)]
+            assert shares == [{images.size // devices}, {labels.size // devices}]
+    np.testing.assert_array_equal(on_devices.batch(indices).labels, indices)
+    assert len(on_devices) == 100
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
