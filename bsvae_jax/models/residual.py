@@ -52,6 +52,8 @@ the latents are their weights."""
 
 Images = Float[Array, "batch height width channels"]
 FeatureMaps = Float[Array, "batch map_height map_width features"]
+MapsOrPhases = Float[Array, "maps map_height map_width features"]
+"""A map of each example, or its four phases."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,12 @@ class TransposedConvolution(nn.Module):
     """Stride 2: leave the pixels in the platform's order; stride 1: they are given so. See `_subpixel`."""
     dtype: Any = jnp.float32
 
-    def __call__(self, x: Images, size: tuple[int, int]) -> FeatureMaps:
+    def __call__(self, x: Images, size: tuple[int, int]) -> MapsOrPhases:
         """Maps [B, h, w, C] to [B, *size, features]."""
         return add_bias(*self.apart(x, size))
 
     @nn.compact
-    def apart(self, x: Images, size: tuple[int, int]) -> tuple[FeatureMaps, Bias]:
+    def apart(self, x: Images, size: tuple[int, int]) -> tuple[MapsOrPhases, Bias]:
         """The result without the bias, and the bias, for a `BatchNorm`."""
         start, shape = PYTORCH_TRANSPOSED, (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", start.kernel, shape, jnp.float32)
