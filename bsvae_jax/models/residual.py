@@ -50,6 +50,8 @@ the latents are their weights."""
 
 Images = Float[Array, "batch height width channels"]
 FeatureMaps = Float[Array, "batch map_height map_width features"]
+Pixels = Float[Array, "maps map_height map_width features"]
+"""Where they are in the platform's order, of more maps than images."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,12 @@ class TransposedConvolution(nn.Module):
     """Stride 2: leave the pixels in the platform's order; stride 1: they are given so. See `_subpixel`."""
     dtype: Any = jnp.float32
 
-    def __call__(self, x: Images, size: tuple[int, int]) -> FeatureMaps:
-        """Maps [B, h, w, C] to [B, *size, features]."""
+    def __call__(self, x: Images, size: tuple[int, int]) -> Pixels:
+        """Maps [B, h, w, C] to [B, *size, features]; unordered, in the platform's shape."""
         return add_bias(*self.apart(x, size))
 
     @nn.compact
-    def apart(self, x: Images, size: tuple[int, int]) -> tuple[FeatureMaps, Bias]:
+    def apart(self, x: Images, size: tuple[int, int]) -> tuple[Pixels, Bias]:
         """The result without the bias, and the bias, for a `BatchNorm`."""
         start, shape = PYTORCH_TRANSPOSED, (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", start.kernel, shape, jnp.float32)
