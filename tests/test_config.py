@@ -202,7 +202,7 @@ def test_a_crop_is_no_larger_than_the_image_but_may_be_wide():
         (("8",), "got '8'"),
         ((math.nan,), "got nan"),
         (8, "network"),
-        (None, "network"),
+        ("8", "network"),
     ],
 )
 def test_layer_widths(kind, field, value, telling):

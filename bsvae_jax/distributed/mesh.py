@@ -217,33 +217,34 @@ def _over_members(
     return scan
 
 
-def stack(trees: list[Any], mesh: Mesh) -> Any:
+def stack(trees: list[Any], mesh: Mesh, spec: P = REPLICATED) -> Any:
     """The arrays of several models as one tree with a leading axis of members, divided over the member axis of the mesh.
 
-    The last model is repeated where the devices do not divide the members evenly.
+    The last model is repeated where the devices do not divide the members evenly. `spec` is that of the other axes.
     """
     trees = trees + [trees[-1]] * (member_slots(mesh, len(trees)) - len(trees))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    return _place(stacked, NamedSharding(mesh, P(MEMBER_AXIS)))
+    return place(stacked, mesh, P(MEMBER_AXIS, *spec))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A copy of every array on every device of the mesh; never aliases its input, so it may be donated."""
-    return _place(tree, NamedSharding(mesh, REPLICATED))
+    return place(tree, mesh, REPLICATED)
 
 
-def _place(tree: Any, sharding: NamedSharding) -> Any:
-    """The arrays, which every process has, on the devices of all of them."""
+def place(tree: Any, mesh: Mesh, spec: P) -> Any:
+    """The arrays, which every process has, divided over the devices of all of them; never aliases its input."""
+    sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding, may_alias=False)
 
-    def place(leaf: Any) -> Array:
+    def share(leaf: Any) -> Array:
         if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(place(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+            return jax.random.wrap_key_data(share(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         values = np.asarray(leaf)
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(share, tree)
 
 
 def padded_batches(mesh: Mesh, count: int, batch_size: int, first: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -30,6 +30,7 @@ from bsvae_jax.distributed.mesh import (
     P,
     member_slots,
     parallelize,
+    place,
     replicate,
     stack,
 )
@@ -219,7 +220,8 @@ class Program:
     def _place_order(self, windows: list[Array]) -> Any:
         if self.config.gradient_accumulation > 1:
             windows = [window[:, self._arrangement] for window in windows]
-        return self.pack(windows)
+        spec = P(None, DATA_AXIS)  # as a program that is compiled beforehand wants it
+        return place(windows[0], self.mesh, spec) if self.execution == "loop" else stack(windows, self.mesh, spec)
 
     def take_steps(self, state: TrainState, batches: Any, count: int, hyperparameters: Any) -> tuple[TrainState, StepMetrics]:
         """The first `count` steps of a window of `batches`; the state's memory is reused."""

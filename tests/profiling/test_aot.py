@@ -129,7 +129,7 @@ def test_where_the_double_does_not_fit_the_line_goes_through_the_half(monkeypatc
         if config.batch_size % 8:
             raise UserError("does not divide")
         step = program_cost(arguments=100 * 2**20 + config.batch_size * 2**25, results=0, temporary=0)
-        return aot.Compiled("x", CHIPS["TPU v5 lite"], 4, 1, config.batch_size, 1, "float32", step, {})
+        return aot.Compiled("x", CHIPS["TPU v5 lite"], 4, 1, config.batch_size, 1, "float32", step, {}, 16 * 2**30)
 
     monkeypatch.setattr(aot, "compile_training", compiled)
     for batch, expected in ((32, 64), (64, 32)):

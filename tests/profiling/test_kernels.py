@@ -208,8 +208,8 @@ def test_launches_bound_a_step_of_many_small_kernels():
 
 def test_what_does_not_fit_names_the_largest_array_and_a_batch_that_would():
     step = ProgramCost(1e9, 1e9, 2**30, 0, 30 * 2**30, (), kernels(PROGRAM))
-    sentence = aot._does_not_fit_gpu(step, float(16 * 2**30), 512, "512 images a step")
-    assert "with 512 images a step (31.00 GiB of the 16.00 GiB that JAX takes)" in sentence
+    sentence = aot._needs_more(step, float(16 * 2**30), 512, "512 images a step")
+    assert "with 512 images a step (31.00 GiB of the 16.00 GiB that it may take)" in sentence
     assert (
         "The largest array is f32[8,14,14,32] (196.0 KiB), of encoder/stage0_block0/conv1. A smaller batch_size, about 256,"
         in sentence
