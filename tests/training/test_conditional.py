@@ -25,7 +25,14 @@ from bsvae_jax.training.fit_prior import fit_prior
 from bsvae_jax.training.state import build_model
 
 SMALL = Config(
-    network=MLP((8,)), latent_size=2, classes=10, epochs=2, batch_size=500, devices=1, decoder_variance=Constant(0.1)
+    network=MLP((8,)),
+    latent_size=2,
+    classes=10,
+    epochs=2,
+    batch_size=500,
+    devices=1,
+    decoder_variance=Constant(0.1),
+    posterior_samples=1,
 )
 TEST = load(Digits()).test.astype(np.float32) / 16
 LABELS = load(Digits()).test_labels.astype(np.int32)
