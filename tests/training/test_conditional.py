@@ -128,7 +128,9 @@ def test_programs_take_labels(folder, tmp_path):
         jax.export.deserialize(bytearray(file.read_bytes())).call for file in bv.export_stablehlo(folder, tmp_path / "out")
     )
     mean, _ = encode(TEST, LABELS)
-    np.testing.assert_allclose(mean, run.model.apply(run.variables, TEST, labels=LABELS, method="encode").mean, atol=1e-5)
+    np.testing.assert_allclose(
+        mean, run.model.apply(run.variables, jnp.asarray(TEST), labels=LABELS, method="encode").mean, atol=1e-5
+    )
     expected = run.model.apply(run.variables, mean, labels=LABELS, method="decode").mean
     np.testing.assert_allclose(decode(mean, LABELS), expected, atol=1e-5)
 
