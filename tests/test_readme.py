@@ -116,6 +116,7 @@ def is_cheap(command: list[str]) -> bool:
     )
 
 
+@pytest.mark.long
 def test_from_top_to_bottom(monkeypatch, tmp_path, capsys):
     """What a reader types, in one folder and one Python session."""
     monkeypatch.chdir(tmp_path)

@@ -26,7 +26,7 @@ from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed.hardware import CHIPS, TOPOLOGIES, Chip, Precision, check_precision, known_topologies
 from bsvae_jax.distributed.mesh import REPLICATED, Execution, data_mesh, sweep_mesh
 from bsvae_jax.errors import UserError, nearest
-from bsvae_jax.evaluation.sampling import parallelize_sampling, pieces
+from bsvae_jax.evaluation.sampling import BATCH, parallelize_sampling, pieces
 from bsvae_jax.profiling.cost_analysis import ProgramCost, program_cost
 from bsvae_jax.profiling.gpu_targets import LAUNCH, TARGETS, WITHOUT_AUTOTUNING, gpu_devices, known_gpus, split_name
 from bsvae_jax.random import make_key
@@ -253,8 +253,9 @@ def compile_sampling(
         jax.eval_shape(lambda: (create_state(config, model, total).variables(), make_key(0))),
     )
     number, piece = pieces(data.image_shape), jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    lowered = parallelize_sampling(model, mesh, number).lower(variables, key, piece)
-    cost = program_cost(_compile(lowered, topology, platform, full, f"{500 // number} samples"), platform == "gpu")
+    labels = None if config.classes is None else jax.ShapeDtypeStruct((BATCH,), jnp.int32, sharding=replicated)
+    lowered = parallelize_sampling(model, mesh, number).lower(variables, key, labels, piece)
+    cost = program_cost(_compile(lowered, topology, platform, full, f"{BATCH // number} samples"), platform == "gpu")
     return cost._replace(flops=number * cost.flops, bytes_accessed=number * cost.bytes_accessed)
 
 

@@ -55,5 +55,5 @@ def test_compile_prints_one_document(tmp_path, capsys):
     assert machine["peak_memory"] == sum(machine["step"][name] for name in ("arguments", "results", "temporary"))
     assert machine["largest_batch"] > 64
     assert f"about {machine['largest_batch']:,}" in said.err
-    main("compile", tmp_path / "small.py", "--topology", "cpu", "--json")
+    main("compile", tmp_path / "small.py", "--topology", "cpu", "--json", "--classes", 10)
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["machines"][0]["memory"] is None  # infinite

@@ -69,6 +69,7 @@ def test_evaluation_leaves_out_what_needs_an_image(folder, shape):
     assert "psnr" not in json.loads((folder[shape] / "evaluation.json").read_text())["splits"]["test"]
 
 
+@pytest.mark.long
 def test_the_numbers_of_sequences_are_those_of_numpy(folder):
     run, images = restore(folder[SEQUENCES]), Blobs(SEQUENCES).load()
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), run.variables["params"])

@@ -66,6 +66,7 @@ def test_features_are_those_of_sums_written_out(network):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.max(expected))
 
 
+@pytest.mark.long
 def test_it_learns_the_classes(network):
     """Chance is 10%; these are 100 steps of 2,000, and of a quarter batch."""
     assert float(network.note.split("tells ")[1].split("%")[0]) > 75, network.note

@@ -181,6 +181,7 @@ def test_the_batch_that_is_named_fits_and_has_been_compiled(needed, room, device
     assert len(tried) <= 4
 
 
+@pytest.mark.long
 def test_a_run_that_does_not_fit_is_refused_before_its_images_are_placed(tmp_path, monkeypatch):
     """By what the compiler counts; and the batch of the message trains in that memory."""
     images = load(SMALL.data)

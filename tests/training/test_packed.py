@@ -30,6 +30,7 @@ def trained(config, packed):
     return state, jax.jit(run)(state)
 
 
+@pytest.mark.long
 def test_steps_give_the_same_numbers_in_the_same_tree():
     """Decay that spares the prior, clipping, averages and the rate of the log-variance included; rounding alone differs."""
     before, (expected, expected_metrics) = trained(CONFIG, packed=False)

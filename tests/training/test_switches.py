@@ -62,6 +62,7 @@ def stopped_half_way(folder, monkeypatch):
     assert saved_steps(folder / "checkpoints") == [3]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", [True, False])
 def test_a_run_is_the_same_whatever_generator_is_the_default(first, tmp_path, monkeypatch, caplog):
     """Begun under `JAX_DEFAULT_PRNG_IMPL=rbg` and continued without, and the other way round."""
