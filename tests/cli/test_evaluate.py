@@ -114,6 +114,18 @@ def test_every_number_and_figure(trained, capsys):
 
 
 @pytest.mark.long
+def test_every_split_of_labeled_images_has_its_figures(tmp_path):
+    """Of as many labels as it has images."""
+    (tmp_path / "small.py").write_text(
+        CONFIG.replace("epochs=2", "epochs=2, data=Digits(validation=0.2)").replace("MLP, C", "MLP, Digits, C")
+    )
+    main("train", tmp_path / "small.py", "--workdir", tmp_path / "run")
+    main("evaluate", tmp_path / "run")
+    drawn = {path.name for path in (tmp_path / "run" / "figures").glob("*.png")}
+    assert drawn >= {f"latent_space_{split}.png" for split in ("train", "test", "validation")}
+
+
+@pytest.mark.long
 def test_an_interrupted_bound_continues(trained, monkeypatch):
     run, images = restore(trained), data.load(restore(trained).config.data)
     monkeypatch.setattr(importance_weighted, "DECODED_AT_ONCE", 8)
