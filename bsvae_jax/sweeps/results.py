@@ -41,7 +41,7 @@ class MemberResult(NamedTuple):
 
     def value(self, quantity: str, split: str) -> float:
         """A reported number, NaN where there is none."""
-        return self.report[split][quantity].value if quantity in self.report[split] else math.nan
+        return float(self.report[split][quantity].value) if quantity in self.report[split] else math.nan
 
 
 class Setting(NamedTuple):

@@ -68,8 +68,9 @@ def write_evaluation(
     findings = found if findings is None else findings
     kept = {split: dict(quantities) for split, quantities in before.items()}
     for split, quantities in report.items():
-        kept.setdefault(split, {}).pop("sampling_error", None)  # of one posterior sample there is none
-        kept[split] |= quantities
+        if "posterior_samples" in quantities:  # of one sample there is no error
+            kept.setdefault(split, {}).pop("sampling_error", None)
+        kept[split] = kept.get(split, {}) | quantities
     _write(folder, Evaluation(step, checkpoint, kept, dict(findings)))
 
 

@@ -40,8 +40,8 @@ implementation of Beta-Sigma VAE ([Kim & Lee 2024]({paper})): β = {beta:g}, dec
 import jax, bsvae_jax as bv
 
 run = bv.restore({place}{classes})  # this folder; huggingface_hub.snapshot_download("OWNER/NAME") gives one of the hub
-samples = run.model.apply(run.variables, jax.random.key(0), 16, method="sample")  # {shape} each
-posterior = run.model.apply(run.variables, samples, method="encode")  # posterior.mean, posterior.log_variance
+{labels}samples = run.model.apply(run.variables, jax.random.key(0), 16{given}, method="sample")  # {shape} each
+posterior = run.model.apply(run.variables, samples{given}, method="encode")  # posterior.mean, posterior.log_variance
 ```
 
 `bsvae sample FOLDER` and `bsvae evaluate FOLDER --data.path DATA` take the folder as well.
@@ -188,6 +188,8 @@ def model_card(run: Restored, name: str, data: dict[str, Any], report: Report, l
         place=json.dumps("."),
         classes=', config="FILE.py"' if own_classes else "",
         shape=run.image_shape,
+        labels="" if config.classes is None else f"labels = jax.numpy.arange(16) % {config.classes}  # the class of each\n",
+        given="" if config.classes is None else ", labels=labels",
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{text}"
 

@@ -1,6 +1,7 @@
 """Training end to end on small data: the linear optimum, exact resume, schedules, averages, and what stops a run."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -407,7 +408,7 @@ def test_a_run_that_diverges_says_where_and_keeps_the_last_checkpoint(tmp_path, 
 
     monkeypatch.setattr(building, "learning_rate_schedule", explode)
     # Optimizers are kept by their settings: neither may an earlier one be used here, nor this one later.
-    monkeypatch.setattr(building, "_unit_optimizer", building._unit_optimizer.__wrapped__)
+    monkeypatch.setattr(building, "_unit_optimizer", functools.cache(building._unit_optimizer.__wrapped__))
     config = dataclasses.replace(SMALL, epochs=3, optimizer=Optimizer())
     with pytest.raises(DivergenceError, match=r"Step 5 is not finite: objective .*, rate .*checkpoints/3\. A lower") as error:
         fit(config, tmp_path / "run", progress=False)
