@@ -34,7 +34,7 @@ def test_bash_completes_commands_options_and_choices(tmp_path, capsys):
 
     assert typed("") >= set(COMMANDS)
     assert typed("com") == {"compare", "compile", "completion"}
-    assert typed("train", "configs/digits.py", "--be") == {"--beta"}
+    assert typed("train", "configs/digits.py", "--be") == {"--beta", "--beta-schedule"}
     assert typed("sweep", "configs/digits.py", "--seeds") == {"--seeds"}
     assert typed("export", "runs/digits", "--format", "") >= {"safetensors", "stablehlo", "hub"}
     assert typed("runs", "--memb") >= {"--members"}

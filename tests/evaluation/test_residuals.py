@@ -92,7 +92,7 @@ def test_the_second_pass_sees_the_same_posterior_samples(passed):
     np.testing.assert_array_equal(found.posterior_mean, scores.posterior_mean)
     decoded = model.apply(variables, jnp.asarray(found.z, jnp.float32), method="decode").mean
     squared = np.square(images / 16.0 - np.asarray(decoded, np.float64)).sum(axis=(1, 2, 3))
-    np.testing.assert_allclose(squared, scores.squared_error, rtol=1e-5)
+    np.testing.assert_allclose(squared, scores.squared_error[0], rtol=1e-5)
     np.testing.assert_allclose(found.log_prior, stats.norm.logpdf(found.z).sum(axis=1), rtol=1e-5)
     for name in ("ssim", "z", "posterior_mean", "posterior_log_variance", "log_prior"):
         np.testing.assert_allclose(getattr(found, name), getattr(on_eight, name), rtol=1e-4, atol=1e-5, err_msg=name)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from bsvae_jax.config import MLP, Config, Mixture, Optimizer
 from bsvae_jax.objective import Learned
