@@ -481,6 +481,28 @@ def test_folders_that_are_no_sweep(trained, swept, tmp_path, capsys):
 
 
 @pytest.mark.long
+def test_a_report_is_one_document(swept, capsys):
+    main.main(["report", str(swept), "--json"])
+    said = capsys.readouterr()
+    found = json.loads(said.out, parse_constant=pytest.fail)
+    assert [(row["split"], row["beta"], row["seeds"]) for row in found["table"]][:2] == [("test", 1.0, 2), ("test", 4.0, 2)]
+    assert sorted(found["members"]) == members(swept)
+    for name in members(swept)[:1]:
+        evaluated = json.loads((swept / "members" / name / "evaluation.json").read_text())["splits"]
+        assert found["members"][name] == evaluated
+    assert "report: " in said.err
+
+
+@pytest.mark.long
+def test_a_measured_speed_is_one_document(config_file, capsys):
+    main.main(["bench", str(config_file), "--seconds", "0.1", "--repeats", "1", "--json"])
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["torch"] == []
+    assert (found["speed"]["batch_size"], len(found["speed"]["images_per_second"])) == (500, 1)
+    assert found["speed"]["images_per_second"][0] > 0
+
+
+@pytest.mark.long
 def test_a_diverging_member_is_reported_at_the_end(swept, tmp_path, capsys):
     command = ["sweep", swept.parent / "grid.py", "--workdir", tmp_path / "sweep", "--beta", 1, "--seeds", 1, "--epochs", 3]
     command += ["--learning-rate", 1e-3, 1e30, "--decoder-variance", "optimal"]
