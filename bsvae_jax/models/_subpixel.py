@@ -113,22 +113,25 @@ def convolve_dilated(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
     keeps XLA from making a padded convolution of the two.
     """
     down, right = (1 - side % 2 for side in size)
-    return jax.lax.optimization_barrier(_dilated(x, kernel, (size[0] + down, size[1] + right)))[:, down:, right:]
+    whole = _dilated(x, kernel, (size[0] + down, size[1] + right), exact(x.dtype))
+    return jax.lax.optimization_barrier(whole)[:, down:, right:]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _dilated(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _dilated(x: Maps, kernel: Kernel, size: tuple[int, int], precision: jax.lax.Precision) -> Result:
     """`convolve_dilated` to odd sizes."""
-    return _dilate_maps(x, kernel, size)
+    return _dilate_maps(x, kernel, size, precision)
 
 
 @_dilated.defjvp
-def _dilated_jvp(size: tuple[int, int], primals: tuple[Maps, Kernel], tangents: tuple[Maps, Kernel]) -> tuple[Result, Result]:
-    (x, kernel), (x_tangent, kernel_tangent) = primals, tangents
-    return _dilated(x, kernel, size), _dilate_maps(x_tangent, kernel, size) + _dilate_filter(x, kernel_tangent, size)
+def _dilated_jvp(
+    size: tuple[int, int], precision: jax.lax.Precision, primals: tuple[Maps, Kernel], tangents: tuple[Maps, Kernel]
+) -> tuple[Result, Result]:
+    (x, kernel), (x_tangent, kernel_tangent), how = primals, tangents, (size, precision)
+    return _dilated(x, kernel, *how), _dilate_maps(x_tangent, kernel, *how) + _dilate_filter(x, kernel_tangent, *how)
 
 
-def _dilate_maps(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
+def _dilate_maps(x: Maps, kernel: Kernel, size: tuple[int, int], precision: jax.lax.Precision) -> Result:
     pads = [(side + 3) // 2 - given for side, given in zip(size, x.shape[1:3], strict=True)]
     return jax.lax.conv_general_dilated(
         x,
@@ -137,11 +140,11 @@ def _dilate_maps(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
         [(pad, pad) for pad in pads],
         lhs_dilation=(2, 2),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=exact(x.dtype),
+        precision=precision,
     )
 
 
-def _dilate_filter(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
+def _dilate_filter(x: Maps, kernel: Kernel, size: tuple[int, int], precision: jax.lax.Precision) -> Result:
     """`_dilate_maps` as a convolution of the kernel by the maps.
 
     The same numbers; but the gradient of the kernel is then that of a convolution of stride 2, for which cuDNN has one of its
@@ -155,7 +158,7 @@ def _dilate_filter(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
         [(pad, pad) for pad in pads],
         rhs_dilation=(2, 2),
         dimension_numbers=("HWCN", "OHWI", "CHWN"),
-        precision=exact(x.dtype),
+        precision=precision,
     )
 
 

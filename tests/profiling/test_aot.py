@@ -188,12 +188,21 @@ def test_a_machine_that_does_not_exist_is_refused(topology, devices, message):
         aot.machine(topology, devices)
 
 
-def test_bfloat16_is_refused_where_there_is_none():
-    check_precision("bfloat16", "NVIDIA L4")
+@pytest.mark.parametrize("precision", ["bfloat16", "tensorfloat32"])
+def test_a_precision_is_refused_where_there_is_none(precision):
+    check_precision(precision, "NVIDIA L4")
     check_precision("float32", "Tesla T4")
-    check_precision("bfloat16", "a chip that is not known")
-    with pytest.raises(UserError, match="Tesla T4 has no bfloat16; train in float32"):
-        check_precision("bfloat16", "Tesla T4")
+    check_precision(precision, "a chip that is not known")
+    with pytest.raises(UserError, match=f"Tesla T4 has no {precision}; train in float32"):
+        check_precision(precision, "Tesla T4")
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),  # of the data sheets, without sparsity
+    [("NVIDIA A100-SXM4-40GB", 156), ("NVIDIA H100 80GB HBM3", 494.5), ("TPU v5 lite", 197 / 3), ("Tesla T4", 8.1)],
+)
+def test_peaks_of_tensorfloat32(kind, teraflops):
+    assert CHIPS[kind].peak("tensorfloat32") == pytest.approx(teraflops * 1e12)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
