@@ -111,14 +111,19 @@ class Dense(nn.Module):
     """None: that of the inputs, or of the parameters where it is wider."""
     start: Initialization = LECUN
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
         """[..., inputs] to [..., features], in `dtype`."""
+        y, bias = self.apart(x)
+        return y if bias is None else add_bias(y, bias)
+
+    @nn.compact
+    def apart(self, x: Float[Array, "*batch inputs"]) -> tuple[Float[Array, "*batch features"], Bias | None]:
+        """The result without the bias, and the bias, for a `BatchNorm`."""
         inputs = x.shape[-1]
         kernel = self.param("kernel", self.start.kernel, (inputs, self.features), jnp.float32)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        y = jnp.dot(x, kernel, precision=exact(x.dtype))
-        return add_bias(y, self.param("bias", self.start.bias(inputs), (self.features,), jnp.float32)) if self.use_bias else y
+        bias = self.param("bias", self.start.bias(inputs), (self.features,), jnp.float32) if self.use_bias else None
+        return jnp.dot(x, kernel, precision=exact(x.dtype)), bias
 
 
 BatchStatistics = Float[Array, " features"]

@@ -188,9 +188,10 @@ class ResidualEncoder(nn.Module):
             for block, stride in enumerate((2, 1)):
                 name = f"stage{stage}_block{block}"
                 x = _block(self.rematerialize)(width, stride, self.axis_name, self.dtype, name=name)(x, train)
-        hidden = dense(2 * self.latent_size, self.dtype, name="hidden", start=PYTORCH)(x.reshape(x.shape[0], -1))
+        first = dense(2 * self.latent_size, self.dtype, name="hidden", start=PYTORCH)
+        hidden, bias = first.apart(x.reshape(x.shape[0], -1))
         hidden = add_class(hidden, labels, self.classes)
-        hidden = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="hidden_norm")(hidden)
+        hidden = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="hidden_norm")(hidden, bias)
         return split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior", start=PYTORCH)(hidden))
 
 
@@ -220,9 +221,9 @@ class ResidualDecoder(nn.Module):
         height, width, channels = self.output_shape
         features, stages = self.widths[::-1], len(self.widths)
         sizes = [(stage_size(height, stage), stage_size(width, stage)) for stage in reversed(range(stages + 1))]
-        x = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden", start=PYTORCH)(z)
+        x, bias = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden", start=PYTORCH).apart(z)
         x = add_class(x, labels, self.classes)
-        x = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="hidden_norm")(x)
+        x = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="hidden_norm")(x, bias)
         x = x.reshape(z.shape[0], *sizes[0], features[0])
         x = _block(self.rematerialize)(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)
         unordered = (height % 2, width % 2) == (0, 0)
