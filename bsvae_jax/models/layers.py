@@ -114,15 +114,15 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
         """[..., inputs] to [..., features], in `dtype`."""
         y, bias = self.apart(x)
-        return y if bias is None else add_bias(y, bias)
+        return y if isinstance(bias, float) else add_bias(y, bias)
 
     @nn.compact
-    def apart(self, x: Float[Array, "*batch inputs"]) -> tuple[Float[Array, "*batch features"], Bias | None]:
-        """The result without the bias, and the bias, for a `BatchNorm`."""
+    def apart(self, x: Float[Array, "*batch inputs"]) -> tuple[Float[Array, "*batch features"], Bias | float]:
+        """The result without the bias, and the bias, 0 if there is none, for a `BatchNorm`."""
         inputs = x.shape[-1]
         kernel = self.param("kernel", self.start.kernel, (inputs, self.features), jnp.float32)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        bias = self.param("bias", self.start.bias(inputs), (self.features,), jnp.float32) if self.use_bias else None
+        bias = self.param("bias", self.start.bias(inputs), (self.features,), jnp.float32) if self.use_bias else 0.0
         return jnp.dot(x, kernel, precision=exact(x.dtype)), bias
 
 
