@@ -52,7 +52,7 @@ the latents are their weights."""
 
 Images = Float[Array, "batch height width channels"]
 FeatureMaps = Float[Array, "batch map_height map_width features"]
-MapsOrPhases = Float[Array, "maps map_height map_width features"]
+MapsOrPixels = Float[Array, "maps *positions features"]
 """A map of each example, or its four phases."""
 
 
@@ -119,12 +119,12 @@ class TransposedConvolution(nn.Module):
     """Stride 2: leave the pixels in the platform's order; stride 1: they are given so. See `_subpixel`."""
     dtype: Any = jnp.float32
 
-    def __call__(self, x: Images, size: tuple[int, int]) -> MapsOrPhases:
+    def __call__(self, x: MapsOrPixels, size: tuple[int, int]) -> MapsOrPixels:
         """Maps [B, h, w, C] to [B, *size, features]."""
         return add_bias(*self.apart(x, size))
 
     @nn.compact
-    def apart(self, x: Images, size: tuple[int, int]) -> tuple[MapsOrPhases, Bias]:
+    def apart(self, x: MapsOrPixels, size: tuple[int, int]) -> tuple[MapsOrPixels, Bias]:
         """The result without the bias, and the bias, for a `BatchNorm`."""
         start, shape = PYTORCH_TRANSPOSED, (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", start.kernel, shape, jnp.float32)
@@ -133,7 +133,7 @@ class TransposedConvolution(nn.Module):
         if self.stride == 2:
             out = convolve_transposed_unordered(x, kernel) if self.unordered else convolve_transposed(x, kernel, size)
         elif self.unordered:
-            out = convolve_unordered(x, kernel[::-1, ::-1])
+            out = convolve_unordered(x, kernel[::-1, ::-1], size)
         else:
             out = convolve(x, kernel[::-1, ::-1], ((1, 1), (1, 1)))
         return out, bias
