@@ -202,7 +202,7 @@ class TFDS(Dataset):
         """The prepared images; they are prepared at the first use."""
         from bsvae_jax.data import cache
 
-        return cache.prepared(self.recipe(), progress=progress)
+        return cache.load_prepared(self.recipe(), progress=progress)
 
     def shape(self) -> DataShape:
         """Of the sets whose sizes are known without reading them, else of the images."""
@@ -254,7 +254,7 @@ class Folder(Dataset):
         """The prepared images; they are prepared at the first use."""
         from bsvae_jax.data import cache
 
-        return cache.prepared(self.recipe(), progress=progress)
+        return cache.load_prepared(self.recipe(), progress=progress)
 
 
 def moved(source: Dataset, path: str | Path) -> Dataset:
