@@ -233,8 +233,8 @@ def test_a_list_of_widths_is_a_tuple_or_refused(kind, field):
             lambda: Optimizer(schedule="cosine_restarts", warmup_steps=1),
             "optimizer.warmup_steps needs schedule cosine or constant",
         ),
-        (lambda: Config(precision="float16"), "precision must be one of float32, bfloat16, got 'float16'"),
-        (lambda: Config(precision=32), "precision must be one of float32, bfloat16, got 32"),
+        (lambda: Config(precision="float16"), "precision must be one of float32, tensorfloat32, bfloat16, got 'float16'"),
+        (lambda: Config(precision=32), "precision must be one of float32, tensorfloat32, bfloat16, got 32"),
         (lambda: Config(data="mnist"), "data must be an instance of a class derived from bsvae_jax.Dataset, got 'mnist'"),
         (lambda: Config(data=MNIST), "derived from bsvae_jax.Dataset, got the class MNIST; give an instance, MNIST\\(...\\)"),
         (

@@ -8,13 +8,20 @@ import os
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from bsvae_jax.errors import UserError
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 
 BFLOAT16_PRODUCTS = 6
-"""bfloat16 products that a TPU takes for one of full float32 precision (`jax.lax.Precision.HIGHEST`)."""
+"""bfloat16 products that a TPU takes for one of full float32 precision (`jax.lax.Precision.HIGHEST`); half as many for one of
+`HIGH`, which is TensorFloat-32 on GPUs."""
+
+
+def activations(precision: Precision) -> Any:
+    """The type of a network's activations."""
+    return jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
 
 
 class Chip(NamedTuple):
@@ -22,7 +29,9 @@ class Chip(NamedTuple):
 
     name: str
     bfloat16: float | None
-    """FLOP/s of matrix products of bfloat16; None: it has none."""
+    """FLOP/s of matrix products of bfloat16; None: it has none, and no TensorFloat-32."""
+    tensorfloat32: float | None
+    """FLOP/s of matrix products of float32 with rounded factors: TensorFloat-32, on TPUs three products of bfloat16."""
     float32: float
     """FLOP/s of matrix products at full float32 precision."""
     bandwidth: float
@@ -33,15 +42,14 @@ class Chip(NamedTuple):
     """Bytes per second between this chip and the others, both directions together."""
 
     def peak(self, precision: Precision) -> float:
-        """FLOP/s of matrix products in a precision; those of float32 where the chip has no bfloat16."""
-        return self.float32 if precision == "float32" or self.bfloat16 is None else self.bfloat16
+        """FLOP/s of matrix products in a precision; those of float32 where the chip has no other."""
+        return getattr(self, precision) or self.float32
 
 
 def _tpu(name: str, teraflops: float, gigabytes_per_second: float, gibibytes: float, gigabits_per_second: float) -> Chip:
     flops = teraflops * 1e12
-    return Chip(
-        name, flops, flops / BFLOAT16_PRODUCTS, gigabytes_per_second * 1e9, gibibytes * 2**30, gigabits_per_second * 1e9 / 8
-    )
+    products = (flops, 2 * flops / BFLOAT16_PRODUCTS, flops / BFLOAT16_PRODUCTS)
+    return Chip(name, *products, gigabytes_per_second * 1e9, gibibytes * 2**30, gigabits_per_second * 1e9 / 8)
 
 
 def _gpu(
@@ -53,7 +61,8 @@ def _gpu(
     network: float,
 ) -> Chip:
     half = None if bfloat16 is None else bfloat16 * 1e12
-    return Chip(name, half, float32 * 1e12, gigabytes_per_second * 1e9, gigabytes * 1e9, network * 1e9)
+    rounded = None if half is None else half / 2  # of all that have both, by their data sheets
+    return Chip(name, half, rounded, float32 * 1e12, gigabytes_per_second * 1e9, gigabytes * 1e9, network * 1e9)
 
 
 CHIPS: dict[str, Chip] = {
@@ -110,10 +119,10 @@ def check_platform() -> None:
 
 
 def check_precision(precision: Precision, device_kind: str) -> None:
-    """Raise a UserError where a chip that is known has no bfloat16: it would compute in float32 and convert back and forth."""
+    """Raise a UserError where a chip that is known has no such products: it would compute in float32 all the same."""
     chip = CHIPS.get(device_kind)
-    if precision == "bfloat16" and chip is not None and chip.bfloat16 is None:
-        raise UserError(f"{device_kind} has no bfloat16; train in float32 there (--precision float32).")
+    if chip is not None and getattr(chip, precision) is None:
+        raise UserError(f"{device_kind} has no {precision}; train in float32 there (--precision float32).")
 
 
 def known_topologies() -> str:

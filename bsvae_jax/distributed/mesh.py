@@ -33,11 +33,22 @@ Execution = Literal["loop", "scan", "vmap"]
 """How members share a compiled program: 'loop': one member a call, no member axis; 'vmap': all members side by side, their
 matrix products batched; 'scan': all in one call, one after the other.
 
-Side by side, convolutions become grouped ones. Compiled for an H100, a step of 5 members of the MNIST network, 512 images each,
-moves 2.25e10 bytes in 432 kernels in float32 and 1.16e10 in 431 in bfloat16; one after the other 1.56e10 in 1,430, and 0.83e10
-in 1,550. At 3 microseconds a kernel that is 8.2 ms against 6.7 (bound by arithmetic), and 3.5 against 4.7 (by launches): 'vmap'
-is the better one in bfloat16 and at the configs' batches of 128, 'scan' at large batches in float32. Whether cuDNN's grouped
-convolutions reach the bandwidth only a GPU can say: `python tests/benchmarks/accelerator.py`."""
+Side by side, convolutions become grouped ones. Compiled for an H100, a step of members of the MNIST network, 512 images each:
+
+| members | precision | vmap: kernels, bytes, temporary | scan: kernels, bytes, temporary | least ms, vmap | scan |
+| ---: | --- | --- | --- | ---: | ---: |
+| 2 | float32 | 433, 0.91e10, 1.0 GiB | 568, 0.62e10, 0.5 GiB | 3.3 | 2.7 |
+| 5 | float32 | 431, 2.28e10, 2.5 GiB | 1,420, 1.56e10, 0.5 GiB | 8.2 | 6.7 |
+| 25 | float32 | 439, 11.7e10, 12.2 GiB | 7,100, 7.8e10, 0.9 GiB | 41 | 34 |
+| 2 | bfloat16 | 397, 0.48e10, 0.5 GiB | 586, 0.32e10 (twice one member's) | 1.4 | 1.8 |
+| 5 | bfloat16 | 398, 1.16e10, 1.3 GiB | 1,465, 0.80e10, 0.3 GiB | 3.5 | 4.4 |
+| 25 | bfloat16 | 419, 6.0e10, 6.3 GiB | 7,325, 4.0e10 (25 times one member's) | 18 | 22 |
+
+One member a process takes 284 kernels, 3.11e9 bytes and 0.4 GiB (float32), or 293, 1.60e9 and 0.2 GiB. In float32 arithmetic is
+the longest part, and 'scan' the better one; in bfloat16 launches are, and 'vmap' is, as at the configs' batches of 128 (5
+members, float32: 2.1 ms against 4.4). Of the CelebA network, 128 images, 5 members take 13 ms in 'vmap' and 10 one after the
+other. `choose_execution` follows that. Whether cuDNN's grouped convolutions reach the bandwidth, whether launches overlap, and
+what several processes on one GPU make of it, only a GPU can say: `python tests/benchmarks/accelerator.py`."""
 
 DeviceMap = Literal["shard_map", "pmap"]
 """How a function of one device's share is run on all devices."""

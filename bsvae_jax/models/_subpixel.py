@@ -7,7 +7,8 @@ layer and the image, the largest maps of the network are never interleaved, whic
 Phases are laid side by side along the batch axis, `[4 * B, h, w, C]`: even rows and columns; even rows, odd columns; odd rows,
 even columns; both odd.
 
-On a GPU cuDNN has transposed convolutions of its own, which XLA finds in `lhs_dilation`; phases would cost their copies there.
+On a GPU cuDNN has transposed convolutions of its own, which XLA finds in `lhs_dilation`; phases would cost copies there. A TPU
+takes `lhs_dilation` as it is, too: its arithmetic has time to spare, and moving phases takes a share of a step's bytes.
 Convolutions of stride 1 and 2 are left to XLA on every platform: on CPU as on TPU, slices and matrix products written by hand
 moved more bytes and were slower.
 """
@@ -27,6 +28,8 @@ from bsvae_jax.models.layers import LECUN, Bias, Initialization, add_bias, as_fl
 
 Maps = Float[Array, "batch height width channels"]
 Phases = Float[Array, "four_batch height width channels"]
+Unordered = Float[Array, "batch pixels channels"]
+"""All pixels of maps, in an order that the platform chooses, and mixed over the batch."""
 Kernel = Float[Array, "rows columns channels features"]
 Result = Float[Array, "batch result_height result_width features"]
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -74,34 +77,56 @@ def convolve_transposed(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Resul
         x,
         kernel,
         cuda=lambda x, kernel: convolve_dilated(x, kernel, size),
+        tpu=lambda x, kernel: convolve_with_zeros(x, kernel, size),
         default=lambda x, kernel: join_phases(transposed_phases(x, kernel), size),
     )
 
 
-def convolve_transposed_unordered(x: Maps, kernel: Kernel) -> Phases:
-    """`convolve_transposed` to [B, 2h, 2w, F], as [4B, h, w, F], the pixels in the order that costs the platform least.
+def convolve_transposed_unordered(x: Maps, kernel: Kernel) -> Unordered:
+    """`convolve_transposed` to [B, 2h, 2w, F], as [B, 4hw, F], the pixels in the order that costs the platform least.
 
-    What follows has to treat all pixels alike, until `convolve_unordered`. On a GPU another shape costs nothing; a TPU lays the
-    batch out innermost, and would copy the largest maps four times to give the phases the map's shape.
+    What follows has to treat all pixels of the batch alike, until `convolve_unordered`. No platform copies anything to give its
+    result that shape: a TPU lays the batch out innermost, and keeps it apart.
     """
     batch, height, width, _ = x.shape
+    size = (2 * height, 2 * width)
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cuda=lambda x, kernel: convolve_dilated(x, kernel, (2 * height, 2 * width)).reshape(4 * batch, height, width, -1),
-        default=transposed_phases,
+        cuda=lambda x, kernel: convolve_dilated(x, kernel, size).reshape(batch, 4 * height * width, -1),
+        tpu=lambda x, kernel: convolve_with_zeros(x, kernel, size).reshape(batch, 4 * height * width, -1),
+        default=lambda x, kernel: transposed_phases(x, kernel).reshape(batch, 4 * height * width, -1),
     )
 
 
-def convolve_unordered(x: Phases, kernel: Kernel) -> Result:
-    """3 x 3 convolution of stride 1 with padding 1 of what `convolve_transposed_unordered` made, to pixels in order."""
-    four_batch, height, width, channels = x.shape
-    shape = (four_batch // 4, 2 * height, 2 * width, channels)
+def convolve_unordered(x: Unordered, kernel: Kernel, size: tuple[int, int]) -> Result:
+    """3 x 3 convolution of stride 1 with padding 1 of what `convolve_transposed_unordered` made, to [B, *size, F] in order."""
+    batch, _, channels = x.shape
+    height, width = (side // 2 for side in size)
+
+    def in_order(x: Unordered, kernel: Kernel) -> Result:
+        return convolve(x.reshape(batch, *size, channels), kernel, (_AROUND, _AROUND))
+
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cuda=lambda x, kernel: convolve(x.reshape(shape), kernel, (_AROUND, _AROUND)),
-        default=convolve_phases,
+        cuda=in_order,
+        tpu=in_order,
+        default=lambda x, kernel: convolve_phases(x.reshape(4 * batch, height, width, channels), kernel),
+    )
+
+
+def convolve_with_zeros(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
+    """`convolve_transposed` as one convolution of the maps with zeros between their rows and columns."""
+    pads = [(1, side - 2 * given + 2) for side, given in zip(size, x.shape[1:3], strict=True)]
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel[::-1, ::-1],
+        (1, 1),
+        pads,
+        lhs_dilation=(2, 2),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=exact(x.dtype),
     )
 
 
@@ -113,22 +138,25 @@ def convolve_dilated(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
     keeps XLA from making a padded convolution of the two.
     """
     down, right = (1 - side % 2 for side in size)
-    return jax.lax.optimization_barrier(_dilated(x, kernel, (size[0] + down, size[1] + right)))[:, down:, right:]
+    whole = _dilated(x, kernel, (size[0] + down, size[1] + right), exact(x.dtype))
+    return jax.lax.optimization_barrier(whole)[:, down:, right:]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _dilated(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _dilated(x: Maps, kernel: Kernel, size: tuple[int, int], precision: jax.lax.Precision) -> Result:
     """`convolve_dilated` to odd sizes."""
-    return _dilate_maps(x, kernel, size)
+    return _dilate_maps(x, kernel, size, precision)
 
 
 @_dilated.defjvp
-def _dilated_jvp(size: tuple[int, int], primals: tuple[Maps, Kernel], tangents: tuple[Maps, Kernel]) -> tuple[Result, Result]:
-    (x, kernel), (x_tangent, kernel_tangent) = primals, tangents
-    return _dilated(x, kernel, size), _dilate_maps(x_tangent, kernel, size) + _dilate_filter(x, kernel_tangent, size)
+def _dilated_jvp(
+    size: tuple[int, int], precision: jax.lax.Precision, primals: tuple[Maps, Kernel], tangents: tuple[Maps, Kernel]
+) -> tuple[Result, Result]:
+    (x, kernel), (x_tangent, kernel_tangent), how = primals, tangents, (size, precision)
+    return _dilated(x, kernel, *how), _dilate_maps(x_tangent, kernel, *how) + _dilate_filter(x, kernel_tangent, *how)
 
 
-def _dilate_maps(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
+def _dilate_maps(x: Maps, kernel: Kernel, size: tuple[int, int], precision: jax.lax.Precision) -> Result:
     pads = [(side + 3) // 2 - given for side, given in zip(size, x.shape[1:3], strict=True)]
     return jax.lax.conv_general_dilated(
         x,
@@ -137,11 +165,11 @@ def _dilate_maps(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
         [(pad, pad) for pad in pads],
         lhs_dilation=(2, 2),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=exact(x.dtype),
+        precision=precision,
     )
 
 
-def _dilate_filter(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
+def _dilate_filter(x: Maps, kernel: Kernel, size: tuple[int, int], precision: jax.lax.Precision) -> Result:
     """`_dilate_maps` as a convolution of the kernel by the maps.
 
     The same numbers; but the gradient of the kernel is then that of a convolution of stride 2, for which cuDNN has one of its
@@ -155,7 +183,7 @@ def _dilate_filter(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
         [(pad, pad) for pad in pads],
         rhs_dilation=(2, 2),
         dimension_numbers=("HWCN", "OHWI", "CHWN"),
-        precision=exact(x.dtype),
+        precision=precision,
     )
 
 

@@ -3,9 +3,11 @@
 Matrix products and activations run in a network's `dtype`; parameters are float32, and biases are added in float32.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +26,8 @@ Labels = Int[Array | np.ndarray, " batch"]
 
 HIGHEST = jax.lax.Precision.HIGHEST
 """Full float32 products; by default TPUs and recent GPUs round their factors."""
+_ROUNDED = contextvars.ContextVar("rounded", default=False)
+"""Whether accelerators may round the factors of float32 products."""
 EPSILON = 1e-5
 """Added to the variance that BatchNorm divides by, as PyTorch does."""
 MOMENTUM = 0.9
@@ -57,9 +61,26 @@ PYTORCH_TRANSPOSED = Initialization(
 """The same of transposed convolutions, whose fan-in PyTorch counts from their outputs."""
 
 
-def exact(dtype: Any) -> jax.lax.Precision | None:
-    """Full float32 products where float32 is asked for."""
-    return HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+@contextlib.contextmanager
+def float32_products(rounded: bool) -> Iterator[None]:
+    """What the float32 products that are traced inside are: full, or rounded to TensorFloat-32 where a chip has it.
+
+    Products whose precision is not given take it too, those of a user's own layers. JAX knows what it has traced by its own
+    setting, so that one function in both precisions is traced twice.
+    """
+    before = _ROUNDED.set(rounded)
+    try:
+        with jax.default_matmul_precision("tensorfloat32" if rounded else "highest"):
+            yield
+    finally:
+        _ROUNDED.reset(before)
+
+
+def exact(dtype: Any) -> jax.lax.Precision:
+    """Full float32 products where float32 is asked for, or what `float32_products` says of them."""
+    if jnp.dtype(dtype) != jnp.float32:
+        return jax.lax.Precision.DEFAULT
+    return jax.lax.Precision.HIGH if _ROUNDED.get() else HIGHEST
 
 
 def as_float32(x: Array) -> Array:
@@ -90,14 +111,19 @@ class Dense(nn.Module):
     """None: that of the inputs, or of the parameters where it is wider."""
     start: Initialization = LECUN
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
         """[..., inputs] to [..., features], in `dtype`."""
+        y, bias = self.apart(x)
+        return y if isinstance(bias, float) else add_bias(y, bias)
+
+    @nn.compact
+    def apart(self, x: Float[Array, "*batch inputs"]) -> tuple[Float[Array, "*batch features"], Bias | float]:
+        """The result without the bias, and the bias, 0 if there is none, for a `BatchNorm`."""
         inputs = x.shape[-1]
         kernel = self.param("kernel", self.start.kernel, (inputs, self.features), jnp.float32)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        y = jnp.dot(x, kernel, precision=exact(x.dtype))
-        return add_bias(y, self.param("bias", self.start.bias(inputs), (self.features,), jnp.float32)) if self.use_bias else y
+        bias = self.param("bias", self.start.bias(inputs), (self.features,), jnp.float32) if self.use_bias else 0.0
+        return jnp.dot(x, kernel, precision=exact(x.dtype)), bias
 
 
 BatchStatistics = Float[Array, " features"]

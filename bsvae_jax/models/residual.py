@@ -52,7 +52,7 @@ the latents are their weights."""
 
 Images = Float[Array, "batch height width channels"]
 FeatureMaps = Float[Array, "batch map_height map_width features"]
-MapsOrPhases = Float[Array, "maps map_height map_width features"]
+MapsOrPixels = Float[Array, "maps *positions features"]
 """A map of each example, or its four phases."""
 
 
@@ -119,12 +119,12 @@ class TransposedConvolution(nn.Module):
     """Stride 2: leave the pixels in the platform's order; stride 1: they are given so. See `_subpixel`."""
     dtype: Any = jnp.float32
 
-    def __call__(self, x: Images, size: tuple[int, int]) -> MapsOrPhases:
+    def __call__(self, x: MapsOrPixels, size: tuple[int, int]) -> MapsOrPixels:
         """Maps [B, h, w, C] to [B, *size, features]."""
         return add_bias(*self.apart(x, size))
 
     @nn.compact
-    def apart(self, x: Images, size: tuple[int, int]) -> tuple[MapsOrPhases, Bias]:
+    def apart(self, x: MapsOrPixels, size: tuple[int, int]) -> tuple[MapsOrPixels, Bias]:
         """The result without the bias, and the bias, for a `BatchNorm`."""
         start, shape = PYTORCH_TRANSPOSED, (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", start.kernel, shape, jnp.float32)
@@ -133,7 +133,7 @@ class TransposedConvolution(nn.Module):
         if self.stride == 2:
             out = convolve_transposed_unordered(x, kernel) if self.unordered else convolve_transposed(x, kernel, size)
         elif self.unordered:
-            out = convolve_unordered(x, kernel[::-1, ::-1])
+            out = convolve_unordered(x, kernel[::-1, ::-1], size)
         else:
             out = convolve(x, kernel[::-1, ::-1], ((1, 1), (1, 1)))
         return out, bias
@@ -188,9 +188,10 @@ class ResidualEncoder(nn.Module):
             for block, stride in enumerate((2, 1)):
                 name = f"stage{stage}_block{block}"
                 x = _block(self.rematerialize)(width, stride, self.axis_name, self.dtype, name=name)(x, train)
-        hidden = dense(2 * self.latent_size, self.dtype, name="hidden", start=PYTORCH)(x.reshape(x.shape[0], -1))
+        first = dense(2 * self.latent_size, self.dtype, name="hidden", start=PYTORCH)
+        hidden, bias = first.apart(x.reshape(x.shape[0], -1))
         hidden = add_class(hidden, labels, self.classes)
-        hidden = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="hidden_norm")(hidden)
+        hidden = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="hidden_norm")(hidden, bias)
         return split_posterior(dense(2 * self.latent_size, self.dtype, name="posterior", start=PYTORCH)(hidden))
 
 
@@ -220,9 +221,9 @@ class ResidualDecoder(nn.Module):
         height, width, channels = self.output_shape
         features, stages = self.widths[::-1], len(self.widths)
         sizes = [(stage_size(height, stage), stage_size(width, stage)) for stage in reversed(range(stages + 1))]
-        x = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden", start=PYTORCH)(z)
+        x, bias = dense(math.prod(sizes[0]) * features[0], self.dtype, name="hidden", start=PYTORCH).apart(z)
         x = add_class(x, labels, self.classes)
-        x = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="hidden_norm")(x)
+        x = BatchNorm(train, self.axis_name, self.dtype, leaky=True, name="hidden_norm")(x, bias)
         x = x.reshape(z.shape[0], *sizes[0], features[0])
         x = _block(self.rematerialize)(features[0], 1, self.axis_name, self.dtype, name="block")(x, train)
         unordered = (height % 2, width % 2) == (0, 0)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 from bsvae_jax import objective
 from bsvae_jax.errors import UserError, check_count, check_kind
 from bsvae_jax.models import priors
-from bsvae_jax.models.layers import Labels
+from bsvae_jax.models.layers import Labels, float32_products
 from bsvae_jax.models.network import Network, build_modules, output_shape
 from bsvae_jax.objective import DecoderVariance, ElboTerms, check_kind_of
 from bsvae_jax.random import check_key, example_keys, example_positions, normal_per_example
@@ -114,6 +114,8 @@ class VAE(nn.Module):
     classes: int | None = None
     """Number of classes of a conditional model: its encoder and decoder take labels [B], whole numbers from 0 to `classes` - 1,
     as their third argument; None: they take none."""
+    tensorfloat32: bool = False
+    """Let accelerators round the factors of float32 products in encoder and decoder (`Config.precision`)."""
 
     def setup(self) -> None:
         """Build the parts; called by Flax."""
@@ -176,7 +178,8 @@ class VAE(nn.Module):
             raise UserError(
                 f"This model takes floating-point data (images in [0, 1]), got {x.dtype}; divide 8-bit values by 255."
             )
-        outputs = self.encoder(x, train, *self._and_labels(labels, x.shape[0]))
+        with float32_products(self.tensorfloat32):
+            outputs = self.encoder(x, train, *self._and_labels(labels, x.shape[0]))
         expected = (x.shape[0], self.latent_size)
         name = type(self.encoder).__name__
         if not isinstance(outputs, tuple | list) or len(outputs) != 2:
@@ -195,7 +198,8 @@ class VAE(nn.Module):
         """Latents [B, L], and of a conditional model labels [B], to p(x|z)."""
         if jnp.ndim(z) != 2 or jnp.shape(z)[1] != self.latent_size:
             raise UserError(f"This model takes latents of shape [B, {self.latent_size}], got {jnp.shape(z)}.")
-        decoded = self.decoder(z, train, *self._and_labels(labels, z.shape[0]))
+        with float32_products(self.tensorfloat32):
+            decoded = self.decoder(z, train, *self._and_labels(labels, z.shape[0]))
         name = type(self.decoder).__name__
         if isinstance(decoded, tuple | list):
             raise UserError(f"The decoder {name} must return one array, the mean of p(x|z), got {_shown(decoded)}.")
@@ -278,6 +282,7 @@ def build_vae(
     dtype: Any = jnp.float32,
     rematerialize: bool = False,
     classes: int | None = None,
+    tensorfloat32: bool = False,
 ) -> VAE:
     """The VAE of a network for data of a shape.
 
@@ -291,6 +296,7 @@ def build_vae(
       dtype: of matrix products and activations.
       rematerialize: compute activations of convolutional blocks again in the backward pass instead of keeping them.
       classes: of a conditional model; None: it is told none.
+      tensorfloat32: let accelerators round the factors of float32 products.
 
     >>> from bsvae_jax.models import MLP
     >>> build_vae(MLP((16,)), 2, (8, 8, 1)).latent_size
@@ -309,4 +315,4 @@ def build_vae(
         network, latent_size, data_shape, decoder_variance.decoder_outputs, axis_name, dtype, rematerialize, classes
     )
     prior = dataclasses.replace(prior, latent_size=latent_size)
-    return VAE(encoder, decoder, prior, decoder_variance, data_shape, axis_name, classes)
+    return VAE(encoder, decoder, prior, decoder_variance, data_shape, axis_name, classes, tensorfloat32)

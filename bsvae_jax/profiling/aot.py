@@ -34,9 +34,10 @@ from bsvae_jax.training.memory import NEEDS_LESS
 from bsvae_jax.training.program import abstract_arguments, parallelize_training, program_config, program_model
 from bsvae_jax.training.state import create_state, steps_per_dispatch
 
-QUICK = {"exec_time_optimization_effort": -1.0}
+_EFFORT = hasattr(jax.config, "jax_exec_time_optimization_effort")
+QUICK: dict[str, Any] = {"exec_time_optimization_effort": -1.0} if _EFFORT else {"optimization_level": "O0"}
 """Compiler options for TPUs under which a program compiles in a fraction of the time, with the same FLOPs and about the same
-bytes."""
+bytes: the older name, or from JAX 0.12 the newer."""
 
 GPU_SHARE = 0.75
 """Of a GPU's memory that JAX takes; XLA_PYTHON_CLIENT_MEM_FRACTION sets another."""

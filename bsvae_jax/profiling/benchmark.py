@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from bsvae_jax.config import Config, Residual
 from bsvae_jax.data import DataShape, ImageSet
-from bsvae_jax.distributed.hardware import CHIPS, check_precision
+from bsvae_jax.distributed.hardware import CHIPS, Precision, activations, check_precision
 from bsvae_jax.distributed.mesh import Execution, data_mesh, describe_devices, sweep_mesh
 from bsvae_jax.errors import UserError
-from bsvae_jax.models.layers import exact
+from bsvae_jax.models.layers import exact, float32_products
 from bsvae_jax.objective import Optimal
 from bsvae_jax.profiling.cost_analysis import ProgramCost, program_cost
 from bsvae_jax.training.program import Program
@@ -36,7 +37,7 @@ class Speed(NamedTuple):
     """What was measured."""
 
     machine: str
-    precision: str
+    precision: Precision
     batch_size: int
     """Images of a step, of all members."""
     images_per_second: tuple[float, ...]
@@ -99,10 +100,15 @@ def random_images(shape: DataShape, classes: int | None = None) -> ImageSet:
     return ImageSet("noise", train, test, shape.levels, train_labels, test_labels, known_fingerprint="noise")
 
 
-def matrix_product_ceiling(precision: str, platform: str) -> float:
+def matrix_product_ceiling(precision: Precision, platform: str) -> float:
     """FLOP/s of the product of two large square matrices on one device: the best of some sizes."""
-    dtype = jnp.dtype(precision)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=exact(dtype)))
+    dtype = activations(precision)
+
+    @jax.jit
+    def product(a: Array, b: Array) -> Array:
+        with float32_products(precision == "tensorfloat32"):
+            return jnp.matmul(a, b, precision=exact(dtype))
+
     best = 0.0
     for size in (1024, 2048) if platform == "cpu" else (4096, 8192):
         a = jnp.ones((size, size), dtype)
@@ -260,7 +266,6 @@ def measure_torch(
     images: ImageSet,
     repeats: int = 5,
     seconds: float = 3.0,
-    tf32: bool = False,
     limit: float = math.inf,
 ) -> list[TorchSpeed]:
     """The same network and recipe in PyTorch on the same device, in a process of its own, in each of its settings.
@@ -270,7 +275,6 @@ def measure_torch(
       images: whose sizes it takes; its own are noise on the device.
       repeats: as for `measure`.
       seconds: the same.
-      tf32: let GPUs round the factors of float32 products to TF32, which `measure` never does.
       limit: seconds after which no other setting is begun.
 
     Raises:
@@ -284,7 +288,7 @@ def measure_torch(
         "latent_size": config.latent_size,
         "batch_size": config.batch_size,
         "precision": config.precision,
-        "tf32": tf32,
+        "tf32": config.precision == "tensorfloat32",
         "beta": config.beta,
         "ema": config.optimizer.ema_decay is not None,
         "images": len(images.train),

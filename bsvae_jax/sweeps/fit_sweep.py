@@ -10,6 +10,7 @@ continued by `bsvae train` instead.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -30,6 +31,7 @@ from bsvae_jax.distributed.preemption import Stop, stop_on_signals
 from bsvae_jax.errors import DivergenceError, UserError, check_count, check_kind
 from bsvae_jax.evaluation.scores import SplitScores
 from bsvae_jax.random import make_key
+from bsvae_jax.sweeps.execution import choose_execution
 from bsvae_jax.sweeps.gallery import PICTURES, draw_members, write_pictures
 from bsvae_jax.sweeps.grid import GridMember, Sweep, base_config
 from bsvae_jax.sweeps.info import FORMAT, Call, SweepInfo, read_sweep
@@ -61,18 +63,6 @@ class SweepResult(NamedTuple):
     """Names of the members that reached their last step, now or before."""
     failed: dict[str, str]
     """Why the others did not."""
-
-
-def choose_execution(config: Config, platform: str) -> Execution:
-    """How to drive a stack, from measurement on CPU and by the compiler's counts elsewhere.
-
-    On CPU, XLA runs convolutions slowly under `vmap` and inside loops, so such members take turns, one compiled step for all.
-    Dense networks run there at least as fast one after the other in one call as side by side, with results that do not
-    depend on how many there are. Accelerators are filled by batched products. `Execution` has the counts.
-    """
-    if platform == "cpu":
-        return "loop" if config.network.convolutional else "scan"
-    return "vmap"
 
 
 def fit_sweep(
@@ -129,13 +119,15 @@ def fit_sweep(
     devices = data_mesh(config.devices)
     check_precision(config.precision, devices.devices.flat[0].device_kind)
     platform = devices.devices.flat[0].platform
-    execution = choose_execution(config, platform) if execution is None else execution
+    given, execution = execution, choose_execution(config, platform) if execution is None else execution
     if members_at_once is not None:
         check_count("members_at_once", members_at_once)
     if members_at_once not in (None, 1) and execution == "loop":
         raise UserError("Execution 'loop' trains one member at a time; leave out --members-at-once, or choose scan or vmap.")
     data_mesh(config.devices, config.batch_size if execution == "loop" else None)
     images = load(config.data)
+    if given is None:
+        execution = choose_execution(config, platform, math.prod(images.image_shape[:-1]))
     config = for_data(config, images.image_shape)
     members = grid.members(config)
     for member in members:

@@ -10,7 +10,7 @@ from bsvae_jax.distributed.mesh import DATA_AXIS
 from bsvae_jax.errors import UserError
 from bsvae_jax.training.program import Program
 
-NEEDS_LESS = "--gradient-accumulation 2 (or more), --rematerialize or --precision bfloat16 needs less"
+NEEDS_LESS = "--gradient-accumulation 2 (or more), --rematerialize or (where a chip has it) --precision bfloat16 needs less"
 
 
 def check_memory(program: Program, available: int) -> None:

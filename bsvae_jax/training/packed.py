@@ -1,10 +1,12 @@
-"""Vectors of a tree joined in one array, so that a GPU updates them all by one kernel instead of one or two each.
+"""Forms in which a GPU keeps the parameters between steps, so that fewer kernels do the same.
 
-Two thirds of a network's arrays are biases, scales and the like: a thousandth of its numbers, most of an optimizer's kernels.
-Only what treats every number alike, as AdamW does, may be given packed trees.
+Vectors are joined in one array, which one GPU kernel updates instead of one or two for each. Two thirds of a network's arrays
+are biases, scales and the like: a thousandth of its numbers, most of an optimizer's GPU kernels. Only what treats every number
+alike, as AdamW does, may be given packed trees. And where a network rounds its convolutions' and matrix products' kernels, what
+updates one writes it rounded too.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,3 +70,49 @@ def _unpack(packed: Packed) -> Any:
     others = iter(packed.others)
     leaves = [next(others if length is None else vectors) for length in packed.lengths]
     return jax.tree.unflatten(packed.outline, leaves)
+
+
+def round_kernels(params: Any, dtype: Any) -> Any:
+    """The parameters of a VAE, those of its encoder and decoder that are kernels in another type.
+
+    >>> hidden, prior = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, {"kernel": jnp.ones((2, 2))}
+    >>> rounded = round_kernels({"encoder": {"hidden": hidden}, "prior_model": prior}, jnp.bfloat16)
+    >>> jax.tree.map(lambda leaf: leaf.dtype.name, rounded)
+    {'encoder': {'hidden': {'bias': 'float32', 'kernel': 'bfloat16'}}, 'prior_model': {'kernel': 'float32'}}
+    """
+
+    def rounded(path: Any, leaf: Any) -> Any:
+        is_kernel = path[0].key in ("encoder", "decoder") and path[-1].key == "kernel"
+        return leaf.astype(dtype) if is_kernel else leaf
+
+    return jax.tree.map_with_path(rounded, params)
+
+
+def in_types_of(tree: Any, other: Any) -> Any:
+    """A tree in the types of another."""
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, other)
+
+
+class Form(NamedTuple):
+    """How a program keeps the parameters between its steps."""
+
+    packed: bool = False
+    """Their vectors in one array, for an optimizer that treats all numbers alike."""
+    kernels: Any = None
+    """The type to which the network rounds its kernels, and in which what updates a kernel then writes it as well, so that the
+    next step need not; None: it rounds them at every step."""
+
+
+AS_GIVEN = Form()
+
+
+def in_form(state: Any, form: Form) -> Any:
+    """A `TrainState` whose parameters are kept in a form."""
+    if form.kernels is not None:
+        state = state.replace(rounded=round_kernels(state.params, form.kernels))
+    return pack(state, state.params) if form.packed else state
+
+
+def as_given(state: Any) -> Any:
+    """The `TrainState` before `in_form`."""
+    return unpack(state.replace(rounded=None))

@@ -17,6 +17,7 @@ from bsvae_jax.config import Config, is_builtin
 from bsvae_jax.data import DataShape, ImageSet
 from bsvae_jax.data.image_set import is_image, to_unit_interval
 from bsvae_jax.data.shuffle import steps_through
+from bsvae_jax.distributed.hardware import activations
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.vae import VAE, build_vae
 from bsvae_jax.random import make_key
@@ -79,9 +80,10 @@ def build_model(
         config.decoder_variance.with_floor(bin_width),
         config.prior,
         axis_name,
-        jnp.dtype(config.precision) if dtype is None else dtype,
+        activations(config.precision) if dtype is None else dtype,
         config.rematerialize,
         config.classes,
+        config.precision == "tensorfloat32",
     )
 
 
@@ -186,7 +188,7 @@ def most_nats(config: Config, data: DataShape) -> float:
 
     A decoder sees as many bits of each latent as its type has, and an image of D entries and n levels has D log(n) nats.
     """
-    bits = {"float32": 24, "bfloat16": 8}[config.precision]
+    bits = 8 if config.precision == "bfloat16" else 24
     latents = config.latent_size * bits * math.log(2.0)
     return min(latents, math.prod(data.image_shape) * math.log(data.levels)) if data.dtype == np.uint8 else latents
 

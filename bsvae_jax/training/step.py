@@ -23,7 +23,7 @@ from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.models.layers import Labels
 from bsvae_jax.models.vae import VAE, Decoded, Posterior
 from bsvae_jax.random import check_key, example_keys, example_positions, wrap_key
-from bsvae_jax.training.packed import pack, unpack
+from bsvae_jax.training.packed import AS_GIVEN, Form, as_given, in_form, in_types_of, unpack
 
 LOG_EVERY = 50
 """Steps over which one training row of the metrics is averaged, at most."""
@@ -74,6 +74,8 @@ class TrainState(struct.PyTreeNode):
     """Nats of the rate that cost nothing."""
     multiplier: Any = None
     """Of beta, where the schedule has one (`BetaSchedule.has_multiplier`); 1 at first."""
+    rounded: Any = None
+    """The parameters as the network uses them, between the steps of one program alone; None: they are rounded at every use."""
 
     @classmethod
     def create(
@@ -248,7 +250,9 @@ def train_step(
         # The average over the devices, so that gradients are right where JAX sums them itself (shard_map's check_vma).
         return objective.mean_objective(weighed, weight, axis_name), (terms, batch_stats, rate, weight)
 
-    (value, (terms, batch_stats, rate, weight)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    used = state.params if state.rounded is None else state.rounded
+    (value, (terms, batch_stats, rate, weight)), gradient = jax.value_and_grad(loss, has_aux=True)(used)
+    gradient = in_types_of(gradient, state.params)
     means = {name: jnp.mean(term) for name, term in terms._asdict().items()} | {"objective": value}
     gradient, means = objective.mean_over_devices((gradient, means), axis_name)
     updates, optimizer_state = state.optimizer.update(gradient, state.optimizer_state, state.params)
@@ -267,6 +271,7 @@ def train_step(
         optimizer_state=optimizer_state,
         ema_params=ema_params,
         multiplier=None if state.multiplier is None else beta_schedule.next_multiplier(state.multiplier, rate),
+        rounded=None if state.rounded is None else in_types_of(params, state.rounded),
     )
     if state.skip_nonfinite:
         finite = jnp.isfinite(means["objective"]) & jnp.isfinite(gradient_norm)
@@ -372,7 +377,7 @@ def run_steps(
     *,
     levels: int,
     augmentation: configs.Augmentation,
-    packed: bool = False,
+    form: Form = AS_GIVEN,
 ) -> tuple[TrainState, StepMetrics]:
     """`count` <= steps steps in one program, whatever `count`, so nothing is compiled again; metrics are [steps].
 
@@ -386,7 +391,7 @@ def run_steps(
       hyperparameters: beta, and numbers of the decoder variance and of the schedule of beta.
       levels: gray levels of stored uint8 images.
       augmentation: random changes of the images.
-      packed: keep the vectors of the parameters in one array between the steps, for an optimizer that treats all numbers alike.
+      form: of the parameters between the steps.
     """
 
     shape = data_shape_of(state.model)
@@ -394,7 +399,7 @@ def run_steps(
     def stored(i: Any) -> Array | Labeled:
         return rows_at(images, order[i], shape)
 
-    return _run_steps(state, stored, len(order), count, hyperparameters, levels, augmentation, packed)
+    return _run_steps(state, stored, len(order), count, hyperparameters, levels, augmentation, form)
 
 
 def run_streamed_steps(
@@ -405,12 +410,12 @@ def run_streamed_steps(
     *,
     levels: int,
     augmentation: configs.Augmentation,
-    packed: bool = False,
+    form: Form = AS_GIVEN,
 ) -> tuple[TrainState, StepMetrics]:
     """`run_steps` on images that come with the call: this device's share of each step's batch, [steps, B, ...]."""
     steps = len(jax.tree.leaves(batches)[0])
     stored = lambda i: jax.tree.map(lambda array: array[i], batches)  # noqa: E731
-    return _run_steps(state, stored, steps, count, hyperparameters, levels, augmentation, packed)
+    return _run_steps(state, stored, steps, count, hyperparameters, levels, augmentation, form)
 
 
 def _run_steps(
@@ -421,7 +426,7 @@ def _run_steps(
     hyperparameters: Hyperparameters,
     levels: int,
     augmentation: configs.Augmentation,
-    packed: bool,
+    form: Form,
 ) -> tuple[TrainState, StepMetrics]:
     def step(i: Any, state: TrainState) -> tuple[TrainState, StepMetrics]:
         batch = stored(i)
@@ -440,7 +445,6 @@ def _run_steps(
 
     # A GPU's host reads back at every step whether the loop goes on: tens of microseconds by estimate, where a step takes 2,900
     # (MNIST network, 512 images, bfloat16, H200). A scan of fixed length would take steps for nothing at the end of an epoch.
-    if packed:
-        state = pack(state, state.params)
-    state, history = jax.lax.fori_loop(0, count, body, (state, jnp.zeros((steps, len(StepMetrics._fields)))))
-    return unpack(state), StepMetrics(*history.T)
+    start = (in_form(state, form), jnp.zeros((steps, len(StepMetrics._fields))))
+    state, history = jax.lax.fori_loop(0, count, body, start)
+    return as_given(state), StepMetrics(*history.T)

@@ -11,9 +11,9 @@ of it on a CPU, on tiny networks.
 The columns:
 
 row           NETWORK-PRECISION: training as `bsvae train` does it, of configs/mnist.py in batches of 512 and of the network of
-              configs/celeba_paper.py in batches of 128, without augmentation; float32 means full float32 products.
-              torch-...: the same in PyTorch; tf32: float32 whose products round their factors. kernels-...: a profile of a
-              window of steps. sweep-...: 5 members of mnist-float32 trained at once. paper-table: extrapolated from those.
+              configs/celeba_paper.py in batches of 128, without augmentation; float32 means full float32 products,
+              tensorfloat32 such as round their factors. torch-...: the same in PyTorch. kernels-...: a profile of a window
+              of steps. sweep-...: 5 members of mnist-float32 trained at once. paper-table: extrapolated from those.
               invariance: small networks, against the CPU.
 images/s      median of the repeats, and their range; of all members of a sweep together
 utilization   floating-point operations of the steps, as the compiler counts them, over those of a large matrix product in the
@@ -88,9 +88,9 @@ def torch(options: argparse.Namespace, network: str, precision: str) -> Row:
     """PyTorch at the best of its settings."""
     if importlib.util.find_spec("torch") is None:
         return {"remarks": "left out: PyTorch is not installed"}
-    tf32 = precision == "tf32"
-    config, images = experiment(network, "float32" if tf32 else precision, options.quick)
-    peers = benchmark.measure_torch(config, images, options.repeats, options.seconds, tf32, TORCH_LIMIT)
+    peers = benchmark.measure_torch(
+        *experiment(network, precision, options.quick), options.repeats, options.seconds, TORCH_LIMIT
+    )
     best = max(peers, key=lambda peer: peer.median)
     others = [f"{peer.setting}: {f'{peer.median:,.0f}' if peer.median else peer.failure}" for peer in peers if peer is not best]
     return {
@@ -155,7 +155,11 @@ ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {
         f"sweep-{how}": lambda options, how=how: training(options, "mnist", "float32", MEMBERS, how) for how in ("vmap", "scan")
     },
     "paper-table": lambda options: {},  # from the others
-    **{f"torch-{network}-tf32": functools.partial(torch, network=network, precision="tf32") for network in NETWORKS},
+    **{
+        f"{prefix}{network}-tensorfloat32": functools.partial(run, network=network, precision="tensorfloat32")
+        for network in NETWORKS
+        for prefix, run in (("", training), ("torch-", torch))
+    },
 }
 """The most important first."""
 
@@ -181,7 +185,7 @@ def related(name: str, row: Row, rows: dict[str, Row]) -> Row:
         )
         return {"minutes": minutes, "remarks": remarks}
     if name.startswith("torch-"):
-        own, what = name.removeprefix("torch-").replace("tf32", "float32"), "of ours to PyTorch's"
+        own, what = name.removeprefix("torch-"), "of ours to PyTorch's"
         ratio = rate(rows.get(own, {})) / rate(row) if rate(row) else 0.0
     else:
         own, what = "mnist-float32", "to five separate runs, one after the other"

@@ -104,7 +104,7 @@ LAYERS = {
     "dense over positions": (dense(3, jnp.bfloat16), (16, 1024, 2), ()),
     "convolution": (Convolution(3, 3, dtype=jnp.bfloat16), MAPS, ()),
     "transposed": (TransposedConvolution(3, 1, dtype=jnp.bfloat16), MAPS, ((32, 32),)),
-    "unordered": (TransposedConvolution(3, 1, unordered=True, dtype=jnp.bfloat16), MAPS, ((64, 64),)),
+    "unordered": (TransposedConvolution(3, 1, unordered=True, dtype=jnp.bfloat16), (4, 4096, 2), ((64, 64),)),
     "transposed, doubling": (TransposedConvolution(3, 2, dtype=jnp.bfloat16), MAPS, ((64, 64),)),
     "batch norm": (BatchNorm(False, None, jnp.bfloat16), MAPS, ()),
     "batch norm in training": (BatchNorm(True, None, jnp.bfloat16), MAPS, ()),

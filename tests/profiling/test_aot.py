@@ -188,12 +188,21 @@ def test_a_machine_that_does_not_exist_is_refused(topology, devices, message):
         aot.machine(topology, devices)
 
 
-def test_bfloat16_is_refused_where_there_is_none():
-    check_precision("bfloat16", "NVIDIA L4")
+@pytest.mark.parametrize("precision", ["bfloat16", "tensorfloat32"])
+def test_a_precision_is_refused_where_there_is_none(precision):
+    check_precision(precision, "NVIDIA L4")
     check_precision("float32", "Tesla T4")
-    check_precision("bfloat16", "a chip that is not known")
-    with pytest.raises(UserError, match="Tesla T4 has no bfloat16; train in float32"):
-        check_precision("bfloat16", "Tesla T4")
+    check_precision(precision, "a chip that is not known")
+    with pytest.raises(UserError, match=f"Tesla T4 has no {precision}; train in float32"):
+        check_precision(precision, "Tesla T4")
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),  # of the data sheets, without sparsity
+    [("NVIDIA A100-SXM4-40GB", 156), ("NVIDIA H100 80GB HBM3", 494.5), ("TPU v5 lite", 197 / 3), ("Tesla T4", 8.1)],
+)
+def test_peaks_of_tensorfloat32(kind, teraflops):
+    assert CHIPS[kind].peak("tensorfloat32") == pytest.approx(teraflops * 1e12)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
@@ -228,7 +237,7 @@ def test_programs_compile_for_tpus(topology, which):
     celeba = DataShape((64, 64, 3), 256, np.dtype(np.uint8), 162_770, 19_962)
     members = 8 if which == "sweep" else 1
     compiled = aot.compile_training(config, celeba if which == "celeba" else MNIST, topology, members=members)
-    assert 0 < compiled.step.memory < compiled.available()
+    assert 0 < compiled.step.memory < compiled.memory
     assert compiled.images_per_second() > 10_000
     assert (compiled.step.communicated > 0) == (which != "sweep")
     assert "An estimate" in aot.describe(compiled)

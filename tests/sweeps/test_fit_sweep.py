@@ -251,12 +251,29 @@ def test_how_members_are_driven_is_chosen_by_what_was_measured():
     assert [choose_execution(config, platform) for config in (BASE, residual) for platform in ("gpu", "tpu")] == ["vmap"] * 4
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "pixels", "precision", "platform", "expected"),
+    [
+        (512, 28 * 28, "float32", "gpu", "scan"),
+        (512, 28 * 28, "tensorfloat32", "gpu", "scan"),
+        (128, 64 * 64, "float32", "gpu", "scan"),
+        (128, 28 * 28, "float32", "gpu", "vmap"),
+        (512, 28 * 28, "bfloat16", "gpu", "vmap"),
+        (512, 28 * 28, "float32", "tpu", "vmap"),
+    ],
+)
+def test_members_that_fill_a_gpu_alone_follow_one_another(batch_size, pixels, precision, platform, expected):
+    config = dataclasses.replace(BASE, network=Residual((4,)), batch_size=batch_size, precision=precision)
+    assert choose_execution(config, platform, pixels) == expected
+    assert choose_execution(dataclasses.replace(config, network=Linear()), platform, pixels) == "vmap"
+
+
 @pytest.mark.long
 def test_that_choice_is_taken_unless_another_is_made(three, trained, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(sweeps, "choose_execution", lambda *arguments: asked.append(arguments) or "loop")
     run_sweep(BASE, THREE, tmp_path / "sweep")
-    assert asked == [(BASE, "cpu")]
+    assert asked == [(BASE, "cpu"), (BASE, "cpu", 64)]  # before the data are read, and after
     assert trained == [[name] for name in NAMES]
     for name in NAMES:
         check_same(tmp_path / "sweep" / "members" / name, three / "members" / name)

@@ -1,4 +1,4 @@
-"""Training with the vectors of the parameters in one array, as on a GPU: the same numbers."""
+"""Training with the parameters in the forms that a GPU keeps them in: the same numbers."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ import pytest
 from bsvae_jax.config import MLP, Config, Mixture, Optimizer
 from bsvae_jax.objective import Learned
 from bsvae_jax.training import step
-from bsvae_jax.training.packed import Packed, pack, unpack
-from bsvae_jax.training.program import packs_vectors
+from bsvae_jax.training.packed import AS_GIVEN, Form, Packed, pack, unpack
+from bsvae_jax.training.program import form_of_parameters
 from bsvae_jax.training.state import build_hyperparameters, build_model, create_state
 
 OPTIMIZER = Optimizer(weight_decay=0.1, gradient_clip=1.0, ema_decay=0.9, skip_nonfinite=1)
@@ -22,11 +22,11 @@ CONFIG = Config(
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 16), np.uint8)
 
 
-def trained(config, packed):
+def trained(config, form):
     state = create_state(config, build_model(config, (4, 4, 1)), 9)
     arguments = (jnp.asarray(IMAGES), jnp.arange(12).reshape(3, 4), jnp.int32(2), build_hyperparameters(config))
     run = lambda state: step.run_steps(  # noqa: E731
-        state, *arguments, levels=256, augmentation=config.augmentation, packed=packed
+        state, *arguments, levels=256, augmentation=config.augmentation, form=form
     )
     return state, jax.jit(run)(state)
 
@@ -34,8 +34,8 @@ def trained(config, packed):
 @pytest.mark.long
 def test_steps_give_the_same_numbers_in_the_same_tree():
     """Decay that spares the prior, clipping, averages and the rate of the log-variance included; rounding alone differs."""
-    before, (expected, expected_metrics) = trained(CONFIG, packed=False)
-    _, (found, metrics) = trained(CONFIG, packed=True)
+    before, (expected, expected_metrics) = trained(CONFIG, AS_GIVEN)
+    _, (found, metrics) = trained(CONFIG, Form(packed=True))
     assert jax.tree.structure(found) == jax.tree.structure(before)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), metrics, expected_metrics)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.arrays(), expected.arrays())
@@ -60,7 +60,28 @@ class Own(Optimizer):
     """An optimizer that may not treat all numbers alike."""
 
 
-def test_only_adamw_on_gpus_is_packed():
-    assert packs_vectors(CONFIG, "gpu")
-    assert not packs_vectors(CONFIG, "cpu")
-    assert not packs_vectors(dataclasses.replace(CONFIG, optimizer=Own()), "gpu")
+@dataclasses.dataclass(frozen=True)
+class OwnNetwork(MLP):
+    """A network that may use its kernels in float32 as well."""
+
+
+def test_only_what_is_known_not_to_mind_is_packed_or_rounded_and_on_gpus_alone():
+    half = dataclasses.replace(CONFIG, precision="bfloat16")
+    assert form_of_parameters(CONFIG, "gpu") == Form(True, None)
+    assert form_of_parameters(half, "gpu") == Form(True, jnp.bfloat16)
+    assert form_of_parameters(half, "cpu") == form_of_parameters(half, "tpu") == AS_GIVEN
+    assert form_of_parameters(dataclasses.replace(half, optimizer=Own()), "gpu") == Form(False, jnp.bfloat16)
+    assert form_of_parameters(dataclasses.replace(half, network=OwnNetwork()), "gpu") == Form(True, None)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernels_that_are_kept_rounded_give_the_same_numbers(packed):
+    """And are rounded once a step: what is trained are the parameters, in float32."""
+    config = dataclasses.replace(CONFIG, precision="bfloat16")
+    before, (expected, expected_metrics) = trained(config, AS_GIVEN)
+    _, (found, metrics) = trained(config, Form(packed, jnp.bfloat16))
+    assert jax.tree.structure(found) == jax.tree.structure(before)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {jnp.dtype("float32")}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), metrics, expected_metrics)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found.arrays(), expected.arrays())
