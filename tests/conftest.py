@@ -19,7 +19,7 @@ import pytest
 # Hundreds of programs are compiled here and run for a moment: with the code generator's least effort it takes half the time.
 # `XLA_FLAGS= python -m pytest` runs what users run.
 FLAGS = "--xla_backend_optimization_level=0"
-if jax.__version_info__ < (0, 11):  # the generator of code before MLIR's, of a third of the time; later versions have it no more
+if jax.__version_info__ < (0, 11):  # code before MLIR, in a third of the time; later versions have it no more
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 jax.config.update("jax_num_cpu_devices", 8)

@@ -82,7 +82,7 @@ def convolve_transposed(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Resul
     )
 
 
-def convolve_transposed_unordered(x: Maps, kernel: Kernel) -> Unordered:
+def convolve_transposed_unordered(x: Maps, kernel: Kernel) -> Float[Array, "batch pixels features"]:
     """`convolve_transposed` to [B, 2h, 2w, F], as [B, 4hw, F], the pixels in the order that costs the platform least.
 
     What follows has to treat all pixels of the batch alike, until `convolve_unordered`. No platform copies anything to give its
