@@ -302,10 +302,12 @@ _LOADED = "_bsvae_config_"
 
 @contextlib.contextmanager
 def naming_fields(path: Path, *also: type) -> Iterator[None]:
-    """Says which field of which config (or of the classes `also`) a file got wrong."""
+    """Says which field of which config (or of the classes `also`) a file got wrong, or that a class of it is not frozen."""
     try:
         yield
     except TypeError as error:
+        if str(error) == "cannot inherit non-frozen dataclass from a frozen one":
+            raise UserError(f"{path}: a kind must be a frozen dataclass; write @dataclass(frozen=True).") from error
         unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
             raise
@@ -313,13 +315,7 @@ def naming_fields(path: Path, *also: type) -> Iterator[None]:
 
 
 def _unknown_field(class_name: str, name: str, *also: type) -> str:
-    known_classes: list[Any] = [
-        Config,
-        Augmentation,
-        FreeBits,
-        *also,
-        *(c for choice in CHOICES.values() for c in choice.values()),
-    ]
+    known_classes: tuple[Any, ...] = (Config, Augmentation, FreeBits, *also, *_SHORT)
     known = [f.name for c in known_classes if c.__name__ == class_name for f in dataclasses.fields(c)]
     return f"{class_name} has no field {name!r}{nearest(name, known)}."
 
@@ -368,6 +364,8 @@ def _find_kind(name: str, base: type, given: tuple[type, ...]) -> type:
         kind = getattr(module, class_name, None) if isinstance(module, ModuleType) else None
         if isinstance(kind, type) and issubclass(kind, base) and kind_name(kind) == name:
             return kind
+    if any(loaded == module_name or loaded.startswith(f"{_LOADED}{module_name}_") for loaded in sys.modules):
+        raise UserError(f"This needs the class {class_name} of {module_name}.py, which has no such {base.__name__} any more.")
     raise UserError(
         f"This needs the class {class_name} of {module_name}.py, which is not loaded, and a run folder never imports code by "
         f"itself. Give the file that defines it: --config {module_name}.py on the command line, restore(workdir, "

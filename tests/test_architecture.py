@@ -109,6 +109,15 @@ def test_help_needs_no_jax():
     assert not _loaded(code) & {*HEAVY, "jax", "flax", "optax", "tyro", "numpy"}
 
 
+def test_a_wrong_option_is_answered_with_few_imports():
+    """Of a command with a config file: besides JAX, Flax and the parser only what its classes are made of."""
+    config = PACKAGE.parent / "configs" / "digits.py"
+    for arguments in (["train", str(config), "--no-such-option", "1"], ["sweep", str(config), "--epochs", "abc"]):
+        loaded = _loaded(f"import bsvae_jax.cli.main as cli\ntry: cli.main({arguments})\nexcept SystemExit: pass")
+        assert {"jax", "flax", "tyro"} <= loaded
+        assert not loaded & {*HEAVY, "optax", "PIL", "tqdm", "psutil", "pooch"}
+
+
 def test_public_names_are_declared_once():
     """`__init__.pyi` says both what a type checker sees and what is imported when it is used."""
     tree = ast.parse((PACKAGE / "__init__.pyi").read_text())

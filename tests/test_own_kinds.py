@@ -94,6 +94,9 @@ def test_a_class_that_is_not_loaded(mine, run, tmp_path, capsys):
     with pytest.raises(UserError, match=r"needs the class Network of gone.py, which is not loaded.*--config gone.py"):
         bv.restore(other)
     assert "--config gone.py" in refused(capsys, "evaluate", other)
+    file = tmp_path / "gone.py"
+    file.write_text(mine.read_text())
+    assert "Network of gone.py, which has no such Network any more" in refused(capsys, "evaluate", other, "--config", file)
 
 
 WRONG = {
@@ -170,6 +173,13 @@ def test_wrong_classes_end_in_a_sentence_before_training(mine, tmp_path, case, c
     said = refused(capsys, "train", file, *SMALL, "--workdir", tmp_path / "run")
     assert re.search(sentence, said), said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dataclass_that_is_not_frozen(mine, tmp_path, capsys):
+    """Python refuses it while the file is run."""
+    file = tmp_path / "thawed.py"
+    file.write_text(mine.read_text().replace("@dataclass(frozen=True)\nclass PerChannel", "@dataclass\nclass PerChannel"))
+    assert "thawed.py: a kind must be a frozen dataclass; write @dataclass(frozen=True)." in refused(capsys, "train", file)
 
 
 # --- An optimizer ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-import psutil
 
 from bsvae_jax._io.terminal import log
 from bsvae_jax.errors import UserError, check_kind
@@ -75,6 +74,8 @@ def sha256_of(path: Path, progress: Callable[[int], Any] | None = None) -> str:
 
 def _sweep(folder: Path, name: str = "*") -> None:
     """Remove the temporary files, of any file or the one of this name, of processes that a kill has ended."""
+    import psutil  # only what writes needs it
+
     for left in folder.glob(f".{name}.*.part"):
         match = TEMPORARY.fullmatch(left.name)
         if match and not psutil.pid_exists(int(match[1])):

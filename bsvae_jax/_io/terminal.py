@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tqdm.auto import tqdm
-
 log = logging.getLogger("bsvae_jax")
 """Everything the package says. A program that embeds it configures this logger as any other."""
 
@@ -21,6 +19,8 @@ class _AboveTheBar(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message; warnings and errors say that they are."""
+        from tqdm.auto import tqdm  # here and below: a wrong option is answered without
+
         kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         tqdm.write(kind + record.getMessage(), file=sys.stderr)
 
@@ -78,6 +78,8 @@ class ProgressBar:
         self, total: int | None, initial: int, enabled: bool, unit: str = "images", description: str = "", leave: bool = True
     ):
         """A bar from `initial` to `total` images, if that is known, or of another `unit`; left standing at the end or not."""
+        from tqdm.auto import tqdm
+
         widget = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
         self._as_lines = enabled and not widget and not sys.stderr.isatty()
         self._total, self._done, self._unit = total, initial, unit

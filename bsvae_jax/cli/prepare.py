@@ -47,7 +47,7 @@ def prepare(
     """
     from bsvae_jax.config import TFDS, Folder
     from bsvae_jax.data import sources
-    from bsvae_jax.data.cache import prepared
+    from bsvae_jax.data.cache import load_prepared
 
     chosen: Folder | TFDS
     if Path(source).exists():
@@ -60,7 +60,7 @@ def prepare(
         chosen = TFDS(source, data_dir, manual_dir, train_split, test_split, crop, size, channels)
         sources.prepare_tfds(chosen)
     recipe = chosen.recipe()
-    images = prepared(recipe, skip_corrupt)
+    images = load_prepared(recipe, skip_corrupt)
     print(f"{images.sizes()}: {recipe.folder()}")
     options = [
         f"--data.{field.name.replace('_', '-')} {getattr(chosen, field.name)}"

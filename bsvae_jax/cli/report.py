@@ -32,7 +32,8 @@ def print_report(folder: Path) -> dict[str, Any]:
     from bsvae_jax.evaluation.metrics import as_json
     from bsvae_jax.sweeps.report import best_beta, differences, findings, status, write_report
     from bsvae_jax.sweeps.results import read_results
-    from bsvae_jax.sweeps.table import as_text, display_rows, error_bars, table_rows
+    from bsvae_jax.sweeps.table import as_json as table_as_json
+    from bsvae_jax.sweeps.table import as_text, display_rows, error_bars
 
     files: list[Path] = []
     with numbers_without_figures():
@@ -44,17 +45,10 @@ def print_report(folder: Path) -> dict[str, Any]:
     print("\n".join(sentences))
     if files:
         print(f"\nreport: {files[-1]}")
-    table = []
-    for row in table_rows(results):
-        names = ("decoder_variance", "prior", "beta_schedule")
-        setting = row.setting._asdict() | {name: getattr(row.setting, name).name for name in names}
-        cells = {name: {"mean": mean, "standard_deviation": deviation} for name, (mean, deviation) in row.cells.items()}
-        own = {"split": row.split, **setting, "seeds": row.seeds, "diverged": row.diverged, "quantities": cells}
-        table.append({**own, "difference": row.difference})
     return {
         "folder": folder,
         "status": status(results),
-        "table": table,
+        "table": table_as_json(results),
         "members": {member.name: as_json(member.report) for member in results.members},
         "failures": results.failures,
         "unfinished": results.unfinished,

@@ -34,27 +34,6 @@ batches on their way, in the same order. That order depends on seed and epoch al
 of devices.
 """
 
-from bsvae_jax.data.augmentation import Augmentation, augment
-from bsvae_jax.data.datasets import MNIST, TFDS, Arrays, Dataset, Digits, Folder, load, shape_of
-from bsvae_jax.data.image_set import DataShape, ImageSet, check_images, to_unit_interval
-from bsvae_jax.data.iterables import prepare
-from bsvae_jax.data.shuffle import ShuffledOrder
+import lazy_loader
 
-__all__ = [
-    "MNIST",
-    "TFDS",
-    "Arrays",
-    "Augmentation",
-    "DataShape",
-    "Dataset",
-    "Digits",
-    "Folder",
-    "ImageSet",
-    "ShuffledOrder",
-    "augment",
-    "check_images",
-    "load",
-    "prepare",
-    "shape_of",
-    "to_unit_interval",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

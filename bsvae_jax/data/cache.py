@@ -41,7 +41,7 @@ FEW = 4
 """Chunks that are decoded sooner than processes for it would have started."""
 
 
-def prepared(recipe: Recipe, skip_corrupt: bool = False, progress: bool = True) -> ImageSet:
+def load_prepared(recipe: Recipe, skip_corrupt: bool = False, progress: bool = True) -> ImageSet:
     """The images of a recipe as memory maps, prepared now unless they are already.
 
     Another process that prepares the same set is waited for. A prepared set that is damaged is made again.

@@ -10,16 +10,18 @@ import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from bsvae_jax._io.terminal import messages_shown
 from bsvae_jax.data.holdout import hold_out_validation
 from bsvae_jax.data.image_set import DataShape, ImageSet
-from bsvae_jax.data.recipe import Recipe
 from bsvae_jax.errors import UserError, as_number, check_count, check_kind, check_number, check_path, shown
 from bsvae_jax.objective import Kind, check_kind_of
+
+if TYPE_CHECKING:
+    from bsvae_jax.data.recipe import Recipe
 
 PUBLISHED = {
     "mnist": ((28, 28, 1), 60_000, 10_000),
@@ -190,7 +192,7 @@ class TFDS(Dataset):
                 raise UserError(f"data.{name} must be a name, got {getattr(self, name)!r}.")
         _check_preprocessing(self)
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> "Recipe":
         """What is to be decoded."""
         from bsvae_jax.data import sources
 
@@ -200,7 +202,7 @@ class TFDS(Dataset):
         """The prepared images; they are prepared at the first use."""
         from bsvae_jax.data import cache
 
-        return cache.prepared(self.recipe(), progress=progress)
+        return cache.load_prepared(self.recipe(), progress=progress)
 
     def shape(self) -> DataShape:
         """Of the sets whose sizes are known without reading them, else of the images."""
@@ -242,7 +244,7 @@ class Folder(Dataset):
         check_count("data.holdout_seed", self.holdout_seed, low=0)
         _check_preprocessing(self)
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> "Recipe":
         """What is to be decoded."""
         from bsvae_jax.data import sources
 
@@ -252,7 +254,7 @@ class Folder(Dataset):
         """The prepared images; they are prepared at the first use."""
         from bsvae_jax.data import cache
 
-        return cache.prepared(self.recipe(), progress=progress)
+        return cache.load_prepared(self.recipe(), progress=progress)
 
 
 def moved(source: Dataset, path: str | Path) -> Dataset:

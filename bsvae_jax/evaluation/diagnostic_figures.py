@@ -80,8 +80,8 @@ def draw_fitted(run: Restored, fitted: Restored, images: ImageSet, evaluated: Ev
       workdir: of the run.
     """
     parts = evaluated.splits.get("test") or next(iter(evaluated.splits.values()))
-    chosen = np.random.default_rng(0).permutation(len(parts.details.z))[:PLOTTED]
-    aggregate = parts.details.z
+    chosen = np.random.default_rng(0).permutation(len(parts.per_image.z))[:PLOTTED]
+    aggregate = parts.per_image.z
     mean = aggregate.mean(axis=0)
     _, _, axes = np.linalg.svd(aggregate - mean, full_matrices=False)
     latents = {"aggregate posterior q(z)": aggregate[chosen]}
@@ -116,7 +116,7 @@ def _residuals(parts: SplitEvaluation, title: str) -> Any:
     count = residuals.BINS // DENSITY_BINS
     width = 2 * residuals.LIMIT / count
     bins = (np.arange(count) + 0.5) * width - residuals.LIMIT
-    counts = dict(zip(residuals.STANDARDISED_BY, parts.details.residuals, strict=True))
+    counts = dict(zip(residuals.STANDARDIZED_BY, parts.per_image.residuals, strict=True))
     quantiles = {name: residuals.residual_quantiles(row, probabilities) for name, row in counts.items()}
     known = residuals.LIMIT - 1 / residuals.BINS_PER_UNIT  # the outermost bins hold all that lies beyond
     return diagnostic_plots.residual_calibration(

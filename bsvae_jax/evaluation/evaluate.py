@@ -20,8 +20,7 @@ from bsvae_jax.data.image_set import no_images, to_unit_interval
 from bsvae_jax.data.prefetch import DeviceImages, fits
 from bsvae_jax.distributed.mesh import data_mesh, replicate
 from bsvae_jax.errors import UserError, check_count, check_kind, nearest, shown
-from bsvae_jax.evaluation import aggregate_posterior, importance_weighted
-from bsvae_jax.evaluation import residuals as details
+from bsvae_jax.evaluation import aggregate_posterior, importance_weighted, residuals
 from bsvae_jax.evaluation.fid import distance as fid
 from bsvae_jax.evaluation.fid import inception, lenet, statistics
 from bsvae_jax.evaluation.fid.features import FeatureNetwork
@@ -89,7 +88,7 @@ class SplitEvaluation(NamedTuple):
     """What the numbers of one split were made of."""
 
     scores: SplitScores
-    details: details.Details
+    per_image: residuals.ImageStatistics
     rate: aggregate_posterior.RateSplit
     half_information: float
     """I(x; z) of every other image, nats."""
@@ -238,7 +237,7 @@ def _evaluate_split(
     key = split_key(run.config.seed, split)
     with ProgressBar(len(stored), 0, progress) as bar:
         bar.describe(f"{split}: residuals")
-        found = details.details_of_split(
+        found = residuals.image_statistics(
             run.model,
             variables,
             stored,
@@ -287,19 +286,19 @@ def _evaluate_split(
 
 
 def _quantities(parts: SplitEvaluation, images: ImageSet, samples: int | None) -> dict[str, Quantity]:
-    """What a split's details and bounds amount to."""
+    """What the images and the bounds of a split amount to."""
     rate = parts.rate
-    most, half = math.log(len(parts.details.z)), parts.half_information
+    most, half = math.log(len(parts.per_image.z)), parts.half_information
     saturated = float(rate.mutual_information.mean()) - half > aggregate_posterior.RISE
     limit = f" <= log N = {most:.2f}; {half:.2f} of half the images"
     limit += ", SATURATED: more images would raise it" if saturated else ""
     limited = "; too high, see mutual_information" if saturated else ""
-    one_sigma = details.residual_coverage(parts.details.residuals[0], np.array([1.0]))
+    one_sigma = residuals.residual_coverage(parts.per_image.residuals[0], np.array([1.0]))
     found = {}
-    if parts.details.ssim is not None:
-        window = details.window(*images.image_shape[:2])
+    if parts.per_image.ssim is not None:
+        window = residuals.window(*images.image_shape[:2])
         meaning = f"structural similarity of image and reconstruction, {window}-pixel window"
-        found["ssim"] = mean_quantity(parts.details.ssim, "", meaning)
+        found["ssim"] = mean_quantity(parts.per_image.ssim, "", meaning)
     found |= {
         "residuals_within_one_sigma": Quantity(
             float(one_sigma[0]), None, "", "share of residuals within one calibrated standard deviation; 0.683 if Gaussian"

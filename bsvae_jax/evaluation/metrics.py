@@ -193,11 +193,16 @@ def _quantity(value: Any, standard_error: Any, unit: Any, meaning: Any) -> Quant
 
 
 def as_table(report: Report) -> str:
-    """A report as text: a line per quantity, a column per split, standard errors and units."""
+    """A report as text: a line per quantity, a column per split, standard errors and units.
 
+    Where the meaning differs between splits, as by the number of images, it is that of the split which is named in it.
+    """
     rows = [["± standard error over images", *report, "unit", "meaning"]]
     for name in dict.fromkeys(name for quantities in report.values() for name in quantities):
         found = [quantities.get(name) for quantities in report.values()]
-        first = next(filter(None, found))
-        rows.append([name, *("" if own is None else own.cell() for own in found), first.unit, first.meaning])
+        split, first = next((split, own) for split, own in zip(report, found, strict=True) if own is not None)
+        meaning = (
+            first.meaning if all(own is None or own.meaning == first.meaning for own in found) else f"{split}: {first.meaning}"
+        )
+        rows.append([name, *("" if own is None else own.cell() for own in found), first.unit, meaning])
     return aligned(rows)

@@ -29,11 +29,11 @@ BINS = int(2 * LIMIT * BINS_PER_UNIT)
 WINDOW = 11
 """Pixels of the Gaussian window of SSIM (Wang et al. 2004); smaller for smaller images."""
 
-STANDARDISED_BY = ("one variance", "variance per pixel", "variance per image")
+STANDARDIZED_BY = ("one variance", "variance per pixel", "variance per image")
 """By which standard deviation residuals are divided: calibrated on the training set, the same per pixel, sigma*(x)."""
 
 
-class Details(NamedTuple):
+class ImageStatistics(NamedTuple):
     """Of N images with L latents; one posterior sample each."""
 
     ssim: np.ndarray | None
@@ -47,7 +47,7 @@ class Details(NamedTuple):
     log_prior: np.ndarray
     """`log p(z)`, nats, [N]."""
     residuals: np.ndarray
-    """Counts of standardized residuals of `x + u` in `BINS` equal bins over +-LIMIT, a row for each of `STANDARDISED_BY`;
+    """Counts of standardized residuals of `x + u` in `BINS` equal bins over +-LIMIT, a row for each of `STANDARDIZED_BY`;
     u is dequantization noise, which the variances include."""
 
 
@@ -122,7 +122,7 @@ def _parallelized(model: VAE, levels: int, similarity: bool, mesh: Mesh) -> Any:
     return parallelize(batch, mesh, specs, _Batch(**shares))
 
 
-def details_of_split(
+def image_statistics(
     model: VAE,
     variables: Mapping[str, Any],
     images: DeviceImages,
@@ -134,7 +134,7 @@ def details_of_split(
     batch_size: int,
     similarity: bool = True,
     progress: Callable[[int], None] | None = None,
-) -> Details:
+) -> ImageStatistics:
     """Pass over every image of a split once.
 
     Args:
@@ -153,7 +153,7 @@ def details_of_split(
     compute = _parallelized(model.clone(axis_name=None), levels, similarity, mesh)
     variances = (np.float32(calibration.variance), calibration.variance_per_pixel.astype(np.float32)[None])
     batches = []
-    residuals = np.zeros((len(STANDARDISED_BY), BINS), np.int64)
+    residuals = np.zeros((len(STANDARDIZED_BY), BINS), np.int64)
     for batch in run_over(images, mesh, batch_size, lambda *given: compute(variables, *given, key, *variances)):
         residuals += batch.residuals
         batches.append(batch._replace(residuals=None))
@@ -161,7 +161,7 @@ def details_of_split(
             done = len(batches) * len(batch.z)
             progress(min(done, count) - (done - len(batch.z)))
     per_image = jax.tree.map(np.float64, joined(batches, count))
-    return Details(*per_image)._replace(residuals=residuals)
+    return ImageStatistics(*per_image)._replace(residuals=residuals)
 
 
 def _cumulative(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +170,7 @@ def _cumulative(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def residual_quantiles(counts: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Quantiles of standardized residuals from one row of `Details.residuals`, linear within bins."""
+    """Quantiles of standardized residuals from one row of `ImageStatistics.residuals`, linear within bins."""
     edges, below = _cumulative(counts)
     return np.interp(probabilities, below, edges)
 

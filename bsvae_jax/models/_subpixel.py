@@ -29,7 +29,6 @@ from bsvae_jax.models.layers import LECUN, Bias, Initialization, add_bias, as_fl
 Maps = Float[Array, "batch height width channels"]
 Phases = Float[Array, "four_batch height width channels"]
 Unordered = Float[Array, "batch pixels channels"]
-ResultUnordered = Float[Array, "batch pixels features"]
 """All pixels of maps, in an order that the platform chooses, and mixed over the batch."""
 Kernel = Float[Array, "rows columns channels features"]
 Result = Float[Array, "batch result_height result_width features"]
@@ -83,7 +82,7 @@ def convolve_transposed(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Resul
     )
 
 
-def convolve_transposed_unordered(x: Maps, kernel: Kernel) -> ResultUnordered:
+def convolve_transposed_unordered(x: Maps, kernel: Kernel) -> Float[Array, "batch pixels features"]:
     """`convolve_transposed` to [B, 2h, 2w, F], as [B, 4hw, F], the pixels in the order that costs the platform least.
 
     What follows has to treat all pixels of the batch alike, until `convolve_unordered`. No platform copies anything to give its

@@ -52,9 +52,9 @@ the latents are their weights."""
 
 Images = Float[Array, "batch height width channels"]
 FeatureMaps = Float[Array, "batch map_height map_width features"]
-MapsOrPixels = Float[Array, "maps *positions channels"]
-ResultMapsOrPixels = Float[Array, "result_maps *result_positions features"]
-"""A map of each example, or its four phases."""
+MapsOrPixels = Float[Array, "batch *positions channels"]
+"""A map of each example, or its pixels in the platform's order."""
+ResultOrPixels = Float[Array, "batch *result_positions features"]
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,12 @@ class TransposedConvolution(nn.Module):
     """Stride 2: leave the pixels in the platform's order; stride 1: they are given so. See `_subpixel`."""
     dtype: Any = jnp.float32
 
-    def __call__(self, x: MapsOrPixels, size: tuple[int, int]) -> ResultMapsOrPixels:
+    def __call__(self, x: MapsOrPixels, size: tuple[int, int]) -> ResultOrPixels:
         """Maps [B, h, w, C] to [B, *size, features]."""
         return add_bias(*self.apart(x, size))
 
     @nn.compact
-    def apart(self, x: MapsOrPixels, size: tuple[int, int]) -> tuple[ResultMapsOrPixels, Bias]:
+    def apart(self, x: MapsOrPixels, size: tuple[int, int]) -> tuple[ResultOrPixels, Bias]:
         """The result without the bias, and the bias, for a `BatchNorm`."""
         start, shape = PYTORCH_TRANSPOSED, (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", start.kernel, shape, jnp.float32)

@@ -74,7 +74,7 @@ def program_cost(compiled: Any, gpu: bool = False) -> ProgramCost:
 
 _COLLECTIVE = re.compile(r" = ([^%]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)")
 _ARRAY = re.compile(r"(pred|[a-z]+(\d+)(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_ALONE = re.compile(r"replica_groups=(\{\{\d+\}[,}]|\[\d+,1\])")
+_GROUPS_OF_ONE = re.compile(r"replica_groups=(\{\{\d+\}[,}]|\[\d+,1\])")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
 """The same of newer compilers, which name the axes of the mesh."""
 
@@ -83,7 +83,7 @@ def _exchanges(attributes: str) -> bool:
     """Whether the groups of a collective have more than one device each."""
     named = _NAMED.search(attributes)
     if named is None:
-        return not _ALONE.search(attributes)
+        return not _GROUPS_OF_ONE.search(attributes)
     sizes = dict(axis.replace("'", "").strip().split("=") for axis in named[1].split(","))
     return any(int(sizes[axis.strip().strip("'")]) > 1 for axis in named[2].split(",") if axis.strip())
 

@@ -105,7 +105,7 @@ def best_beta(results: SweepResults) -> list[str]:
         value = display(*mean_and_deviation(family.members[best], "calibrated_elbo", "test"))
         where = chosen.format(value)
         sentences.append(
-            f"{family.label}: of {len(family.betas)} β, {family.betas[best]:g} has the best calibrated ELBO {where}."
+            f"{family.label}: of {len(family.betas)} values, β = {family.betas[best]:g} has the best calibrated ELBO {where}."
         )
     return sentences
 

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bsvae_jax._io.terminal import aligned
 from bsvae_jax.data.image_set import SPLIT_NAMES
@@ -121,6 +121,22 @@ def as_csv(results: SweepResults) -> str:
         difference = ["", ""] if row.difference is None else [repr(value) for value in row.difference]
         rows.append([*start, *numbers, *difference])
     return _csv(rows)
+
+
+def as_json(results: SweepResults) -> list[dict[str, Any]]:
+    """The table as plain JSON values, with the names of the kinds; `bsvae report --help` has the fields."""
+    return [
+        {
+            "split": row.split,
+            **row.setting._asdict(),
+            **{name: getattr(row.setting, name).name for name in ("decoder_variance", "prior", "beta_schedule")},
+            "seeds": row.seeds,
+            "diverged": row.diverged,
+            "quantities": {name: {"mean": mean, "standard_deviation": std} for name, (mean, std) in row.cells.items()},
+            "difference": row.difference,
+        }
+        for row in table_rows(results)
+    ]
 
 
 def members_csv(results: SweepResults) -> str:

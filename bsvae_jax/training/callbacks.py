@@ -17,7 +17,7 @@ from bsvae_jax import config as configs
 from bsvae_jax._io.files import write_atomically
 from bsvae_jax._io.terminal import ProgressBar, log
 from bsvae_jax.config import Config
-from bsvae_jax.errors import BsvaeError, UserError, check_choice, check_count, check_number
+from bsvae_jax.errors import BsvaeError, UserError, check_choice, check_count, check_kind, check_number
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.training.step import LOG_EVERY
 
@@ -112,8 +112,9 @@ class Callbacks:
         """They are called in this order.
 
         Raises:
-          UserError: one is no `Callback`.
+          UserError: one is no `Callback`, or they are no sequence.
         """
+        check_kind("callbacks", callbacks, Sequence, "give a list, callbacks=[...]")
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 hint = ", not the class" if isinstance(callback, type) else ""

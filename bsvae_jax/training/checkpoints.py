@@ -32,7 +32,7 @@ Warn = Callable[[str], None]
 
 FORMAT = 1
 """Version of what a checkpoint holds."""
-LEFTOVERS = ("never retrieved", "destroyed but it is pending", "Event loop is closed")
+_OF_PENDING_TASKS = ("never retrieved", "destroyed but it is pending", "Event loop is closed")
 """What asyncio logs of tasks that nobody waits for any more."""
 
 
@@ -79,14 +79,14 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 @contextlib.contextmanager
-def _leftovers_unheard() -> Iterator[None]:
+def _event_loop_unheard() -> Iterator[None]:
     """Of a checkpoint that does not load, Orbax asks for the first error only; what else it had begun complains at length.
 
     Tasks and coroutines do when they are collected: collect them within the block. What TensorStore's threads say of an event
     loop that is closed reaches no logger; only the command line leaves it unsaid.
     """
     log = logging.getLogger("asyncio")
-    others = lambda record: not any(said in record.getMessage() for said in LEFTOVERS)  # noqa: E731 - one for every block
+    others = lambda record: not any(said in record.getMessage() for said in _OF_PENDING_TASKS)  # noqa: E731 - one for every block
     log.addFilter(others)
     try:
         with warnings.catch_warnings():
@@ -137,7 +137,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
+def _one_process() -> ocp.options.MultiprocessingOptions:
     """For the process that asks alone: of several processes one saves, and the others need not take part."""
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
@@ -204,7 +204,7 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
             create=False,  # with several processes Orbax does not
             read_only=self._read_only,
-            multiprocessing_options=_alone(),
+            multiprocessing_options=_one_process(),
         )
         if not self._read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ class Checkpoints:
                 shutil.rmtree(left)
         # Orbax looks for the files to merge into one by a pattern, the unescaped path: where that is one, a file per array.
         one_file = glob.escape(str(self._folder)) == str(self._folder)
-        handler = ocp.StandardCheckpointHandler(use_ocdbt=one_file, multiprocessing_options=_alone())
+        handler = ocp.StandardCheckpointHandler(use_ocdbt=one_file, multiprocessing_options=_one_process())
         return ocp.CheckpointManager(epath.Path(self._folder), options=options, item_handlers=handler)
 
     def __enter__(self) -> "Checkpoints":
@@ -252,7 +252,7 @@ class Checkpoints:
         metadata = {"format": FORMAT, "sha256": digest(state), "step": step, **self._description}
         metrics = {"objective": math.inf if objective is None else objective}  # Orbax wants one
         self._saving = step
-        with self._explained():
+        with self._as_save_errors():
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, custom_metadata=metadata)
         if not self._trusted:
             self.wait()
@@ -265,12 +265,12 @@ class Checkpoints:
         Raises:
           SaveError: it cannot be; what was written of it is deleted, and saving may be tried again.
         """
-        with self._explained():
+        with self._as_save_errors():
             self._manager.wait_until_finished()
         self._saving = None
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _as_save_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:  # the system's word for a full disk, and TensorStore's
@@ -284,7 +284,7 @@ class Checkpoints:
             raise SaveError(f"The checkpoint of step {step} could not be written to {self._folder} ({reason}).") from error
 
     def _check_loads(self, step: int, state: Any, sha256: str) -> None:
-        with _leftovers_unheard():
+        with _event_loop_unheard():
             try:
                 restored = self._manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(_blank, state)))
                 reason = "" if digest(restored) == sha256 else "its arrays are not those that were saved"
@@ -339,7 +339,7 @@ class Checkpoints:
         failures = []
         for candidate in candidates:
             cause = None
-            with _leftovers_unheard():
+            with _event_loop_unheard():
                 try:
                     state = self._restore(candidate, target)
                     if not self._read_only:

@@ -34,7 +34,7 @@ from bsvae_jax.data import archives
 from bsvae_jax.data import cache as prepared_module
 from bsvae_jax.data import recipe as recipe_module
 from bsvae_jax.data._workers import Decoders, decode_all
-from bsvae_jax.data.cache import prepared, read_manifest
+from bsvae_jax.data.cache import load_prepared, read_manifest
 from bsvae_jax.data.decoding import CorruptImageError, Preprocessing, decode, decode_noted, read_header
 from bsvae_jax.data.image_files import find_images
 from bsvae_jax.errors import UserError
@@ -859,7 +859,7 @@ def test_the_manifest_says_everything(tmp_path):
     write_images(tmp_path / "photos" / "cats", 3)
     write_images(tmp_path / "photos" / "dogs", 3, seed=1)
     wanted = of(tmp_path / "photos", crop=5, size=4)
-    images = prepared(wanted, progress=False)
+    images = load_prepared(wanted, progress=False)
     manifest = read_manifest(wanted.folder())
     assert manifest["preprocessing"] == {"crop": 5, "size": 4, "channels": None}
     assert (manifest["shape"], manifest["splits"]) == ([4, 4, 3], {"train": 5, "test": 1})
@@ -953,7 +953,7 @@ def test_no_change_of_a_manifest_is_taken_for_the_set(tmp_path):
     write_images(tmp_path / "photos" / "cats", 3)
     write_images(tmp_path / "photos" / "dogs", 3, seed=1)
     wanted = of(tmp_path / "photos", size=4)
-    prepared(wanted, progress=False)
+    load_prepared(wanted, progress=False)
     path = wanted.folder() / "manifest.json"
     intact = path.read_text()
     others = [*changed(json.loads(intact)), 5, "x", None]
@@ -970,9 +970,9 @@ def test_no_change_of_a_manifest_is_taken_for_the_set(tmp_path):
 def test_a_set_under_the_name_of_another_is_made_again(tmp_path):
     write_images(tmp_path / "photos", 6)
     small, large = of(tmp_path / "photos", size=4), of(tmp_path / "photos", size=5)
-    prepared(small, progress=False)
+    load_prepared(small, progress=False)
     shutil.copytree(small.folder(), large.folder())
-    assert prepared(large, progress=False).image_shape == (5, 5, 3)
+    assert load_prepared(large, progress=False).image_shape == (5, 5, 3)
 
 
 @pytest.mark.parametrize(
@@ -984,7 +984,7 @@ def test_nonsense_in_the_record_of_an_unfinished_set(tmp_path, line):
     unfinished = wanted.folder().with_name(f".{wanted.folder().name}.unfinished")
     unfinished.mkdir(parents=True)
     (unfinished / "progress.jsonl").write_bytes(line + b"\n")
-    assert len(prepared(wanted, progress=False).train) == 5
+    assert len(load_prepared(wanted, progress=False).train) == 5
 
 
 def test_names_that_are_not_utf_8(tmp_path, caplog):
@@ -996,8 +996,8 @@ def test_names_that_are_not_utf_8(tmp_path, caplog):
     (folder / "a" / "\udce9.png").write_bytes(b"nonsense")
     wanted = of(folder)
     with pytest.raises(UserError, match="is not an image that can be read"):
-        prepared(wanted, progress=False)
-    images = prepared(wanted, skip_corrupt=True, progress=False)
+        load_prepared(wanted, progress=False)
+    images = load_prepared(wanted, skip_corrupt=True, progress=False)
     assert (images.name, images.label_names) == ("caf\\xe9", ("a", "caf\\xe9"))
     assert len(images.train) + len(images.test) == 6
     np.save(folder / "\udce9.npy", pixels(5, 4, 4))
@@ -1073,8 +1073,8 @@ def test_corrupt_images_are_left_out_and_listed(tmp_path, caplog):
     (tmp_path / "photos" / "test" / "0001.png").write_bytes(b"")
     wanted = of(tmp_path / "photos")
     with pytest.raises(UserError, match=r"0000\.png is not an image"):
-        prepared(wanted, progress=False)
-    images = prepared(wanted, skip_corrupt=True, progress=False)
+        load_prepared(wanted, progress=False)
+    images = load_prepared(wanted, skip_corrupt=True, progress=False)
     np.testing.assert_array_equal(images.train, np.delete(arrays, bad, axis=0))
     assert len(images.test) == 2
     skipped = read_manifest(wanted.folder())["skipped"]
@@ -1153,7 +1153,7 @@ def test_killed_at_any_moment_it_continues(tmp_path, own_cache):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoders, "decode", counted)
-        images = prepared(wanted, progress=False)
+        images = load_prepared(wanted, progress=False)
     assert sum(decoded) <= 1500 - (done - 1) * 150  # the test split's chunk has 150 images, others 256
     position = np.random.default_rng(0).permutation(1500)
     np.testing.assert_array_equal(images.test, arrays[np.sort(position[:150])])
@@ -1166,7 +1166,7 @@ def test_killed_at_random_moments_while_it_prepares(tmp_path, own_cache, capsys)
     """Until 15 have hit: from the first import to the renaming of the finished folder. The set is that of one go."""
     write_images(tmp_path / "photos", 2000, (4, 4, 3))
     wanted = of(tmp_path / "photos")
-    expected = prepared(wanted, progress=False).fingerprint()
+    expected = load_prepared(wanted, progress=False).fingerprint()
     shutil.rmtree(own_cache / "prepared")
     begun = time.monotonic()
     subprocess.run(script(tmp_path / "photos", 0.001), check=True, capture_output=True)
@@ -1222,7 +1222,7 @@ def test_a_dead_process_holds_no_lock(tmp_path, own_cache):
         time.sleep(0.01)
     process.kill()
     process.join()
-    assert len(prepared(wanted, progress=False).train) == 4
+    assert len(load_prepared(wanted, progress=False).train) == 4
 
 
 def _hold(path: str) -> None:

@@ -215,9 +215,10 @@ def test_the_best_beta_is_chosen_on_the_validation_images():
 
     both = [member(1.0, validation=20.0, test=23.0), member(10.0, validation=30.0, test=13.0)]
     assert sentence(both) == (
-        "of 2 β, 10 has the best calibrated ELBO on the validation images, by which it is chosen, and 13 nats on the test set."
+        "of 2 values, β = 10 has the best calibrated ELBO on the validation images, by which it is chosen, "
+        "and 13 nats on the test set."
     )
     assert sentence([member(1.0, test=23.0), member(10.0, test=13.0)]) == (
-        "of 2 β, 1 has the best calibrated ELBO on the test set, 23 nats (chosen on that set; a finer grid may have a better "
-        "one)."
+        "of 2 values, β = 1 has the best calibrated ELBO on the test set, 23 nats (chosen on that set; a finer grid may "
+        "have a better one)."
     )

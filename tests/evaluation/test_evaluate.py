@@ -8,6 +8,7 @@ from scipy import stats
 
 from bsvae_jax.evaluation import plots
 from bsvae_jax.evaluation.metrics import (
+    Quantity,
     as_json,
     as_table,
     calibrated_elbo,
@@ -143,6 +144,14 @@ def test_table_and_json_say_the_same(scores):
     assert from_json(values) == report
     (line,) = [line for line in as_table(report).splitlines() if line.startswith("rate ")]
     assert f"{scores.rate.mean():.5g} ± " in line
+
+
+def test_a_meaning_with_numbers_of_a_split_names_the_split():
+    information = {split: Quantity(size, None, "nats", f"<= log N = {size}") for split, size in (("train", 7.0), ("test", 5.0))}
+    report = {split: {"rate": Quantity(8.0, 0.5, "nats", "KL"), "information": own} for split, own in information.items()}
+    _, rate, bound = as_table(report).splitlines()
+    assert rate.split() == ["rate", *["8", "±", "0.5"] * 2, "nats", "KL"]
+    assert bound.split() == ["information", "7", "5", "nats", *["train:", "<=", "log", "N", "=", "7.0"]]
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_distances_grow_with_what_is_wrong(digits, network):
 
 
 IMAGES = np.zeros((4, 8, 8, 1), np.uint8)
-LABELLED = ImageSet("mine", IMAGES, IMAGES, train_labels=np.arange(4), test_labels=np.arange(4))
+LABELED = ImageSet("mine", IMAGES, IMAGES, train_labels=np.arange(4), test_labels=np.arange(4))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ LABELLED = ImageSet("mine", IMAGES, IMAGES, train_labels=np.arange(4), test_labe
 )
 def test_images_it_cannot_learn_from_are_refused(changes, sentence):
     with pytest.raises(UserError, match=sentence):
-        lenet.network(dataclasses.replace(LABELLED, **changes))
+        lenet.network(dataclasses.replace(LABELED, **changes))
 
 
 def test_a_damaged_file_is_named(digits, monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from bsvae_jax.evaluation import nearest_neighbors, residuals
 from bsvae_jax.evaluation.diagnostic_figures import linear, spherical
 from bsvae_jax.evaluation.nearest_neighbors import nearest_images
 from bsvae_jax.evaluation.residuals import (
-    details_of_split,
+    image_statistics,
     residual_coverage,
     residual_quantiles,
     structural_similarity,
@@ -79,7 +79,7 @@ def passed():
         options = dict(levels=LEVELS, mesh=mesh, batch_size=8)
         results.append(
             (
-                details_of_split(model, placed, stored, jax.random.key(5), calibration, **options),
+                image_statistics(model, placed, stored, jax.random.key(5), calibration, **options),
                 score_split(model, placed, stored, jax.random.key(5), **options),
             )
         )

@@ -401,7 +401,7 @@ def test_rates_per_latent_bound_what_each_says_of_the_image(tmp_path):
     config = dataclasses.replace(SMALL, prior=Mixture(3), epochs=10)
     images = fit(config, tmp_path, progress=False).images
     parts = evaluate.evaluate(restore(tmp_path), images, ("train",)).splits["train"]
-    mean, log_variance = parts.details.posterior_mean, parts.details.posterior_log_variance
+    mean, log_variance = parts.per_image.posterior_mean, parts.per_image.posterior_log_variance
     variance = mean.var(axis=0) + np.exp(log_variance).mean(axis=0)
     # KL of Gaussians written out, not the shortcut that the moments allow.
     each = 0.5 * (np.log(variance) - log_variance + (np.exp(log_variance) + (mean - mean.mean(axis=0)) ** 2) / variance - 1)

@@ -576,7 +576,7 @@ def test_batch_statistics_are_those_of_the_global_batch(part):
     outputs, updates = lifted(variables, share)
     expected, expected_updates = jax.jit(apply(whole))(variables, together)
     for value, exact in zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True):
-        assert relative_error(value.reshape(exact.shape), exact) < 1e-5
+        assert relative_error(value.reshape(exact.shape), exact) < 3e-5  # sums of other orders, cancelled layer after layer
     for value, exact in zip(jax.tree.leaves(updates), jax.tree.leaves(expected_updates), strict=True):
         for device in range(devices):
             assert relative_error(value[device], exact) < 1e-5

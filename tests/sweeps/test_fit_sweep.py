@@ -111,15 +111,6 @@ def compare_reports(folder, expected, rel):
         assert one == pytest.approx(other, rel=rel)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_programs_are_compiled_once():
-    """Of the programs of a small model most take less time than is kept elsewhere."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
 @pytest.fixture(autouse=True)
 def unmeasured(request, monkeypatch):
     """Memory is measured by compiling; most tests have enough of it. Those that ask for `measured` see the real thing."""

@@ -142,6 +142,8 @@ class Stopper(bv.Callback):
 def test_what_is_no_callback_is_refused(wrong, tmp_path, unchecked):
     with pytest.raises(UserError, match=r"callbacks must be instances of classes derived from bsvae_jax\.Callback"):
         bv.fit(CONFIG, tmp_path / "run", False, [wrong])
+    with pytest.raises(UserError, match=r"callbacks must be of type Sequence.*give a list, callbacks="):
+        bv.fit(CONFIG, tmp_path / "run", False, bv.Callback())
     with pytest.raises(UserError, match="callbacks must be instances"):
         bv.fit_sweep(CONFIG, GRID, tmp_path / "run", progress=False, callbacks=[wrong])
     assert not (tmp_path / "run").exists()
