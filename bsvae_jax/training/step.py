@@ -444,7 +444,7 @@ def _run_steps(
         return state, history.at[i].set(jnp.stack(metrics))
 
     # A GPU's host reads back at every step whether the loop goes on: tens of microseconds by estimate, where a step takes 2,900
-    # (MNIST, 512 images, bfloat16, H200). A fixed length has the same 293 kernels a step, and steps for nothing in the last window.
+    # (MNIST, 512 images, bfloat16, H200). A fixed length has the same 293 kernels, and steps for nothing in the last window.
     start = (in_form(state, form), jnp.zeros((steps, len(StepMetrics._fields))))
     state, history = jax.lax.fori_loop(0, count, body, start)
     return as_given(state), StepMetrics(*history.T)
