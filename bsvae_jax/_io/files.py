@@ -115,23 +115,33 @@ def write_json(path: Path, values: dict[str, Any], indent: int | None = 2) -> No
 
 
 @contextlib.contextmanager
-def read_json(path: Path, remedy: str = "") -> Iterator[Any]:
-    """The values of a JSON file, for the block that makes sense of them.
+def sense_of(path: Path, remedy: str = "") -> Iterator[None]:
+    """For a block that makes sense of what a file holds: what values of other types, missing or too large ones raise there.
 
     Raises:
-      UserError: it is no JSON, it was edited since `write_json` wrote it, or the block raised what values of other types,
-        missing ones or too large ones do; the sentence ends with `remedy`. A UserError of the block is passed on.
+      UserError: that, with the file's name and at the end the `remedy`. A UserError of the block is passed on.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and values.get("digest", digest_of(values)) != digest_of(values):
-            raise ValueError("it was changed after it was written")
-        yield values
+        yield
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         ending = f"; {remedy}." if remedy else "."
         raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}){ending}") from error
+
+
+@contextlib.contextmanager
+def read_json(path: Path, remedy: str = "") -> Iterator[Any]:
+    """The values of a JSON file, for the block that makes sense of them.
+
+    Raises:
+      UserError: it is no JSON, it was edited since `write_json` wrote it, or the block made no sense of it (`sense_of`).
+    """
+    with sense_of(path, remedy):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.get("digest", digest_of(values)) != digest_of(values):
+            raise ValueError("it was changed after it was written")
+        yield values
 
 
 @contextlib.contextmanager

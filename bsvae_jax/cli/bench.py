@@ -1,10 +1,10 @@
 """`bsvae bench`: the speed of training, measured."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from bsvae_jax.cli.document import document
 from bsvae_jax.cli.experiment import ConfigFile, Experiment, keep_compiled_programs, read_experiment
-from bsvae_jax.cli.options import Merged, call
+from bsvae_jax.cli.options import Merged
 
 
 def bench(
@@ -51,6 +51,6 @@ def bench(
         found |= {"speed": speed, "torch": peers}
 
 
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(bench, arguments, experiment=read_experiment("bench", arguments))
+def defaults(arguments: list[str]) -> dict[str, Any]:
+    """What the options are without being given: the experiment of the config file."""
+    return {"experiment": read_experiment("bench", arguments)}

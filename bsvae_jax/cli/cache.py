@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-from bsvae_jax.cli.options import call
 from bsvae_jax.errors import UserError, nearest
 
 
@@ -47,8 +46,3 @@ def _entries(folder: Path) -> dict[str, Path]:
 def _size(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(cache, arguments)

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from bsvae_jax.cli.document import document
-from bsvae_jax.cli.options import call
 from bsvae_jax.errors import UserError
 
 
@@ -53,8 +52,3 @@ def compare(
 
             save(comparison.figure(), figure)
             print(f"figure: {figure}")
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(compare, arguments)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bsvae_jax.cli.document import document
 from bsvae_jax.cli.experiment import ConfigFile, Experiment, read_experiment
-from bsvae_jax.cli.options import Merged, call
+from bsvae_jax.cli.options import Merged
 from bsvae_jax.config import Config
 from bsvae_jax.errors import check_count, check_number
 
@@ -115,6 +115,6 @@ def _describe(
     return {**aot.as_json(compiled), "largest_batch": largest, "sampling": sampling._replace(kernels=())}
 
 
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(compile, arguments, experiment=read_experiment("compile", arguments))
+def defaults(arguments: list[str]) -> dict[str, Any]:
+    """What the options are without being given: the experiment of the config file."""
+    return {"experiment": read_experiment("compile", arguments)}

@@ -1,14 +1,13 @@
 """`bsvae completion`: what the tab key does."""
 
 import contextlib
-import importlib
 import io
 from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
-from bsvae_jax.cli import options
+from bsvae_jax.cli.options import command_of
 
 
 def completion(shell: Annotated[Positional[Literal["bash", "zsh", "fish"]], tyro.conf.arg(metavar="SHELL")]) -> None:
@@ -25,9 +24,7 @@ def completion(shell: Annotated[Positional[Literal["bash", "zsh", "fish"]], tyro
     """
     from bsvae_jax.cli.main import COMMANDS
 
-    with options.noted() as commands:
-        for name in COMMANDS:
-            importlib.import_module(f"bsvae_jax.cli.{name.replace('-', '_')}").main(["--help"])
+    commands = {name: command_of(name, ["--help"]) for name in COMMANDS}
     script = io.StringIO()
     try:
         with contextlib.redirect_stdout(script):
@@ -37,8 +34,3 @@ def completion(shell: Annotated[Positional[Literal["bash", "zsh", "fish"]], tyro
             raise
     # Where the script has nothing to say, bash's own completion names files.
     print(script.getvalue().replace("complete -F ", "complete -o default -F "))
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    options.call(completion, arguments)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bsvae_jax.cli.document import document
 from bsvae_jax.cli.environment import numbers_without_figures
-from bsvae_jax.cli.options import Data, Merged, Prior, Run, call
+from bsvae_jax.cli.options import Data, Merged, Prior, Run
 from bsvae_jax.cli.report import print_report
 from bsvae_jax.errors import UserError, check_count
 
@@ -154,8 +154,3 @@ def _evaluate_run(
             diagnostic_figures.draw_fitted(restored, with_fitted, images, evaluated, folder)
         print(f"figures: {folder / 'figures'}")
     return {**found, "figures": folder / "figures"}
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(evaluate, arguments)

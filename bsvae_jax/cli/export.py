@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from bsvae_jax.cli.options import Merged, Run, call
+from bsvae_jax.cli.options import Merged, Run
 from bsvae_jax.errors import UserError
 
 
@@ -47,8 +47,3 @@ def export(
         run.workdir, run.workdir / "stablehlo" if out is None else out, run.checkpoint, overwrite
     )
     print(f"encoder: {encoder}\ndecoder: {decoder}")
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(export, arguments)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from bsvae_jax.cli.options import Data, Merged, Run, call
+from bsvae_jax.cli.options import Data, Merged, Run
 
 
 def fit_prior(
@@ -49,8 +49,3 @@ def fit_prior(
         "falls by the difference.\n"
         f"bsvae sample {workdir} --prior fitted and bsvae evaluate {workdir} --prior fitted use it."
     )
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(fit_prior, arguments)

@@ -1,12 +1,12 @@
 """`bsvae import-torch`: weights of the paper's PyTorch network."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from bsvae_jax.cli.experiment import ConfigFile, Experiment, read_experiment
-from bsvae_jax.cli.options import Merged, call
+from bsvae_jax.cli.options import Merged
 
 
 def import_torch(
@@ -40,6 +40,6 @@ def import_torch(
     print(f"Its variance is not calibrated; bsvae evaluate {folder} takes that of the training set.")
 
 
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(import_torch, arguments, experiment=read_experiment("import-torch", arguments, ("FILE", "CONFIG")))
+def defaults(arguments: list[str]) -> dict[str, Any]:
+    """What the options are without being given: the experiment of the config file."""
+    return {"experiment": read_experiment("import-torch", arguments, ("FILE", "CONFIG"))}

@@ -3,7 +3,6 @@
 import argparse
 import errno
 import gc
-import importlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -59,10 +58,12 @@ def _run(arguments: list[str]) -> None:
     with messages_shown():
         gc.disable()  # nothing of what is imported is garbage, and looking for it takes a tenth of the time
         try:
-            command = importlib.import_module(f"bsvae_jax.cli.{name.replace('-', '_')}")
+            from bsvae_jax.cli.options import read_options
+
+            command = read_options(name, arguments[1:])
         finally:
             gc.enable()
-        command.main(arguments[1:])
+        command()
     sys.stdout.flush()
 
 

@@ -1,11 +1,11 @@
-"""Options that several commands share, and how a command is called with them."""
+"""Options that several commands share, and how the options of a command are read."""
 
 import contextlib
-import contextvars
 import functools
+import importlib
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -24,43 +24,25 @@ Checkpoint = Literal["latest", "best"]
 Prior = Literal["model", "fitted"]
 
 
-def call(command: Callable[..., None], arguments: list[str], **defaults: Any) -> None:
-    """Call a command with its parameters as options; `defaults` are those that are known only now."""
-    if (noted := _NOTED.get()) is not None:
-        noted[_name(command)] = _parsed(command, defaults)
-        return
-    read_options(command, arguments, **defaults)()
+def command_of(name: str, arguments: list[str]) -> Callable[..., Callable[[], None]]:
+    """The command of that name as a function of its options, for `parse`; it returns the call that they amount to.
 
+    It is the function of the same name in the file of the same name. Where that file has a function `defaults`, it says which
+    defaults are known only now, of the config file among the `arguments`.
+    """
+    module = importlib.import_module(f"bsvae_jax.cli.{name.replace('-', '_')}")
+    command = getattr(module, name.replace("-", "_"))
 
-_NOTED: contextvars.ContextVar[dict[str, Callable[..., Any]] | None] = contextvars.ContextVar("noted", default=None)
-
-
-@contextlib.contextmanager
-def noted() -> Iterator[dict[str, Callable[..., Any]]]:
-    """Within the block `call` calls nothing, but notes each command, by its name: a function of its options for tyro."""
-    found: dict[str, Callable[..., Any]] = {}
-    token = _NOTED.set(found)
-    try:
-        yield found
-    finally:
-        _NOTED.reset(token)
-
-
-def _name(command: Callable[..., None]) -> str:
-    return command.__name__.replace("_", "-")
-
-
-def _parsed(command: Callable[..., None], defaults: dict[str, Any]) -> Callable[..., Callable[[], None]]:
     @functools.wraps(command)
     def parsed(*values: Any, **options: Any) -> Callable[[], None]:
         return functools.partial(command, *values, **options)
 
-    return functools.partial(parsed, **defaults)
+    return functools.partial(parsed, **(module.defaults(arguments) if hasattr(module, "defaults") else {}))
 
 
-def read_options(command: Callable[..., None], arguments: list[str], **defaults: Any) -> Callable[[], None]:
-    """The call of a command that its options amount to, which is still to be made."""
-    return parse(_parsed(command, defaults), prog=f"bsvae {_name(command)}", args=arguments)
+def read_options(name: str, arguments: list[str]) -> Callable[[], None]:
+    """The call of a command that its arguments amount to, which is still to be made."""
+    return parse(command_of(name, arguments), prog=f"bsvae {name}", args=arguments)
 
 
 def parse(target: Any, **options: Any) -> Any:

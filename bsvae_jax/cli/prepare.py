@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from bsvae_jax.cli.options import call
 from bsvae_jax.errors import UserError
 
 
@@ -68,8 +67,3 @@ def prepare(
         if getattr(chosen, field.name) != field.default
     ]
     print(f"bsvae train CONFIG --data {kind} {' '.join(options)}")
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(prepare, arguments)

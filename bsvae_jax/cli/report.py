@@ -5,7 +5,7 @@ from typing import Any
 
 from bsvae_jax.cli.document import document
 from bsvae_jax.cli.environment import numbers_without_figures
-from bsvae_jax.cli.options import Merged, Workdir, call
+from bsvae_jax.cli.options import Merged, Workdir
 
 
 def report(folder: Merged[Workdir], json: bool = False) -> None:
@@ -55,8 +55,3 @@ def print_report(folder: Path) -> dict[str, Any]:
         "sentences": sentences,
         "files": files,
     }
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(report, arguments)

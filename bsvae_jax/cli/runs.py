@@ -6,7 +6,6 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from bsvae_jax.cli.document import document
-from bsvae_jax.cli.options import call
 
 
 def runs(
@@ -32,8 +31,3 @@ def runs(
     with document(json) as found:
         found["runs"] = list_runs(folder, members)
         print(as_text(found["runs"], folder) if found["runs"] else f"There is no run in {folder}.")
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(runs, arguments)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from bsvae_jax.cli.options import Merged, Prior, Run, call
+from bsvae_jax.cli.options import Merged, Prior, Run
 from bsvae_jax.errors import UserError
 
 OTHER_FILES = (
@@ -91,8 +91,3 @@ def sample(
         raise UserError(f"{out} cannot be written ({error.strerror}).") from error
     before = f", {present} of them there already" if present else ""
     print(f"{count} images {restored.image_shape}{before}: {out}")
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(sample, arguments)

@@ -17,7 +17,7 @@ from bsvae_jax.cli.experiment import (
     keep_compiled_programs,
     read_config,
 )
-from bsvae_jax.cli.options import Merged, call
+from bsvae_jax.cli.options import Merged
 from bsvae_jax.cli.report import print_report
 from bsvae_jax.config import Config
 from bsvae_jax.errors import DivergenceError
@@ -121,10 +121,10 @@ def sweep(
         raise DivergenceError(f"{len(result.failed)} diverged: {', '.join(result.failed)}. The report has the rest.")
 
 
-def main(arguments: list[str]) -> None:
-    """Run the command."""
+def defaults(arguments: list[str]) -> dict[str, Any]:
+    """What the options are without being given: the config and the grid of the config file."""
     config = read_config("sweep", arguments, kinds=DataAndNetwork)
     file_grid = Sweep() if arguments[0] in ("-h", "--help") else load_sweep(arguments[0])
     base = _Base(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
     lists = _Lists(file_grid.beta, file_grid.learning_rate, file_grid.seeds)
-    call(sweep, arguments, config=base, lists=lists, file_grid=file_grid)
+    return {"config": base, "lists": lists, "file_grid": file_grid}

@@ -1,10 +1,11 @@
 """`bsvae train`: one experiment."""
 
 from pathlib import Path
+from typing import Any
 
 from bsvae_jax.cli.environment import numbers_without_figures
 from bsvae_jax.cli.experiment import ConfigFile, Experiment, keep_compiled_programs, read_experiment
-from bsvae_jax.cli.options import Merged, Processes, call
+from bsvae_jax.cli.options import Merged, Processes
 
 
 def train(
@@ -56,6 +57,6 @@ def train(
         print(f"figures: {folder / 'figures'}")
 
 
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    call(train, arguments, experiment=read_experiment("train", arguments))
+def defaults(arguments: list[str]) -> dict[str, Any]:
+    """What the options are without being given: the experiment of the config file."""
+    return {"experiment": read_experiment("train", arguments)}

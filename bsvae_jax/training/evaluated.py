@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from bsvae_jax._io.files import read_json, write_json
-from bsvae_jax.errors import UserError
+from bsvae_jax._io.files import read_json, sense_of, write_json
 from bsvae_jax.evaluation.metrics import Report, as_json, from_json
 from bsvae_jax.evaluation.scores import Calibration
 from bsvae_jax.training.identity import check_run, identity, read_run_arrays
@@ -18,11 +17,9 @@ def read_calibration(folder: Path) -> Calibration | None:
         return None
     remedy = "delete it, and `bsvae train` or `bsvae evaluate` measures it again"
     values = read_run_arrays(path, remedy)
-    try:
+    with sense_of(path, remedy):
         per_pixel = values["variance_per_pixel"]
         return Calibration(int(values["step"]), float(values["variance"]), per_pixel, float(values["floor"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}.") from error
 
 
 class Evaluation(NamedTuple):

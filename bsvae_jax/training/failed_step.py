@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from bsvae_jax._io.files import as_path
+from bsvae_jax._io.files import as_path, sense_of
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.prefetch import gather
@@ -100,9 +100,10 @@ def failed_step(workdir: str | Path) -> FailedStep:
     path = folder / "failure.npz"
     if not path.is_file():
         raise UserError(f"{folder} has no failure.npz: no step of this run was found not to be finite.")
-    arrays = read_run_arrays(path, "train again to get it back")
+    remedy = "train again to get it back"
+    arrays = read_run_arrays(path, remedy)
     model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
-    try:
+    with sense_of(path, remedy):
         state = create_state(info.config, model, int(arrays["total"]))
         restored: Mapping[str, Any] = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jnp.asarray(arrays[f"state{jax.tree_util.keystr(path)}"]), state.arrays()
@@ -110,7 +111,3 @@ def failed_step(workdir: str | Path) -> FailedStep:
         key = wrap_key(jnp.asarray(arrays["key"]))
         images, labels = jnp.asarray(arrays["images"]), jnp.asarray(arrays["labels"]) if "labels" in arrays else None
         return FailedStep(state.with_arrays(restored), images, key, *build_hyperparameters(info.config), labels)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); train again to get it back.") from error

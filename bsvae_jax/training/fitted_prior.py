@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key
 
 from bsvae_jax import config as configs
-from bsvae_jax._io.files import read_arrays, write_arrays
+from bsvae_jax._io.files import read_arrays, sense_of, write_arrays
 from bsvae_jax.errors import UserError, check_count, nearest
 from bsvae_jax.random import make_key
 
@@ -280,7 +280,7 @@ def read_fitted(folder: Path) -> FittedPrior | None:
         return None
     remedy = "bsvae fit-prior --overwrite makes it again"
     arrays = read_arrays(path, remedy)
-    try:
+    with sense_of(path, remedy):
         about = json.loads(str(arrays.pop("about")))
         if about.pop("format") > FORMAT:
             raise UserError(f"{path} was written by a newer bsvae_jax than this one; {remedy}.")
@@ -289,10 +289,6 @@ def read_fitted(folder: Path) -> FittedPrior | None:
         fitted = FittedPrior(prior=prior, parameters=parameters, **about)
         _check_parameters(fitted)
         return fitted
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}.") from error
 
 
 def _check_parameters(fitted: FittedPrior) -> None:

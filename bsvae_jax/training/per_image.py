@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bsvae_jax.errors import UserError
+from bsvae_jax._io.files import sense_of
 from bsvae_jax.training.identity import read_run_arrays, write_run_arrays
 
 
@@ -23,7 +23,5 @@ def read_per_image(folder: Path, step: int) -> np.ndarray | None:
     if not path.is_file():
         return None
     values = read_run_arrays(path, remedy)
-    try:
+    with sense_of(path, remedy):
         return np.asarray(values["calibrated_elbo"], np.float64) if int(values["step"]) == step else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}.") from error

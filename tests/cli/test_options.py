@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import re
 import typing
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from helpers import main, refused
 import bsvae_jax as bv
 from bsvae_jax.cli import main as cli
 from bsvae_jax.cli.experiment import Experiment, Fields, Kinds, read_config, read_experiment
-from bsvae_jax.cli.options import Merged, Run, call
+from bsvae_jax.cli.options import Merged, Run, parse
 from bsvae_jax.config import CHOICES
 from bsvae_jax.sweeps.grid import choose_schedules
 
@@ -46,14 +47,12 @@ class Whole:
 
 def parsed(command, *arguments, **defaults):
     """What `command` is called with."""
-    calls = []
 
     def wrapped(value):
-        calls.append(value)
+        return value
 
     wrapped.__annotations__["value"] = command
-    call(wrapped, list(arguments), **defaults)
-    return calls[0]
+    return parse(functools.partial(wrapped, **defaults), args=list(arguments))
 
 
 def test_the_class_of_the_default_decides_which_options_there_are():
