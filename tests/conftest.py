@@ -19,7 +19,10 @@ import pytest
 # Hundreds of programs are compiled here and run for a moment: with the code generator's least effort it takes half the time.
 # `XLA_FLAGS= python -m pytest` runs what users run.
 FLAGS = "--xla_backend_optimization_level=0"
-if jax.__version_info__ < (0, 11):  # the generator of code before MLIR's, of a third of the time; later versions have it no more
+if jax.__version_info__ < (
+    0,
+    11,
+):  # the generator of code before MLIR's, of a third of the time; later versions have it no more
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -34,6 +37,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+collect_ignore = ["benchmarks"]  # no tests, and no examples in docstrings
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
