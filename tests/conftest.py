@@ -16,13 +16,11 @@ import jax
 import jaxtyping
 import pytest
 
-# Hundreds of programs are compiled here and run for a moment: with the code generator's least effort it takes half the time.
+# Hundreds of programs are compiled here and run for a moment: with the code generator's least effort it takes half the time,
+# and a third of that with the generator that came before the one for MLIR, which XLA has had to JAX 0.10.
 # `XLA_FLAGS= python -m pytest` runs what users run.
 FLAGS = "--xla_backend_optimization_level=0"
-if jax.__version_info__ < (
-    0,
-    11,
-):  # the generator of code before MLIR's, of a third of the time; later versions have it no more
+if jax.__version_info__ < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 jax.config.update("jax_num_cpu_devices", 8)
