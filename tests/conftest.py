@@ -16,10 +16,11 @@ import jax
 import jaxtyping
 import pytest
 
-# Hundreds of programs are compiled here and run for a moment: with the code generator's least effort it takes half the time.
+# Hundreds of programs are compiled here and run for a moment: with the code generator's least effort it takes half the time,
+# and a third of that with the generator that came before the one for MLIR, which XLA has had to JAX 0.10.
 # `XLA_FLAGS= python -m pytest` runs what users run.
 FLAGS = "--xla_backend_optimization_level=0"
-if jax.__version_info__ < (0, 11):  # code before MLIR, in a third of the time; later versions have it no more
+if jax.__version_info__ < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -34,6 +35,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+collect_ignore = ["benchmarks"]  # no tests, and no examples in docstrings
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

@@ -10,6 +10,7 @@ from helpers import main, random_weights, refused
 from PIL import Image
 
 from bsvae_jax import data
+from bsvae_jax.config import load_config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.distributed.mesh import data_mesh
 from bsvae_jax.errors import UserError
@@ -18,6 +19,7 @@ from bsvae_jax.evaluation.evaluate import Fid
 from bsvae_jax.evaluation.fid import distance, inception, lenet
 from bsvae_jax.evaluation.fid.features import FeatureNetwork
 from bsvae_jax.sweeps.report import write_report  # noqa: F401 (Python 3.11 may fail to compile it deep inside a call)
+from bsvae_jax.training.fit import fit
 from bsvae_jax.training.per_image import read_per_image
 from bsvae_jax.training.restore import restore
 
@@ -43,7 +45,7 @@ def values(folder):
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "small.py").write_text(CONFIG)
-    main("train", folder / "small.py", "--workdir", folder / "run")
+    fit(load_config(folder / "small.py"), folder / "run", progress=False)
     return folder / "run"
 
 

@@ -384,11 +384,26 @@ def get_sweep():
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("swept")
-    (folder / "grid.py").write_text(SWEEP)
-    main.main(["sweep", str(folder / "grid.py"), "--workdir", str(folder / "sweep")])
-    return folder / "sweep"
+def grid_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("swept") / "grid.py"
+    path.write_text(SWEEP)
+    return path
+
+
+@pytest.fixture(scope="module")
+def swept(grid_file):
+    """The whole grid: eight members, two programs."""
+    main.main(["sweep", str(grid_file), "--workdir", str(grid_file.parent / "sweep")])
+    return grid_file.parent / "sweep"
+
+
+@pytest.fixture(scope="module")
+def one_member(grid_file):
+    """A sweep of one member."""
+    folder = grid_file.parent / "one"
+    lists = ["--beta", "4", "--seeds", "1", "--decoder-variance", "optimal"]
+    main.main(["sweep", str(grid_file), "--workdir", str(folder), *lists])
+    return folder
 
 
 def members(folder):
@@ -466,18 +481,20 @@ def test_report_repeats_what_sweep_wrote(swept, capsys):
         (["--bta", 1], "--beta"),
     ],
 )
-def test_wrong_lists_are_answered_before_anything_is_written(options, sentence, swept, tmp_path, capsys, monkeypatch):
+def test_wrong_lists_are_answered_before_anything_is_written(options, sentence, grid_file, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert re.search(sentence, refused(["sweep", swept.parent / "grid.py", *options], capsys))
+    assert re.search(sentence, refused(["sweep", grid_file, *options], capsys))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_that_are_no_sweep(trained, swept, tmp_path, capsys):
+def test_folders_that_are_no_sweep(trained, grid_file, one_member, tmp_path, capsys):
     assert "is not a sweep: it has no sweep.json" in refused(["report", tmp_path], capsys)
-    assert "is not empty and not a sweep" in refused(["sweep", swept.parent / "grid.py", "--workdir", trained], capsys)
-    text = refused(["sweep", swept.parent / "grid.py", "--workdir", swept, "--latent-size", 1], capsys)
+    assert "is not empty and not a sweep" in refused(["sweep", grid_file, "--workdir", trained], capsys)
+    text = refused(["sweep", grid_file, "--workdir", one_member, "--latent-size", 1], capsys)
     assert "holds a sweep of another config (latent_size: 4 -> 1)" in text
-    assert "is a sweep, not a run: give one of its members" in refused(["sample", swept], capsys)
+    assert "is a sweep, not a run: give one of its members" in refused(["sample", one_member], capsys)
+    assert members(one_member) == ["optimal_beta4_seed0"]
+    assert (one_member / "report.html").stat().st_size > 1000
 
 
 @pytest.mark.long

@@ -50,13 +50,21 @@ def config_of(shape) -> Config:
     return Config(data=Blobs(shape), network=MLP((8,)), latent_size=2, epochs=1, batch_size=30, devices=1)
 
 
+class Runs(dict[tuple, Path]):
+    """Folders of runs by shape, each trained when it is first asked for."""
+
+    def __init__(self, parent: Path):
+        self.parent = parent
+
+    def __missing__(self, shape: tuple) -> Path:
+        self[shape] = self.parent / f"rank{len(shape)}"
+        fit(config_of(shape), self[shape], progress=False)
+        return self[shape]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> dict[tuple, Path]:
-    """Runs by shape."""
-    folders = {shape: tmp_path_factory.mktemp("runs") / f"rank{len(shape)}" for shape in SHAPES}
-    for shape, path in folders.items():
-        fit(config_of(shape), path, progress=False)
-    return folders
+def folder(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.long

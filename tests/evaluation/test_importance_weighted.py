@@ -33,7 +33,7 @@ def linear(tmp_path_factory):
     folder = tmp_path_factory.mktemp("linear") / "run"
     config = Config(
         data=Digits(), network=Linear(), latent_size=8, decoder_variance=Optimal("batch"), epochs=60, evaluate_every=60,
-        optimizer=Optimizer(learning_rate=1e-2),
+        optimizer=Optimizer(learning_rate=1e-2), devices=1,
     )  # fmt: skip
     fit(config, folder, progress=False)
     run = restore(folder)
