@@ -188,7 +188,7 @@ ROWS = [
     ("Config", make(epochs=-1), "epochs must be a whole number >= 1"),
     ("Config", make(batch_size=True), "batch_size must be a whole number >= 1, got True"),
     ("Config", make(evaluate_every=0), "evaluate_every must be a whole number >= 1"),
-    ("Config", make(precision="float16"), r"precision must be one of float32, tensorfloat32, bfloat16, got 'float16' \(did you mean"),
+    ("Config", make(precision="float16"), r"must be one of float32, tensorfloat32, bfloat16, got 'float16' \(did you mean"),
     ("Config", make(seed=-1), "seed must be a whole number >= 0"),
     ("Config", make(seed=2**32), r"seed must be a whole number >= 0 and <= 4294967295"),
     ("Config", make(resident_memory=1.5), "resident_memory must be a finite number >= 0 and <= 1"),
