@@ -59,8 +59,8 @@ def of_a_step(precision, network, rematerialize, platform, said):
     "setup",
     [
         (Residual((4,)), False, "cpu"),
-        (Residual((4,)), True, "cuda"),
-        (Spatial((4,), blocks=1, groups=2), False, "tpu"),
+        pytest.param((Residual((4,)), True, "cuda"), marks=pytest.mark.long),
+        pytest.param((Spatial((4,), blocks=1, groups=2), False, "tpu"), marks=pytest.mark.long),
         (Own(), False, "cuda"),
     ],
 )
