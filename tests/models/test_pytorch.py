@@ -566,6 +566,7 @@ def test_a_workdir_in_use_is_left_alone(arrays, save, tmp_path):
         bv.import_torch(path, SMALL, tmp_path / "run")
 
 
+@pytest.mark.long
 def test_an_import_that_is_killed_leaves_no_run(arrays, save, tmp_path, monkeypatch):
     """A folder without config.json is taken for a run by no command."""
 

@@ -407,6 +407,7 @@ def test_finished_members_are_not_trained_again(three, trained):
     assert contents(three) == before
 
 
+@pytest.mark.long
 def test_a_larger_grid_trains_only_what_is_new(three, alone, trained, tmp_path):
     folder = tmp_path / "sweep"
     shutil.copytree(three, folder)
