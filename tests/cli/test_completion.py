@@ -41,6 +41,7 @@ def test_bash_completes_commands_options_and_choices(tmp_path, capsys):
     assert typed("report", "runs/x", "--js") >= {"--json"}
 
 
+@pytest.mark.long
 def test_compile_prints_one_document(tmp_path, capsys):
     (tmp_path / "small.py").write_text(
         "import bsvae_jax as bv\n"

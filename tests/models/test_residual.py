@@ -442,6 +442,7 @@ def test_stage_sizes(size, stages, expected):
     assert tuple(stage_size(size, stage) for stage in range(stages + 1)) == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("network", [Linear(), MLP(hidden=(7, 4)), Residual(widths=(4, 6))], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 9, 3), (2, 17, 1), (28, 28, 1), (7, 4, 5)], ids=str)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])

@@ -279,6 +279,7 @@ def restored_report(folder):
     return read_evaluation(folder).report
 
 
+@pytest.mark.long
 def test_the_seed_decides(run):
     values = [fit_prior(run, "gaussian", seed=seed, overwrite=True).held_out for seed in (0, 0, 1)]
     assert values[0] == values[1] != values[2]
