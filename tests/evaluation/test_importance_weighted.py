@@ -117,7 +117,7 @@ def small(decoder_variance):
     """An MLP whose weights are far from zero."""
     model = build_vae(MLP(hidden=(8,)), 2, (4, 4, 1), decoder_variance)
     images = np.random.default_rng(0).integers(0, LEVELS, (5, 4, 4, 1), dtype=np.uint8)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jax.random.key(1))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jax.random.key(1))
     generator = np.random.default_rng(1)
     variables = jax.tree.map(lambda leaf: leaf + 0.3 * generator.normal(size=leaf.shape).astype(np.float32), variables)
     return model, variables, images

@@ -70,7 +70,7 @@ def passed():
     """One pass over 21 images, on one device and on eight, with a batch size that divides nothing."""
     model = build_vae(MLP(hidden=(8,)), 3, (4, 4, 1))
     images = np.random.default_rng(0).integers(0, LEVELS, (21, 4, 4, 1), dtype=np.uint8)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jax.random.key(1))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jax.random.key(1))
     calibration = Calibration(0, 0.04, np.linspace(0.02, 0.09, 16).reshape(4, 4, 1), 1 / (12 * 16**2))
     results = []
     for devices in (1, 8):

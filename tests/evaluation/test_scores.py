@@ -28,7 +28,7 @@ def test_posterior_samples_are_those_of_their_keys(prior, variance):
     stored = np.random.default_rng(0).integers(0, LEVELS, (COUNT, *SHAPE), dtype=np.uint8)
     x = stored / 16.0
     images = jnp.asarray(x, jnp.float32)
-    variables = model.init(jax.random.key(0), images, jax.random.key(1))
+    variables = jax.jit(model.init)(jax.random.key(0), images, jax.random.key(1))
     apply, expected = jax.jit(model.apply), []
     for sample in range(SAMPLES):
         output = apply(variables, images, example_keys(key, sample * COUNT + jnp.arange(COUNT)))

@@ -355,7 +355,7 @@ def test_the_network_starts_as_pytorchs_layers_do():
     modules = Residual((24, 32)).build(16, (12, 12, 3))
     inputs = jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 16))
     keys = jax.random.split(jax.random.key(0))
-    params = {name: m.init(key, x)["params"] for name, m, x, key in zip("ed", modules, inputs, keys, strict=True)}
+    params = {name: jax.jit(m.init)(key, x)["params"] for name, m, x, key in zip("ed", modules, inputs, keys, strict=True)}
     checked = 0
     for path, kernel in flatten_dict(params).items():
         if path[-1] != "kernel":
@@ -450,7 +450,7 @@ def test_any_height_width_and_channels(network, shape, train):
     encoder, decoder = network.build(LATENT, shape)
 
     def run(module, inputs):
-        variables = module.init(jax.random.key(0), inputs)
+        variables = jax.jit(module.init)(jax.random.key(0), inputs)
         return module.apply(variables, inputs, train, mutable=["batch_stats"])[0]
 
     mean, log_variance = jax.eval_shape(lambda x: run(encoder, x), jnp.zeros((2, *shape)))

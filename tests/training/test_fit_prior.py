@@ -285,6 +285,7 @@ def test_the_seed_decides(run):
     assert values[0] == values[1] != values[2]
 
 
+@pytest.mark.long
 def test_devices_do_not_change_a_fit(run, monkeypatch):
     one = fit_prior(run, "gaussian")
     monkeypatch.setattr("bsvae_jax.training.fit_prior.data_mesh", lambda: data_mesh(1))
