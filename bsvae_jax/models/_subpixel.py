@@ -119,6 +119,10 @@ def convolve_unordered(x: Unordered, kernel: Kernel, size: tuple[int, int]) -> R
 def convolve_with_zeros(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Result:
     """`convolve_transposed` as one convolution of the maps with zeros between their rows and columns."""
     pads = [(1, side - 2 * given + 2) for side, given in zip(size, x.shape[1:3], strict=True)]
+    return _insert_zeros(x, kernel, pads, exact(x.dtype))
+
+
+def _insert_zeros(x: Maps, kernel: Kernel, pads: list[tuple[int, int]], precision: jax.lax.Precision) -> Result:
     return jax.lax.conv_general_dilated(
         x,
         kernel[::-1, ::-1],
@@ -126,7 +130,7 @@ def convolve_with_zeros(x: Maps, kernel: Kernel, size: tuple[int, int]) -> Resul
         pads,
         lhs_dilation=(2, 2),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=exact(x.dtype),
+        precision=precision,
     )
 
 
@@ -158,15 +162,7 @@ def _dilated_jvp(
 
 def _dilate_maps(x: Maps, kernel: Kernel, size: tuple[int, int], precision: jax.lax.Precision) -> Result:
     pads = [(side + 3) // 2 - given for side, given in zip(size, x.shape[1:3], strict=True)]
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel[::-1, ::-1],
-        (1, 1),
-        [(pad, pad) for pad in pads],
-        lhs_dilation=(2, 2),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
-    )
+    return _insert_zeros(x, kernel, [(pad, pad) for pad in pads], precision)
 
 
 def _dilate_filter(x: Maps, kernel: Kernel, size: tuple[int, int], precision: jax.lax.Precision) -> Result:
