@@ -329,8 +329,7 @@ def latent_traversals(
     axes.set_yticks(centers(height, latents), labels)
     axes.set_xticks(centers(width, steps), [f"{value:g}" for value in values])
     axes.tick_params(length=0)
-    axes.set_xlabel(f"value of the latent [{unit}]")
-    axes.set_ylabel(of)
+    axes.set_xlabel("\n".join([f"value of the latent [{unit}]", *filter(None, [of])]))
     return figure
 
 
