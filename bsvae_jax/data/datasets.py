@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from bsvae_jax.data.recipe import Recipe
 
 PUBLISHED = {
-    "mnist": ((28, 28, 1), 60_000, 10_000),
-    "fashion_mnist": ((28, 28, 1), 60_000, 10_000),
-    "cifar10": ((32, 32, 3), 50_000, 10_000),
-    "celeb_a": ((218, 178, 3), 162_770, 19_962),
+    "mnist": ((28, 28, 1), 60_000, 10_000, 0),
+    "fashion_mnist": ((28, 28, 1), 60_000, 10_000, 0),
+    "cifar10": ((32, 32, 3), 50_000, 10_000, 0),
+    "celeb_a": ((218, 178, 3), 162_770, 19_962, 19_867),
 }
-"""Image shape, training and test images of TFDS sets whose default splits are those."""
+"""Image shape, training, test and own validation images of TFDS sets whose default splits are those."""
 
 
 @dataclass(frozen=True)
@@ -206,12 +206,15 @@ class TFDS(Dataset):
 
     def shape(self) -> DataShape:
         """Of the sets whose sizes are known without reading them, else of the images."""
-        if self.name not in PUBLISHED or (self.train_split, self.test_split) != ("train", "test") or self.validation == "own":
+        if self.name not in PUBLISHED or (self.train_split, self.test_split) != ("train", "test"):
             return self.load().shape
-        (height, width, channels), train, test = PUBLISHED[self.name]
+        (height, width, channels), train, test, validation = PUBLISHED[self.name]
+        own = self.validation == "own"
+        if own and not validation:
+            return self.load().shape  # which says what is missing
         side = self.size or self.crop
         sides = (height, width) if side is None else (side, side)
-        return DataShape((*sides, self.channels or channels), 256, np.dtype(np.uint8), train, test)
+        return DataShape((*sides, self.channels or channels), 256, np.dtype(np.uint8), train, test, validation if own else 0)
 
 
 @dataclass(frozen=True)

@@ -323,7 +323,7 @@ def latent_traversals(
     """
     latents, steps = images.shape[:2]
     height, width = cell_size(images.shape[2:])
-    figure = new_figure(1.2 + 0.55 * steps, 0.9 + 0.55 * latents * height / width, title)
+    figure = new_figure(1.2 + 0.55 * steps, 1.2 + 0.55 * latents * height / width, title)
     axes = figure.subplots()
     show_examples(axes, images.reshape(-1, *images.shape[2:]), steps)
     axes.set_yticks(centers(height, latents), labels)

@@ -19,6 +19,7 @@ from bsvae_jax.sweeps.report import best_beta
 from bsvae_jax.sweeps.results import MemberResult, SweepResults
 from bsvae_jax.training.evaluated import read_evaluation
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WARMED = Optimizer(warmup_steps=10, schedule="cosine")
 
 
@@ -66,6 +67,20 @@ def test_the_split_is_the_same_for_every_seed_of_a_run_and_known_without_reading
     assert shape_of(Digits(validation=0.1)) == one.shape
     assert load(Digits()).validation is None
     assert shape_of(Digits()).validation == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mnist", DataShape((28, 28, 1), 256, np.uint8, 54_000, 10_000, 6_000)),
+        # The published partition: 162,770, 19,867 and 19,962 of 202,599 faces.
+        ("celeba_paper", DataShape((64, 64, 3), 256, np.uint8, 162_770, 19_962, 19_867)),
+    ],
+)
+def test_published_sizes_are_known_without_the_data(name, expected, own_cache):
+    """What `bsvae compile` and `bsvae bench --noise` need."""
+    assert shape_of(bv.load_config(CONFIGS / f"{name}.py").data) == expected
+    assert not own_cache.exists()
 
 
 def write_folder(root: Path, splits: dict[str, np.ndarray]) -> Path:
