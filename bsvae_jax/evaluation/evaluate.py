@@ -170,7 +170,7 @@ def evaluate(
 
     def score(split: str, number: int, calibration: Calibration | None) -> SplitScores:
         # The same posterior samples as `fit` takes, so that its evaluation is repeated here.
-        options: dict[str, Any] = dict(levels=images.levels, mesh=mesh, batch_size=evaluation_batch(run.image_shape))
+        options: dict[str, Any] = dict(mesh=mesh, batch_size=evaluation_batch(run.image_shape))
         key = split_key(run.config.seed, split)
         return score_split(run.model, variables, stored(split), key, samples=number, calibration=calibration, **options)
 
@@ -243,7 +243,6 @@ def _evaluate_split(
             stored,
             key,
             calibration,
-            levels=images.levels,
             mesh=mesh,
             batch_size=evaluation_batch(run.image_shape),
             similarity=images.holds_images,
@@ -271,7 +270,6 @@ def _evaluate_split(
             wanted,
             calibration.variance,
             samples,
-            levels=images.levels,
             mesh=mesh,
             count=count,
             partial=partial,
@@ -324,7 +322,7 @@ def _bound_quantities(
     bound: ImportanceScores, densities: Sequence[Density], images: ImageSet, samples: int
 ) -> dict[str, Quantity]:
     found = {}
-    shape, step = images.image_shape, 1.0 / (images.levels - 1)
+    shape, step = images.image_shape, images.bin_width
     for density, values, effective in zip(densities, bound.log_likelihood, bound.effective_samples, strict=True):
         variance = "calibrated variance" if density.frozen else "the model's own variance"
         point = "with uniform noise u, " if density.dequantized else "at the grid point, "
@@ -357,11 +355,8 @@ def _feature_network(options: Fid, images: ImageSet, progress: bool) -> FeatureN
 
 
 def _as_8_bits(images: np.ndarray, levels: int) -> np.ndarray:
-    return (
-        images
-        if images.dtype == np.uint8 and levels == 256
-        else to_8_bits(np.asarray(to_unit_interval(jnp.asarray(images), levels)))
-    )
+    kept = images.dtype == np.uint8 and levels == 256
+    return images if kept else to_8_bits(np.asarray(to_unit_interval(images, levels)))
 
 
 def _groups(stored: np.ndarray, levels: int, first: int) -> Iterator[np.ndarray]:

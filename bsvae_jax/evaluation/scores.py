@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from bsvae_jax.data.image_set import Labeled, to_inputs
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, Execution, parallelize
 from bsvae_jax.evaluation.run_over import run_over
@@ -133,16 +133,15 @@ class _BatchTotals(NamedTuple):
 
 def _score_batch(
     variables: Mapping[str, Any],
-    stored: Array | Labeled,
+    stored: Examples,
     indices: Int[Array, " batch"],
     weights: Float[Array, " batch"],
     key: Key[Array, ""],
     pixel_variance: Float[Array, "*pixels"],
     *,
     model: VAE,
-    levels: int,
 ) -> tuple[_ExampleScores, _BatchTotals]:
-    x, labels = to_inputs(stored, levels)
+    x, labels = stored.inputs()
     # Noise by position in the split, and beyond its end for further samples: the same for any number of devices.
     output: Any = model.apply(variables, x, example_keys(key, indices), labels=labels)
     mean, log_variance = output.decoded
@@ -179,9 +178,9 @@ def _score_batch(
 
 
 @functools.cache
-def _parallelized(model: VAE, levels: int, mesh: Mesh, execution: Execution) -> Any:
+def _parallelized(model: VAE, mesh: Mesh, execution: Execution) -> Any:
     specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED, REPLICATED)
-    score = functools.partial(_score_batch, model=model, levels=levels)
+    score = functools.partial(_score_batch, model=model)
     return parallelize(score, mesh, specs, REPLICATED, execution=execution, shared=(1, 2, 3))
 
 
@@ -191,7 +190,6 @@ def score_split(
     images: DeviceImages,
     key: Key[Array, ""],
     *,
-    levels: int,
     mesh: Mesh,
     batch_size: int,
     samples: int = 1,
@@ -204,7 +202,6 @@ def score_split(
       variables: `{"params": ..., "batch_stats": ...}`, replicated over the mesh.
       images: of the split, on the same mesh.
       key: decides the posterior samples: sample s of the image at position n of N takes `fold_in(key, s * N + n)`.
-      levels: gray levels of stored uint8 images.
       mesh: of `data_mesh`.
       batch_size: images per device call, rounded up to a multiple of the devices.
       samples: S, posterior samples of each image; the first are the same whatever their number.
@@ -212,7 +209,7 @@ def score_split(
     """
     variances = [model.decoder_variance]
     pixel_variance = pixel_variance_of(calibration, images)
-    options: Any = dict(levels=levels, mesh=mesh, batch_size=batch_size, execution="loop", samples=samples)
+    options: Any = dict(mesh=mesh, batch_size=batch_size, execution="loop", samples=samples)
     (scores,) = score_members(model, variables, images, key, pixel_variance, variances, **options)
     return scores
 
@@ -230,7 +227,6 @@ def score_members(
     pixel_variances: Any,
     decoder_variances: Sequence[DecoderVariance],
     *,
-    levels: int,
     mesh: Mesh,
     batch_size: int,
     execution: Execution,
@@ -245,7 +241,6 @@ def score_members(
       keys: one per member.
       pixel_variances: of `pixel_variance_of`, one per member.
       decoder_variances: of each member, in order; as many results are given.
-      levels: as for `score_split`.
       mesh: of `sweep_mesh`.
       batch_size: images per device call.
       execution: 'scan' or 'vmap'; 'loop' for one model without an axis of members.
@@ -254,7 +249,7 @@ def score_members(
     Yields:
       The scores of each member, in order.
     """
-    score = _parallelized(model.clone(axis_name=None), levels, mesh, execution)
+    score = _parallelized(model.clone(axis_name=None), mesh, execution)
     batches, scored = [], 0
     totals: Any = None
     for batch, sums in run_over(images, mesh, batch_size, lambda *b: score(variables, *b, keys, pixel_variances), samples):
