@@ -354,14 +354,12 @@ def _feature_network(options: Fid, images: ImageSet, progress: bool) -> FeatureN
     return (options.weights or inception.load_weights()).network()
 
 
-def _as_8_bits(images: np.ndarray, levels: int) -> np.ndarray:
-    kept = images.dtype == np.uint8 and levels == 256
-    return images if kept else to_8_bits(np.asarray(to_unit_interval(images, levels)))
-
-
-def _groups(stored: np.ndarray, levels: int, first: int) -> Iterator[np.ndarray]:
+def _groups(images: ImageSet, split: str, first: int) -> Iterator[np.ndarray]:
+    stored = getattr(images, split)
     for start in range(first, len(stored), statistics.GROUP):
-        yield _as_8_bits(stored[start : start + statistics.GROUP], levels)
+        group = stored[start : start + statistics.GROUP]
+        kept = group.dtype == np.uint8 and images.levels == 256
+        yield group if kept else to_8_bits(np.asarray(to_unit_interval(group, images.levels)))
 
 
 def _sample_statistics(
@@ -403,12 +401,11 @@ def _fid_quantities(
     mesh: Mesh,
     progress: bool,
 ) -> dict[str, Quantity]:
-    stored = getattr(images, split)
     path = cache_folder() / "fid" / f"{images.fingerprint()[:32]}-{split}-{network.source[:16]}.npz"
     reference = _statistics(
         network,
-        functools.partial(_groups, stored, images.levels),
-        len(stored),
+        functools.partial(_groups, images, split),
+        len(getattr(images, split)),
         mesh,
         path,
         f"{network.name}: {split} images (kept in {path.parent})",
