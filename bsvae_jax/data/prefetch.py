@@ -91,7 +91,7 @@ class DeviceImages:
 
     def __init__(self, examples: Examples, mesh: Mesh, resident: bool = True):
         """`examples` of `ImageSet.examples`, [N, ...]; `resident`: copy all of them to every device of the mesh now."""
-        self._host, self._mesh = jax.tree.map(HostImages, examples), mesh
+        self._host, self.mesh = jax.tree.map(HostImages, examples), mesh
         self._shape = examples.images.shape
         flat = jax.tree.map(lambda array: array.reshape(len(array), -1) if array.ndim > 1 else array, examples)
         self.resident: Any = replicate(flat, mesh) if resident else None
@@ -109,8 +109,8 @@ class DeviceImages:
     def batch(self, indices: np.ndarray) -> Examples:
         """The examples at `indices` [B], as stored, [B, ...], divided over the data axis of the mesh."""
         if self.resident is not None:
-            return _gather_resident(self._mesh, self.data_shape)(self.resident, indices)
-        sharding = NamedSharding(self._mesh, SHARDED)
+            return _gather_resident(self.mesh, self.data_shape)(self.resident, indices)
+        sharding = NamedSharding(self.mesh, SHARDED)
         return jax.tree.map(lambda part: part.place(np.asarray(indices), sharding), self._host)
 
 

@@ -170,9 +170,8 @@ def evaluate(
 
     def score(split: str, number: int, calibration: Calibration | None) -> SplitScores:
         # The same posterior samples as `fit` takes, so that its evaluation is repeated here.
-        options: dict[str, Any] = dict(mesh=mesh, batch_size=evaluation_batch(run.image_shape))
-        key = split_key(run.config.seed, split)
-        return score_split(run.model, variables, stored(split), key, samples=number, calibration=calibration, **options)
+        options: Any = dict(batch_size=evaluation_batch(run.image_shape), samples=number, calibration=calibration)
+        return score_split(run.model, variables, stored(split), split_key(run.config.seed, split), **options)
 
     asked = run.config.posterior_samples if posterior_samples is None else posterior_samples
     calibration = run.calibration
@@ -233,7 +232,6 @@ def _evaluate_split(
     workdir: Path | None,
     progress: bool,
 ) -> SplitEvaluation:
-    mesh = data_mesh()
     key = split_key(run.config.seed, split)
     with ProgressBar(len(stored), 0, progress) as bar:
         bar.describe(f"{split}: residuals")
@@ -243,7 +241,6 @@ def _evaluate_split(
             stored,
             key,
             calibration,
-            mesh=mesh,
             batch_size=evaluation_batch(run.image_shape),
             similarity=images.holds_images,
             progress=bar.update,
@@ -270,7 +267,6 @@ def _evaluate_split(
             wanted,
             calibration.variance,
             samples,
-            mesh=mesh,
             count=count,
             partial=partial,
             progress=bar.update,

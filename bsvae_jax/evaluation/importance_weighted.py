@@ -162,7 +162,6 @@ def importance_weighted(
     frozen_variance: float,
     samples: int,
     *,
-    mesh: Mesh,
     count: int | None = None,
     partial: Partial | None = None,
     progress: Callable[[int], None] | None = None,
@@ -173,13 +172,12 @@ def importance_weighted(
 
     Args:
       model: a VAE whose own variance is not optimal, where a density asks for it.
-      variables: replicated over the mesh.
-      images: of the split, on the same mesh.
+      variables: replicated over the mesh of the images.
+      images: of the split.
       key: decides the samples; each image takes its own by its position.
       densities: at least one; they share their samples.
       frozen_variance: of the densities that freeze one, squared intensity.
       samples: K, 1 to 5,000.
-      mesh: of `data_mesh`.
       count: of the first images; None: all.
       partial: from an interrupted call with the same arguments.
       progress: told the number of images done since it was told before.
@@ -195,13 +193,13 @@ def importance_weighted(
     count = len(images) if count is None else min(count, len(images))
     at_once = evaluation_batch(images.data_shape, DECODED_AT_ONCE)
     chunk = min(samples, CHUNK, at_once)
-    batch = (at_once // chunk) * mesh.shape[DATA_AXIS]
-    encode, add = _parallelized(model.clone(axis_name=None), tuple(densities), chunk, mesh)
+    batch = (at_once // chunk) * images.mesh.shape[DATA_AXIS]
+    encode, add = _parallelized(model.clone(axis_name=None), tuple(densities), chunk, images.mesh)
     state = partial or Partial(
         0, np.zeros((len(densities), 0)), np.zeros((len(densities), samples)), np.zeros((len(densities), 0))
     )
     kept = time.monotonic()
-    for indices, counted in padded_batches(mesh, count, batch, state.done):
+    for indices, counted in padded_batches(images.mesh, count, batch, state.done):
         stored = images.batch(indices)
         posterior = tuple(encode(variables, stored))
         sums: Any = _Sums(*(jnp.full((len(densities), len(indices)), -jnp.inf, jnp.float32) for _ in range(2)))

@@ -127,7 +127,6 @@ def image_statistics(
     key: Key[Array, ""],
     calibration: Calibration,
     *,
-    mesh: Mesh,
     batch_size: int,
     similarity: bool = True,
     progress: Callable[[int], None] | None = None,
@@ -136,21 +135,20 @@ def image_statistics(
 
     Args:
       model: a VAE.
-      variables: replicated over the mesh.
-      images: of the split, on the same mesh.
+      variables: replicated over the mesh of the images.
+      images: of the split.
       key: that of `score_split`.
       calibration: of the training set.
-      mesh: of `data_mesh`.
       batch_size: images per device call, rounded up to a multiple of the devices.
       similarity: whether they are images in [0, 1], of which there is an SSIM.
       progress: told the number of images done since it was told before.
     """
     count = len(images)
-    compute = _parallelized(model.clone(axis_name=None), similarity, mesh)
+    compute = _parallelized(model.clone(axis_name=None), similarity, images.mesh)
     variances = (np.float32(calibration.variance), calibration.variance_per_pixel.astype(np.float32)[None])
     batches = []
     residuals = np.zeros((len(STANDARDIZED_BY), BINS), np.int64)
-    for batch in run_over(images, mesh, batch_size, lambda *given: compute(variables, *given, key, *variances)):
+    for batch in run_over(images, batch_size, lambda *given: compute(variables, *given, key, *variances)):
         residuals += batch.residuals
         batches.append(batch._replace(residuals=None))
         if progress is not None:

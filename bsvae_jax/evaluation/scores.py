@@ -190,7 +190,6 @@ def score_split(
     images: DeviceImages,
     key: Key[Array, ""],
     *,
-    mesh: Mesh,
     batch_size: int,
     samples: int = 1,
     calibration: "Calibration | None" = None,
@@ -199,17 +198,16 @@ def score_split(
 
     Args:
       model: a VAE; its `axis_name` is not used, no batch statistics are taken.
-      variables: `{"params": ..., "batch_stats": ...}`, replicated over the mesh.
-      images: of the split, on the same mesh.
+      variables: `{"params": ..., "batch_stats": ...}`, replicated over the mesh of the images.
+      images: of the split.
       key: decides the posterior samples: sample s of the image at position n of N takes `fold_in(key, s * N + n)`.
-      mesh: of `data_mesh`.
       batch_size: images per device call, rounded up to a multiple of the devices.
       samples: S, posterior samples of each image; the first are the same whatever their number.
       calibration: of the training set, for `scaled_error`.
     """
     variances = [model.decoder_variance]
     pixel_variance = pixel_variance_of(calibration, images)
-    options: Any = dict(mesh=mesh, batch_size=batch_size, execution="loop", samples=samples)
+    options: Any = dict(batch_size=batch_size, execution="loop", samples=samples)
     (scores,) = score_members(model, variables, images, key, pixel_variance, variances, **options)
     return scores
 
@@ -227,7 +225,6 @@ def score_members(
     pixel_variances: Any,
     decoder_variances: Sequence[DecoderVariance],
     *,
-    mesh: Mesh,
     batch_size: int,
     execution: Execution,
     samples: int = 1,
@@ -237,11 +234,10 @@ def score_members(
     Args:
       model: of all members, but for the number in a `Constant` decoder variance.
       variables: stacked, divided over the member axis of the mesh.
-      images: as for `score_split`.
+      images: as for `score_split`, on a mesh of `sweep_mesh`.
       keys: one per member.
       pixel_variances: of `pixel_variance_of`, one per member.
       decoder_variances: of each member, in order; as many results are given.
-      mesh: of `sweep_mesh`.
       batch_size: images per device call.
       execution: 'scan' or 'vmap'; 'loop' for one model without an axis of members.
       samples: as for `score_split`.
@@ -249,10 +245,10 @@ def score_members(
     Yields:
       The scores of each member, in order.
     """
-    score = _parallelized(model.clone(axis_name=None), mesh, execution)
+    score = _parallelized(model.clone(axis_name=None), images.mesh, execution)
     batches, scored = [], 0
     totals: Any = None
-    for batch, sums in run_over(images, mesh, batch_size, lambda *b: score(variables, *b, keys, pixel_variances), samples):
+    for batch, sums in run_over(images, batch_size, lambda *b: score(variables, *b, keys, pixel_variances), samples):
         # Every sample of an image has the same posterior: the first is enough.
         batches.append(batch if scored < len(images) else batch._replace(posterior_mean=batch.posterior_mean[..., :0, :]))
         scored += batch.rate.shape[-1]

@@ -187,7 +187,7 @@ def _posteriors(run: Restored, images: ImageSet) -> tuple[np.ndarray, np.ndarray
     model = run.model.clone(axis_name=None)
     encode = parallelize(functools.partial(_encode, model=model), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED))
     variables = replicate(run.variables, mesh)
-    batches = run_over(stored, mesh, evaluation_batch(run.image_shape), lambda stored, *_: encode(variables, stored))
+    batches = run_over(stored, evaluation_batch(run.image_shape), lambda stored, *_: encode(variables, stored))
     mean, deviation = joined(batches, len(stored))
     return mean, deviation
 

@@ -280,7 +280,6 @@ class Program:
             self.pack([split_key(config.seed, split) for config in configs]),
             self.pack([pixel_variance_of(own, images) for own in known]),
             [build_model(config, self.images.image_shape, self.images.bin_width).decoder_variance for config in configs],
-            mesh=self.mesh,
             batch_size=evaluation_batch(self.images.image_shape),
             execution=self.execution,
             samples=1 if calibrations is None else samples_of_each(self.config.posterior_samples, len(images)),

@@ -40,7 +40,6 @@ def importance(workdir: Path, count: int, samples: int) -> dict[str, float]:
         [Density(frozen=True, dequantized=False)],
         0.01,
         samples,
-        mesh=mesh,
         progress=lambda _: times.append(time.monotonic()),
     )
     middle = len(times) // 2

@@ -61,7 +61,7 @@ def bound(run, images, samples, densities=(FROZEN,), variance=0.02, key=1, devic
     variables = replicate(run.variables, mesh)
     placed = DeviceImages(Examples(images, levels=LEVELS), mesh)
     arguments = (run.model, variables, placed, jax.random.key(key), densities, variance, samples)
-    return importance_weighted(*arguments, mesh=mesh, **options)
+    return importance_weighted(*arguments, **options)
 
 
 @pytest.mark.long
@@ -153,7 +153,7 @@ def run_small(model, variables, images, densities, samples, variance=0.3, device
     mesh = data_mesh(devices)
     placed = DeviceImages(Examples(images, levels=LEVELS), mesh)
     arguments = (model, replicate(variables, mesh), placed, jax.random.key(3), densities, variance, samples)
-    return importance_weighted(*arguments, mesh=mesh, **options)
+    return importance_weighted(*arguments, **options)
 
 
 @pytest.mark.long

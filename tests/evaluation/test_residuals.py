@@ -77,7 +77,7 @@ def passed():
     for devices in (1, 8):
         mesh = data_mesh(devices)
         stored, placed = DeviceImages(Examples(images, levels=LEVELS), mesh), replicate(variables, mesh)
-        options = dict(mesh=mesh, batch_size=8)
+        options = dict(batch_size=8)
         results.append(
             (
                 image_statistics(model, placed, stored, jax.random.key(5), calibration, **options),

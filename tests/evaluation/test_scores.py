@@ -40,7 +40,7 @@ def test_posterior_samples_are_those_of_their_keys(prior, variance):
     for devices in (1, 4):
         mesh = data_mesh(devices)
         arguments = model, replicate(variables, mesh), DeviceImages(Examples(stored, levels=LEVELS), mesh), key
-        options = dict(mesh=mesh, batch_size=8)
+        options = dict(batch_size=8)
         scores = score_split(*arguments, **options, samples=SAMPLES, calibration=CALIBRATION)
         np.testing.assert_allclose(scores.squared_error, errors, rtol=1e-5)
         np.testing.assert_allclose(scores.rate, rate, rtol=1e-5)
