@@ -4,12 +4,13 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from bsvae_jax import theory
 from bsvae_jax.errors import UserError, check_count, check_kind
@@ -40,17 +41,31 @@ def no_images(shape: tuple[int, ...]) -> str:
     return f"of shape {shape}" + (", not all in [0, 1]" if is_image(shape) else "")
 
 
-class Labeled(NamedTuple):
-    """Examples with their classes, which stay together from the data set to the model: what a conditional model is given."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Examples:
+    """Examples as stored, with what a model needs to take them, from the data set to the model: a pytree, on host or devices.
+
+    >>> examples = Examples(np.array([0, 4, 16], np.uint8), levels=17)
+    >>> examples.inputs()[0].tolist(), examples.bin_width
+    ([0.0, 0.25, 1.0], 0.0625)
+    """
 
     images: Any
-    """[..., *image_shape], as stored."""
-    labels: Any
-    """[...], int32."""
+    """[..., *image_shape], uint8 or float32."""
+    labels: Any = None
+    """Of a conditional model the class of each, [...], int32."""
+    levels: int = field(default=256, metadata={"static": True})
+    """Gray levels of stored uint8 images; a constant of compiled programs."""
 
+    @property
+    def bin_width(self) -> float:
+        """Width of a gray level after scaling to [0, 1]."""
+        return 1.0 / (self.levels - 1)
 
-Examples = np.ndarray | Array | Labeled
-"""As stored, on the host or on the devices; `Labeled` of a conditional model."""
+    def inputs(self) -> tuple[Float[Array, "..."], Any]:
+        """What a model takes: the images by `to_unit_interval`, and their labels."""
+        return to_unit_interval(self.images, self.levels), self.labels
 
 
 class DataShape(NamedTuple):
@@ -161,8 +176,8 @@ class ImageSet:
         validation = 0 if self.validation is None else len(self.validation)
         return DataShape(self.image_shape, self.levels, self.train.dtype, len(self.train), len(self.test), validation)
 
-    def examples(self, split: str, classes: int | None = None, count: int | None = None) -> Any:
-        """The examples of a split, or the first `count` of them; with `classes`, `Labeled` with the class of each.
+    def examples(self, split: str, classes: int | None = None, count: int | None = None) -> Examples:
+        """The examples of a split, or the first `count` of them; with `classes`, the class of each as well.
 
         >>> blank = np.zeros((3, 8, 8, 1), np.uint8)
         >>> labels = np.array([0, 1, 1])
@@ -175,7 +190,7 @@ class ImageSet:
         """
         images, labels = getattr(self, split)[:count], getattr(self, f"{split}_labels")
         if classes is None:
-            return images
+            return Examples(images, levels=self.levels)
         what = f"classes {classes} makes the model conditional, but {self.name}"
         if labels is None:
             raise UserError(f"{what} has no labels of its {split} images; leave classes out, or choose data with labels.")
@@ -190,7 +205,7 @@ class ImageSet:
             raise UserError(f"{what} has {int((labels < 0).sum())} {split} images that are of no class of the training images.")
         if high >= classes:
             raise UserError(f"{what} has labels up to {high} among its {split} images; classes {high + 1} takes them.")
-        return Labeled(images, labels[:count].astype(np.int32))
+        return Examples(images, labels[:count].astype(np.int32), self.levels)
 
     def sizes(self) -> str:
         """How many images there are, and of which shape, for messages: 60,000 training and 10,000 test images (28, 28, 1)."""
@@ -285,21 +300,14 @@ def _blocks(images: np.ndarray) -> Iterator[np.ndarray]:
     return (images[start : start + count] for start in range(0, len(images), count))
 
 
-def to_unit_interval(images: Array, levels: int) -> Float[Array, "..."]:
+def to_unit_interval(images: Array | np.ndarray, levels: int) -> Float[Array, "..."]:
     """Stored images to float32 in [0, 1]: uint8 values are divided by `levels - 1`, floats pass. Runs on the device.
 
     >>> to_unit_interval(jnp.array([0, 4, 16], jnp.uint8), levels=17).tolist()
     [0.0, 0.25, 1.0]
     """
-    if jnp.issubdtype(images.dtype, jnp.floating):
-        return images.astype(jnp.float32)
-    return images.astype(jnp.float32) / (levels - 1)
-
-
-def to_inputs(stored: Examples, levels: int) -> tuple[Float[Array, "..."], Int[Array, "..."] | None]:
-    """What a model takes of stored examples: images by `to_unit_interval`, and their labels, None where they have none."""
-    images, labels = stored if isinstance(stored, Labeled) else (stored, None)
-    return to_unit_interval(jnp.asarray(images), levels), None if labels is None else jnp.asarray(labels)
+    values = jnp.asarray(images).astype(jnp.float32)
+    return values if jnp.issubdtype(images.dtype, jnp.floating) else values / (levels - 1)
 
 
 def check_images(images: Any, what: str) -> np.ndarray:

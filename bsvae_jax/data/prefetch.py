@@ -52,7 +52,7 @@ def gather(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return found
 
 
-def rows_at(resident: Any, indices: Any, image_shape: tuple[int, ...]) -> Any:
+def rows_at(resident: Examples, indices: Any, image_shape: tuple[int, ...]) -> Examples:
     """Examples at `indices` [B] of those that lie on the device: of images flattened, [N, D], and of labels [N] beside them."""
     return jax.tree.map(lambda array: array[indices].reshape(-1, *image_shape) if array.ndim > 1 else array[indices], resident)
 
@@ -91,8 +91,8 @@ class DeviceImages:
 
     def __init__(self, examples: Examples, mesh: Mesh, resident: bool = True):
         """`examples` of `ImageSet.examples`, [N, ...]; `resident`: copy all of them to every device of the mesh now."""
-        self._host, self._mesh = jax.tree.map(HostImages, examples), mesh
-        self._shape = jax.tree.leaves(examples)[0].shape
+        self._host, self.mesh = jax.tree.map(HostImages, examples), mesh
+        self._shape = examples.images.shape
         flat = jax.tree.map(lambda array: array.reshape(len(array), -1) if array.ndim > 1 else array, examples)
         self.resident: Any = replicate(flat, mesh) if resident else None
         """Images flattened, [N, H * W * C], on every device, with their labels where they have them; None if streamed."""
@@ -106,11 +106,11 @@ class DeviceImages:
         """Of one example."""
         return self._shape[1:]
 
-    def batch(self, indices: np.ndarray) -> Any:
+    def batch(self, indices: np.ndarray) -> Examples:
         """The examples at `indices` [B], as stored, [B, ...], divided over the data axis of the mesh."""
         if self.resident is not None:
-            return _gather_resident(self._mesh, self.data_shape)(self.resident, indices)
-        sharding = NamedSharding(self._mesh, SHARDED)
+            return _gather_resident(self.mesh, self.data_shape)(self.resident, indices)
+        sharding = NamedSharding(self.mesh, SHARDED)
         return jax.tree.map(lambda part: part.place(np.asarray(indices), sharding), self._host)
 
 
@@ -161,7 +161,7 @@ class Stream:
         self._orders = [order.on_host() for order in orders]
         self._sharding, self._stacked = NamedSharding(mesh, spec), len(spec) == 3
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "images")
-        self._coming: collections.deque[tuple[int, concurrent.futures.Future[Any]]] = collections.deque()
+        self._coming: collections.deque[tuple[int, concurrent.futures.Future[Examples]]] = collections.deque()
         self.waited = 0.0
         """Seconds that `take` has waited for images."""
 
@@ -178,12 +178,12 @@ class Stream:
         while len(self._coming) <= AHEAD and (start := next(self._starts, None)) is not None:
             self._coming.append((start, self._pool.submit(self._piece, start)))
 
-    def _piece(self, start: int) -> Any:
+    def _piece(self, start: int) -> Examples:
         indices = [np.asarray(order(start, self._steps))[:, self._arrangement] for order in self._orders]
         wanted = np.stack(indices) if self._stacked else indices[0]
         return jax.tree.map(lambda part: part.place(wanted, self._sharding), self._host)
 
-    def take(self, step: int) -> Any:
+    def take(self, step: int) -> Examples:
         """The piece that begins at `step`, which must be the next one."""
         start, piece = self._coming.popleft()
         if start != step:

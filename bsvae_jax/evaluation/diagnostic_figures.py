@@ -10,7 +10,7 @@ from jax.scipy.stats import norm
 
 from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
-from bsvae_jax.data.image_set import SPLIT_NAMES, to_inputs, to_unit_interval
+from bsvae_jax.data.image_set import SPLIT_NAMES, to_unit_interval
 from bsvae_jax.evaluation import diagnostic_plots, plots, residuals
 from bsvae_jax.evaluation.evaluate import Evaluated, SplitEvaluation, bound_name
 from bsvae_jax.evaluation.figures import title_of
@@ -135,7 +135,7 @@ def _difficulty(images: ImageSet, split: str, parts: SplitEvaluation, evaluated:
     stored, mean = getattr(images, split), images.mean_image
 
     def at(positions: np.ndarray) -> np.ndarray:
-        return np.asarray(to_unit_interval(jnp.asarray(stored[positions]), images.levels))
+        return np.asarray(to_unit_interval(stored[positions], images.levels))
 
     parts_of_split = np.split(np.arange(len(stored)), range(1000, len(stored), 1000))
     difficulty = np.concatenate([np.square(at(part) - mean).reshape(len(part), -1).mean(axis=1) for part in parts_of_split])
@@ -221,7 +221,7 @@ def linear(one: np.ndarray, other: np.ndarray, shares: np.ndarray) -> np.ndarray
 
 def _interpolations(run: Restored, images: ImageSet, title: str) -> Any:
     pairs = min(INTERPOLATED, len(images.test) // 2)
-    x, labels = to_inputs(images.examples("test", run.config.classes, 2 * pairs), images.levels)
+    x, labels = images.examples("test", run.config.classes, 2 * pairs).inputs()
     apply = jax.jit(run.model.apply, static_argnames="method")
     ends = np.asarray(apply(run.variables, x, labels=labels, method="encode").mean, np.float64)
     shares = np.linspace(0.0, 1.0, STEPS)
@@ -243,7 +243,7 @@ def _interpolations(run: Restored, images: ImageSet, title: str) -> Any:
 def _neighbors(run: Restored, images: ImageSet, title: str) -> Any:
     limits = (0.0, 1.0) if images.holds_images else (-np.inf, np.inf)
     samples = sample_prior(run, COMPARED, run.config.seed) / (255.0 if images.holds_images else 1.0)
-    held_out, labels = to_inputs(images.examples("test", run.config.classes, COMPARED), images.levels)
+    held_out, labels = images.examples("test", run.config.classes, COMPARED).inputs()
     output: Any = jax.jit(run.model.apply)(run.variables, held_out, split_key(run.config.seed, "test"), labels=labels)
     sets = {
         "samples": samples,
@@ -251,7 +251,7 @@ def _neighbors(run: Restored, images: ImageSet, title: str) -> Any:
         "test images": np.asarray(held_out),
     }
     found = {name: nearest_images(queries, images.train, images.levels) for name, queries in sets.items()}
-    nearest = to_unit_interval(jnp.asarray(images.train[found["samples"].positions[:SHOWN]]), images.levels)
+    nearest = to_unit_interval(images.train[found["samples"].positions[:SHOWN]], images.levels)
     return diagnostic_plots.nearest_neighbors(
         images.as_shown(samples[:SHOWN]),
         images.as_shown(np.asarray(nearest)),

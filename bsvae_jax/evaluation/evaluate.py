@@ -170,9 +170,8 @@ def evaluate(
 
     def score(split: str, number: int, calibration: Calibration | None) -> SplitScores:
         # The same posterior samples as `fit` takes, so that its evaluation is repeated here.
-        options: dict[str, Any] = dict(levels=images.levels, mesh=mesh, batch_size=evaluation_batch(run.image_shape))
-        key = split_key(run.config.seed, split)
-        return score_split(run.model, variables, stored(split), key, samples=number, calibration=calibration, **options)
+        options: Any = dict(batch_size=evaluation_batch(run.image_shape), samples=number, calibration=calibration)
+        return score_split(run.model, variables, stored(split), split_key(run.config.seed, split), **options)
 
     asked = run.config.posterior_samples if posterior_samples is None else posterior_samples
     calibration = run.calibration
@@ -233,7 +232,6 @@ def _evaluate_split(
     workdir: Path | None,
     progress: bool,
 ) -> SplitEvaluation:
-    mesh = data_mesh()
     key = split_key(run.config.seed, split)
     with ProgressBar(len(stored), 0, progress) as bar:
         bar.describe(f"{split}: residuals")
@@ -243,8 +241,6 @@ def _evaluate_split(
             stored,
             key,
             calibration,
-            levels=images.levels,
-            mesh=mesh,
             batch_size=evaluation_batch(run.image_shape),
             similarity=images.holds_images,
             progress=bar.update,
@@ -271,8 +267,6 @@ def _evaluate_split(
             wanted,
             calibration.variance,
             samples,
-            levels=images.levels,
-            mesh=mesh,
             count=count,
             partial=partial,
             progress=bar.update,
@@ -324,7 +318,7 @@ def _bound_quantities(
     bound: ImportanceScores, densities: Sequence[Density], images: ImageSet, samples: int
 ) -> dict[str, Quantity]:
     found = {}
-    shape, step = images.image_shape, 1.0 / (images.levels - 1)
+    shape, step = images.image_shape, images.bin_width
     for density, values, effective in zip(densities, bound.log_likelihood, bound.effective_samples, strict=True):
         variance = "calibrated variance" if density.frozen else "the model's own variance"
         point = "with uniform noise u, " if density.dequantized else "at the grid point, "
@@ -356,17 +350,12 @@ def _feature_network(options: Fid, images: ImageSet, progress: bool) -> FeatureN
     return (options.weights or inception.load_weights()).network()
 
 
-def _as_8_bits(images: np.ndarray, levels: int) -> np.ndarray:
-    return (
-        images
-        if images.dtype == np.uint8 and levels == 256
-        else to_8_bits(np.asarray(to_unit_interval(jnp.asarray(images), levels)))
-    )
-
-
-def _groups(stored: np.ndarray, levels: int, first: int) -> Iterator[np.ndarray]:
+def _groups(images: ImageSet, split: str, first: int) -> Iterator[np.ndarray]:
+    stored = getattr(images, split)
     for start in range(first, len(stored), statistics.GROUP):
-        yield _as_8_bits(stored[start : start + statistics.GROUP], levels)
+        group = stored[start : start + statistics.GROUP]
+        kept = group.dtype == np.uint8 and images.levels == 256
+        yield group if kept else to_8_bits(np.asarray(to_unit_interval(group, images.levels)))
 
 
 def _sample_statistics(
@@ -408,12 +397,11 @@ def _fid_quantities(
     mesh: Mesh,
     progress: bool,
 ) -> dict[str, Quantity]:
-    stored = getattr(images, split)
     path = cache_folder() / "fid" / f"{images.fingerprint()[:32]}-{split}-{network.source[:16]}.npz"
     reference = _statistics(
         network,
-        functools.partial(_groups, stored, images.levels),
-        len(stored),
+        functools.partial(_groups, images, split),
+        len(getattr(images, split)),
         mesh,
         path,
         f"{network.name}: {split} images (kept in {path.parent})",

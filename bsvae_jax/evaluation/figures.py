@@ -10,7 +10,6 @@ import numpy as np
 from bsvae_jax._io.files import read_metrics
 from bsvae_jax.config import StandardNormal
 from bsvae_jax.data import ImageSet
-from bsvae_jax.data.image_set import to_inputs
 from bsvae_jax.evaluation import plots
 from bsvae_jax.evaluation.trained import Restored
 from bsvae_jax.random import make_key
@@ -52,7 +51,7 @@ def draw(run: Restored, images: ImageSet, workdir: Path) -> list[Path]:
     """
     key = make_key(run.config.seed)
     apply = jax.jit(run.model.apply, static_argnames=("method", "count"))
-    x, labels = to_inputs(images.examples("test", run.config.classes, 512), images.levels)
+    x, labels = images.examples("test", run.config.classes, 512).inputs()
     output = apply(run.variables, x, key, labels=labels)
     # Most informative latents first, as `scoring.SplitScores.latent_rate` has it; moved on the scale of the prior where that is
     # known, else on that of the data.

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
-from bsvae_jax.data.image_set import Labeled, to_inputs
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, padded_batches, parallelize
 from bsvae_jax.errors import UserError
@@ -68,15 +68,15 @@ class _Sums(NamedTuple):
     squares: Float[Array, "densities batch"]
 
 
-def _encode(variables: Any, stored: Array | Labeled, *, model: VAE, levels: int) -> Any:
-    x, labels = to_inputs(stored, levels)
+def _encode(variables: Any, stored: Examples, *, model: VAE) -> Any:
+    x, labels = stored.inputs()
     posterior: Any = model.apply(variables, x, labels=labels, method="encode")
     return tuple(posterior)
 
 
 def _add_samples(
     variables: Any,
-    stored: Array | Labeled,
+    stored: Examples,
     indices: Int[Array, " batch"],
     counted: Float[Array, " batch"],
     posterior: Any,
@@ -87,7 +87,6 @@ def _add_samples(
     samples: Int[Array, ""],
     *,
     model: VAE,
-    levels: int,
     densities: tuple[Density, ...],
     chunk: int,
 ) -> tuple[_Sums, Float[Array, "densities chunk"]]:
@@ -107,14 +106,13 @@ def _add_samples(
     repeated = [jnp.broadcast_to(part, noise.shape).reshape(z.shape) for part in posterior]
     log_prior: Any = model.apply(variables, z, method="log_prior")
     log_ratio = log_prior - gaussian_log_prob(z, *repeated)
-    x, labels = to_inputs(stored, levels)
+    x, labels = stored.inputs()
     own = None if labels is None else jnp.tile(labels, chunk)
     decoded: Any = model.apply(variables, z, labels=own, method="decode")
-    step = 1.0 / (levels - 1)
     uniform = uniform_per_example(keys, 0, x.shape[1:])
 
     def log_weights(density: Density) -> Array:
-        target = x + step * uniform if density.dequantized else x
+        target = x + stored.bin_width * uniform if density.dequantized else x
         target = jnp.broadcast_to(target, (chunk, *x.shape)).reshape(decoded.mean.shape)
         if density.frozen:
             nll = gaussian_nll(target, decoded.mean, frozen_variance)
@@ -132,11 +130,9 @@ def _add_samples(
 
 
 @functools.cache
-def _parallelized(model: VAE, levels: int, densities: tuple[Density, ...], chunk: int, mesh: Mesh) -> tuple[Any, Any]:
-    encode = parallelize(
-        functools.partial(_encode, model=model, levels=levels), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED)
-    )
-    add = functools.partial(_add_samples, model=model, levels=levels, densities=densities, chunk=chunk)
+def _parallelized(model: VAE, densities: tuple[Density, ...], chunk: int, mesh: Mesh) -> tuple[Any, Any]:
+    encode = parallelize(functools.partial(_encode, model=model), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED))
+    add = functools.partial(_add_samples, model=model, densities=densities, chunk=chunk)
     per_image: Any = _Sums(*[P(None, DATA_AXIS)] * 2)  # type: ignore[arg-type]
     specs = (REPLICATED, SHARDED, SHARDED, SHARDED, (SHARDED, SHARDED), REPLICATED, per_image, *[REPLICATED] * 3)
     return encode, parallelize(add, mesh, specs, (per_image, REPLICATED), donate=(6,))
@@ -166,8 +162,6 @@ def importance_weighted(
     frozen_variance: float,
     samples: int,
     *,
-    levels: int,
-    mesh: Mesh,
     count: int | None = None,
     partial: Partial | None = None,
     progress: Callable[[int], None] | None = None,
@@ -178,14 +172,12 @@ def importance_weighted(
 
     Args:
       model: a VAE whose own variance is not optimal, where a density asks for it.
-      variables: replicated over the mesh.
-      images: of the split, on the same mesh.
+      variables: replicated over the mesh of the images.
+      images: of the split.
       key: decides the samples; each image takes its own by its position.
       densities: at least one; they share their samples.
       frozen_variance: of the densities that freeze one, squared intensity.
       samples: K, 1 to 5,000.
-      levels: gray levels of stored uint8 images.
-      mesh: of `data_mesh`.
       count: of the first images; None: all.
       partial: from an interrupted call with the same arguments.
       progress: told the number of images done since it was told before.
@@ -201,13 +193,13 @@ def importance_weighted(
     count = len(images) if count is None else min(count, len(images))
     at_once = evaluation_batch(images.data_shape, DECODED_AT_ONCE)
     chunk = min(samples, CHUNK, at_once)
-    batch = (at_once // chunk) * mesh.shape[DATA_AXIS]
-    encode, add = _parallelized(model.clone(axis_name=None), levels, tuple(densities), chunk, mesh)
+    batch = (at_once // chunk) * images.mesh.shape[DATA_AXIS]
+    encode, add = _parallelized(model.clone(axis_name=None), tuple(densities), chunk, images.mesh)
     state = partial or Partial(
         0, np.zeros((len(densities), 0)), np.zeros((len(densities), samples)), np.zeros((len(densities), 0))
     )
     kept = time.monotonic()
-    for indices, counted in padded_batches(mesh, count, batch, state.done):
+    for indices, counted in padded_batches(images.mesh, count, batch, state.done):
         stored = images.batch(indices)
         posterior = tuple(encode(variables, stored))
         sums: Any = _Sums(*(jnp.full((len(densities), len(indices)), -jnp.inf, jnp.float32) for _ in range(2)))

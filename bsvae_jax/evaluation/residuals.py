@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from bsvae_jax.data.image_set import Labeled, to_inputs
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, parallelize
 from bsvae_jax.evaluation.run_over import joined, run_over
@@ -82,7 +82,7 @@ def _histogram(values: Array, counted: Array) -> Array:
 
 def _batch(
     variables: Any,
-    stored: Array | Labeled,
+    stored: Examples,
     indices: Int[Array, " batch"],
     counted: Float[Array, " batch"],
     key: Key[Array, ""],
@@ -90,17 +90,15 @@ def _batch(
     variance_per_pixel: Float[Array, "1 *pixels"],
     *,
     model: VAE,
-    levels: int,
     similarity: bool,
 ) -> _Batch:
-    x, labels = to_inputs(stored, levels)
+    x, labels = stored.inputs()
     keys = example_keys(key, indices)
     output: Any = model.apply(variables, x, keys, labels=labels)
     log_prior: Any = model.apply(variables, output.z, method="log_prior")
     mean = output.decoded.mean
-    step = 1.0 / (levels - 1)
-    residual = x + step * uniform_per_example(keys, 1, x.shape[1:]) - mean
-    own_variance = jnp.mean(jnp.square(x - mean), axis=tuple(range(1, x.ndim)), keepdims=True) + step**2 / 12
+    residual = x + stored.bin_width * uniform_per_example(keys, 1, x.shape[1:]) - mean
+    own_variance = jnp.mean(jnp.square(x - mean), axis=tuple(range(1, x.ndim)), keepdims=True) + stored.bin_width**2 / 12
     counts = [_histogram(residual / jnp.sqrt(v), counted) for v in (variance, variance_per_pixel, own_variance)]
     return _Batch(
         ssim=structural_similarity(x, mean) if similarity else None,
@@ -113,12 +111,12 @@ def _batch(
 
 
 @functools.cache
-def _parallelized(model: VAE, levels: int, similarity: bool, mesh: Mesh) -> Any:
+def _parallelized(model: VAE, similarity: bool, mesh: Mesh) -> Any:
     shares: Any = dict.fromkeys(_Batch._fields, SHARDED) | {"residuals": REPLICATED}
     if not similarity:
         shares["ssim"] = None
     specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED)
-    batch = functools.partial(_batch, model=model, levels=levels, similarity=similarity)
+    batch = functools.partial(_batch, model=model, similarity=similarity)
     return parallelize(batch, mesh, specs, _Batch(**shares))
 
 
@@ -129,8 +127,6 @@ def image_statistics(
     key: Key[Array, ""],
     calibration: Calibration,
     *,
-    levels: int,
-    mesh: Mesh,
     batch_size: int,
     similarity: bool = True,
     progress: Callable[[int], None] | None = None,
@@ -139,22 +135,20 @@ def image_statistics(
 
     Args:
       model: a VAE.
-      variables: replicated over the mesh.
-      images: of the split, on the same mesh.
+      variables: replicated over the mesh of the images.
+      images: of the split.
       key: that of `score_split`.
       calibration: of the training set.
-      levels: gray levels of stored uint8 images.
-      mesh: of `data_mesh`.
       batch_size: images per device call, rounded up to a multiple of the devices.
       similarity: whether they are images in [0, 1], of which there is an SSIM.
       progress: told the number of images done since it was told before.
     """
     count = len(images)
-    compute = _parallelized(model.clone(axis_name=None), levels, similarity, mesh)
+    compute = _parallelized(model.clone(axis_name=None), similarity, images.mesh)
     variances = (np.float32(calibration.variance), calibration.variance_per_pixel.astype(np.float32)[None])
     batches = []
     residuals = np.zeros((len(STANDARDIZED_BY), BINS), np.int64)
-    for batch in run_over(images, mesh, batch_size, lambda *given: compute(variables, *given, key, *variances)):
+    for batch in run_over(images, batch_size, lambda *given: compute(variables, *given, key, *variances)):
         residuals += batch.residuals
         batches.append(batch._replace(residuals=None))
         if progress is not None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import padded_batches
@@ -21,13 +20,13 @@ def fetched(results: Iterable[Any]) -> Iterator[Any]:
     yield from map(jax.device_get, waiting)
 
 
-def run_over(images: DeviceImages, mesh: Mesh, batch_size: int, compute: Callable[..., Any], times: int = 1) -> Iterator[Any]:
+def run_over(images: DeviceImages, batch_size: int, compute: Callable[..., Any], times: int = 1) -> Iterator[Any]:
     """Host copies of `compute(stored, positions, weights)` of every batch of `padded_batches`, in order.
 
     All images are taken several `times` over, one time after the other; positions count on, and batches have the same size.
     """
     count = len(images)
-    batches = padded_batches(mesh, times * count, min(batch_size, count))
+    batches = padded_batches(images.mesh, times * count, min(batch_size, count))
     return fetched(compute(images.batch(positions % count), positions, weights) for positions, weights in batches)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from bsvae_jax.data.image_set import Labeled, to_inputs
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, Execution, parallelize
 from bsvae_jax.evaluation.run_over import run_over
@@ -133,16 +133,15 @@ class _BatchTotals(NamedTuple):
 
 def _score_batch(
     variables: Mapping[str, Any],
-    stored: Array | Labeled,
+    stored: Examples,
     indices: Int[Array, " batch"],
     weights: Float[Array, " batch"],
     key: Key[Array, ""],
     pixel_variance: Float[Array, "*pixels"],
     *,
     model: VAE,
-    levels: int,
 ) -> tuple[_ExampleScores, _BatchTotals]:
-    x, labels = to_inputs(stored, levels)
+    x, labels = stored.inputs()
     # Noise by position in the split, and beyond its end for further samples: the same for any number of devices.
     output: Any = model.apply(variables, x, example_keys(key, indices), labels=labels)
     mean, log_variance = output.decoded
@@ -179,9 +178,9 @@ def _score_batch(
 
 
 @functools.cache
-def _parallelized(model: VAE, levels: int, mesh: Mesh, execution: Execution) -> Any:
+def _parallelized(model: VAE, mesh: Mesh, execution: Execution) -> Any:
     specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED, REPLICATED)
-    score = functools.partial(_score_batch, model=model, levels=levels)
+    score = functools.partial(_score_batch, model=model)
     return parallelize(score, mesh, specs, REPLICATED, execution=execution, shared=(1, 2, 3))
 
 
@@ -191,8 +190,6 @@ def score_split(
     images: DeviceImages,
     key: Key[Array, ""],
     *,
-    levels: int,
-    mesh: Mesh,
     batch_size: int,
     samples: int = 1,
     calibration: "Calibration | None" = None,
@@ -201,18 +198,16 @@ def score_split(
 
     Args:
       model: a VAE; its `axis_name` is not used, no batch statistics are taken.
-      variables: `{"params": ..., "batch_stats": ...}`, replicated over the mesh.
-      images: of the split, on the same mesh.
+      variables: `{"params": ..., "batch_stats": ...}`, replicated over the mesh of the images.
+      images: of the split.
       key: decides the posterior samples: sample s of the image at position n of N takes `fold_in(key, s * N + n)`.
-      levels: gray levels of stored uint8 images.
-      mesh: of `data_mesh`.
       batch_size: images per device call, rounded up to a multiple of the devices.
       samples: S, posterior samples of each image; the first are the same whatever their number.
       calibration: of the training set, for `scaled_error`.
     """
     variances = [model.decoder_variance]
     pixel_variance = pixel_variance_of(calibration, images)
-    options: Any = dict(levels=levels, mesh=mesh, batch_size=batch_size, execution="loop", samples=samples)
+    options: Any = dict(batch_size=batch_size, execution="loop", samples=samples)
     (scores,) = score_members(model, variables, images, key, pixel_variance, variances, **options)
     return scores
 
@@ -230,8 +225,6 @@ def score_members(
     pixel_variances: Any,
     decoder_variances: Sequence[DecoderVariance],
     *,
-    levels: int,
-    mesh: Mesh,
     batch_size: int,
     execution: Execution,
     samples: int = 1,
@@ -241,12 +234,10 @@ def score_members(
     Args:
       model: of all members, but for the number in a `Constant` decoder variance.
       variables: stacked, divided over the member axis of the mesh.
-      images: as for `score_split`.
+      images: as for `score_split`, on a mesh of `sweep_mesh`.
       keys: one per member.
       pixel_variances: of `pixel_variance_of`, one per member.
       decoder_variances: of each member, in order; as many results are given.
-      levels: as for `score_split`.
-      mesh: of `sweep_mesh`.
       batch_size: images per device call.
       execution: 'scan' or 'vmap'; 'loop' for one model without an axis of members.
       samples: as for `score_split`.
@@ -254,10 +245,10 @@ def score_members(
     Yields:
       The scores of each member, in order.
     """
-    score = _parallelized(model.clone(axis_name=None), levels, mesh, execution)
+    score = _parallelized(model.clone(axis_name=None), images.mesh, execution)
     batches, scored = [], 0
     totals: Any = None
-    for batch, sums in run_over(images, mesh, batch_size, lambda *b: score(variables, *b, keys, pixel_variances), samples):
+    for batch, sums in run_over(images, batch_size, lambda *b: score(variables, *b, keys, pixel_variances), samples):
         # Every sample of an image has the same posterior: the first is enough.
         batches.append(batch if scored < len(images) else batch._replace(posterior_mean=batch.posterior_mean[..., :0, :]))
         scored += batch.rate.shape[-1]

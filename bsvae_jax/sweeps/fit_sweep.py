@@ -282,7 +282,6 @@ def _train_turn(
                     program.images.examples("test", program.config.classes, PICTURES),
                     keys,
                     len(turn),
-                    levels=program.images.levels,
                     mesh=program.mesh,
                     execution=program.execution,
                     clip=images,

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from bsvae_jax.data.image_set import Examples, Labeled, to_inputs
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.distributed.mesh import REPLICATED, Execution, parallelize
 from bsvae_jax.evaluation.sampling import to_8_bits
 from bsvae_jax.models.vae import VAE
@@ -31,11 +31,9 @@ class Gallery(NamedTuple):
     """Decoder means of samples of the prior; of a conditional model, of the classes of the originals."""
 
 
-def _draw(
-    variables: Mapping[str, Any], images: Array | Labeled, key: Key[Array, ""], *, model: VAE, levels: int, clip: bool
-) -> Any:
+def _draw(variables: Mapping[str, Any], images: Examples, key: Key[Array, ""], *, model: VAE, clip: bool) -> Any:
     posterior_key, prior_key = jax.random.split(key)
-    x, labels = to_inputs(images, levels)
+    x, labels = images.inputs()
     output: Any = model.apply(variables, x, posterior_key, labels=labels)
     samples: Any = model.apply(variables, prior_key, len(x), labels=labels, method="sample")
     limits: Any = dict(min=0.0, max=1.0) if clip else {}
@@ -43,8 +41,8 @@ def _draw(
 
 
 @functools.cache
-def _parallelized(model: VAE, levels: int, clip: bool, mesh: Mesh, execution: Execution) -> Any:
-    draw = functools.partial(_draw, model=model, levels=levels, clip=clip)
+def _parallelized(model: VAE, clip: bool, mesh: Mesh, execution: Execution) -> Any:
+    draw = functools.partial(_draw, model=model, clip=clip)
     return parallelize(draw, mesh, (REPLICATED, REPLICATED, REPLICATED), REPLICATED, execution=execution, shared=(1,))
 
 
@@ -55,7 +53,6 @@ def draw_members(
     keys: Key[Array, "*members"],
     members: int,
     *,
-    levels: int,
     mesh: Mesh,
     execution: Execution,
     clip: bool = True,
@@ -68,7 +65,6 @@ def draw_members(
       images: the originals, as stored.
       keys: one per member.
       members: how many galleries are wanted.
-      levels: gray levels of stored uint8 images.
       mesh: that of `variables`.
       execution: how the members are driven.
       clip: to [0, 1], where images lie.
@@ -76,7 +72,7 @@ def draw_members(
     Yields:
       The gallery of each member, in order.
     """
-    drawn = jax.device_get(_parallelized(model.clone(axis_name=None), levels, clip, mesh, execution)(variables, images, keys))
+    drawn = jax.device_get(_parallelized(model.clone(axis_name=None), clip, mesh, execution)(variables, images, keys))
     for member in range(members):
         yield Gallery(*drawn) if execution == "loop" else Gallery(*(leaf[member] for leaf in drawn))
 

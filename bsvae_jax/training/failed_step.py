@@ -1,5 +1,6 @@
 """The step that was not finite: the state before it and its batch, kept in the run's folder and ready to run again."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,20 +68,19 @@ def failing_step(config: Config, images: ImageSet, total: int, step: int, run: R
     state = run.state_before(create_state(config, model, total, images=images), step)
     order = data_order(state, images, config.batch_size)
     hyperparameters = build_hyperparameters(config)
-    batch_of = jax.jit(prepare_batch, static_argnames=("levels", "augmentation"))
+    batch_of = jax.jit(prepare_batch, static_argnames="augmentation")
     take = jax.jit(train_step)
-    labels = None if config.classes is None else images.examples("train", config.classes).labels
+    train = images.examples("train", config.classes)
     while True:
         (indices,) = order(int(state.step), 1)
-        stored = gather(images.train, np.asarray(indices))
-        batch, key = batch_of(state, stored, levels=images.levels, augmentation=config.augmentation)
-        own = None if labels is None else labels[np.asarray(indices)]
+        stored = jax.tree.map(functools.partial(gather, indices=np.asarray(indices)), train)
+        batch, labels, key = batch_of(state, stored, augmentation=config.augmentation)
         if int(state.step) >= step - 1:
             break
-        state, _ = take(state, batch, key, *hyperparameters, labels=own)
+        state, _ = take(state, batch, key, *hyperparameters, labels=labels)
     arrays = {f"state{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.arrays())}
     arrays |= {"images": batch, "key": jax.random.key_data(key), "total": np.int64(total)}
-    arrays |= {} if own is None else {"labels": own}
+    arrays |= {} if labels is None else {"labels": labels}
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 

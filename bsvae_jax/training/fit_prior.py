@@ -14,7 +14,7 @@ from bsvae_jax._io.files import as_path, digest, read_json, take_folder
 from bsvae_jax.config import FlowMatching
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.datasets import moved
-from bsvae_jax.data.image_set import to_inputs
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.data.prefetch import DeviceImages, fits
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed.mesh import REPLICATED, SHARDED, data_mesh, parallelize, replicate
@@ -173,8 +173,8 @@ def _check_trained(folder: Path, run: Restored, images: ImageSet) -> None:
         raise UserError(f"The parameters of step {run.step} are not finite: this run has diverged, there is nothing to fit.")
 
 
-def _encode(variables: Any, stored: Any, *, model: VAE, levels: int) -> Any:
-    x, labels = to_inputs(stored, levels)
+def _encode(variables: Any, stored: Examples, *, model: VAE) -> Any:
+    x, labels = stored.inputs()
     posterior: Any = model.apply(variables, x, labels=labels, method="encode")
     return posterior.mean, jnp.exp(0.5 * posterior.log_variance)
 
@@ -185,11 +185,9 @@ def _posteriors(run: Restored, images: ImageSet) -> tuple[np.ndarray, np.ndarray
     resident = fits(images.shape.nbytes, mesh, run.config.resident_memory)
     stored = DeviceImages(images.examples("train", run.config.classes), mesh, resident)
     model = run.model.clone(axis_name=None)
-    encode = parallelize(
-        functools.partial(_encode, model=model, levels=images.levels), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED)
-    )
+    encode = parallelize(functools.partial(_encode, model=model), mesh, (REPLICATED, SHARDED), (SHARDED, SHARDED))
     variables = replicate(run.variables, mesh)
-    batches = run_over(stored, mesh, evaluation_batch(run.image_shape), lambda stored, *_: encode(variables, stored))
+    batches = run_over(stored, evaluation_batch(run.image_shape), lambda stored, *_: encode(variables, stored))
     mean, deviation = joined(batches, len(stored))
     return mean, deviation
 

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from bsvae_jax.config import Config, Optimizer, is_builtin
 from bsvae_jax.data import DataShape, ImageSet, ShuffledOrder
-from bsvae_jax.data.image_set import Labeled
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.data.prefetch import AHEAD, DeviceImages, Stream, fits, streamed_window
 from bsvae_jax.data.shuffle import steps_through
 from bsvae_jax.distributed.hardware import activations, memory_sizes
@@ -91,7 +91,7 @@ def parallelize_training(config: Config, data: DataShape, mesh: Mesh, execution:
     run = run_steps if resident else run_streamed_steps
     form = form_of_parameters(config, mesh.devices.flat[0].platform)
     return parallelize(
-        functools.partial(run, levels=data.levels, augmentation=config.augmentation, form=form),
+        functools.partial(run, augmentation=config.augmentation, form=form),
         mesh,
         (REPLICATED, *where, REPLICATED, REPLICATED),
         REPLICATED,
@@ -144,11 +144,11 @@ def abstract_arguments(
     where = (*slots, window, config.batch_size)
     order = abstract(where, jnp.int32, *member, None, DATA_AXIS)
     if resident:
-        images = abstract((data.train, math.prod(data.image_shape)), data.dtype)
-        examples = images if config.classes is None else Labeled(images, abstract((data.train,), jnp.int32))
-        return state, examples, order, count, hyperparameters
-    images = abstract((*where, *data.image_shape), data.dtype, *member, None, DATA_AXIS)
-    return state, images if config.classes is None else Labeled(images, order), count, hyperparameters
+        images, labels = abstract((data.train, math.prod(data.image_shape)), data.dtype), abstract((data.train,), jnp.int32)
+    else:
+        images, labels = abstract((*where, *data.image_shape), data.dtype, *member, None, DATA_AXIS), order
+    examples = Examples(images, None if config.classes is None else labels, data.levels)
+    return (state, examples, *((order,) if resident else ()), count, hyperparameters)
 
 
 class Program:
@@ -280,8 +280,6 @@ class Program:
             self.pack([split_key(config.seed, split) for config in configs]),
             self.pack([pixel_variance_of(own, images) for own in known]),
             [build_model(config, self.images.image_shape, self.images.bin_width).decoder_variance for config in configs],
-            levels=self.images.levels,
-            mesh=self.mesh,
             batch_size=evaluation_batch(self.images.image_shape),
             execution=self.execution,
             samples=1 if calibrations is None else samples_of_each(self.config.posterior_samples, len(images)),

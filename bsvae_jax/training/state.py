@@ -120,7 +120,7 @@ def create_state(
         params, batch_stats, optimizer_state = _initial_arrays(model.clone(axis_name=None), optimizer, init_key)
         started = None if images is None else config.prior.initial_parameters(images.train, config.seed)
         if started is not None and images is not None:
-            own = {name: to_unit_interval(jnp.asarray(values), images.levels) for name, values in started.items()}
+            own = {name: to_unit_interval(values, images.levels) for name, values in started.items()}
             params = {**params, PRIOR: {**params[PRIOR], **own}}
     else:
         params, batch_stats = variables["params"], variables["batch_stats"]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from bsvae_jax import config as configs
 from bsvae_jax import objective
 from bsvae_jax.data import ImageSet, ShuffledOrder, augment
-from bsvae_jax.data.image_set import Labeled, to_unit_interval
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.data.prefetch import rows_at
 from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.models.layers import Labels
@@ -353,29 +353,28 @@ def data_order(state: TrainState, images: ImageSet, batch_size: int) -> Shuffled
 
 
 def prepare_batch(
-    state: TrainState, stored: Array, levels: int, augmentation: configs.Augmentation
-) -> tuple[Float[Array, "batch *shape"], Key[Array, ""]]:
-    """What `train_step` is given at the step that `state` stands before: this device's augmented batch, and the key.
+    state: TrainState, stored: Examples, augmentation: configs.Augmentation
+) -> tuple[Float[Array, "batch *shape"], Labels | None, Key[Array, ""]]:
+    """What `train_step` is given at the step that `state` stands before: the augmented images, their labels, and the key.
 
     `stored` is this device's share of the batch as the data set has it, [B, ...].
     """
     step_key = jax.random.fold_in(state.key, state.step)
     augmentation_key, posterior_key = jax.random.split(step_key)
-    batch = to_unit_interval(stored, levels)
+    batch, labels = stored.inputs()
     if augmentation == configs.Augmentation():
-        return batch, posterior_key
+        return batch, labels, posterior_key
     positions = example_positions(len(batch), state.model.axis_name, state.parts)
-    return augment(batch, example_keys(augmentation_key, positions), augmentation), posterior_key
+    return augment(batch, example_keys(augmentation_key, positions), augmentation), labels, posterior_key
 
 
 def run_steps(
     state: TrainState,
-    images: Array | Labeled,
+    images: Examples,
     order: Int[Array, "steps batch"],
     count: Int[Array, ""],
     hyperparameters: Hyperparameters,
     *,
-    levels: int,
     augmentation: configs.Augmentation,
     form: Form = AS_GIVEN,
 ) -> tuple[TrainState, StepMetrics]:
@@ -389,49 +388,39 @@ def run_steps(
       order: this device's share of the indices of each step's batch, [steps, B].
       count: how many of the steps to take.
       hyperparameters: beta, and numbers of the decoder variance and of the schedule of beta.
-      levels: gray levels of stored uint8 images.
       augmentation: random changes of the images.
       form: of the parameters between the steps.
     """
-
     shape = data_shape_of(state.model)
-
-    def stored(i: Any) -> Array | Labeled:
-        return rows_at(images, order[i], shape)
-
-    return _run_steps(state, stored, len(order), count, hyperparameters, levels, augmentation, form)
+    stored = lambda i: rows_at(images, order[i], shape)  # noqa: E731
+    return _run_steps(state, stored, len(order), count, hyperparameters, augmentation, form)
 
 
 def run_streamed_steps(
     state: TrainState,
-    batches: Array | Labeled,
+    batches: Examples,
     count: Int[Array, ""],
     hyperparameters: Hyperparameters,
     *,
-    levels: int,
     augmentation: configs.Augmentation,
     form: Form = AS_GIVEN,
 ) -> tuple[TrainState, StepMetrics]:
     """`run_steps` on images that come with the call: this device's share of each step's batch, [steps, B, ...]."""
-    steps = len(jax.tree.leaves(batches)[0])
     stored = lambda i: jax.tree.map(lambda array: array[i], batches)  # noqa: E731
-    return _run_steps(state, stored, steps, count, hyperparameters, levels, augmentation, form)
+    return _run_steps(state, stored, len(batches.images), count, hyperparameters, augmentation, form)
 
 
 def _run_steps(
     state: TrainState,
-    stored: Callable[[Any], Array | Labeled],
+    stored: Callable[[Any], Examples],
     steps: int,
     count: Int[Array, ""],
     hyperparameters: Hyperparameters,
-    levels: int,
     augmentation: configs.Augmentation,
     form: Form,
 ) -> tuple[TrainState, StepMetrics]:
     def step(i: Any, state: TrainState) -> tuple[TrainState, StepMetrics]:
-        batch = stored(i)
-        images, labels = batch if isinstance(batch, Labeled) else (batch, None)
-        images, posterior_key = prepare_batch(state, images, levels, augmentation)
+        images, labels, posterior_key = prepare_batch(state, stored(i), augmentation)
         return train_step(state, images, posterior_key, *hyperparameters, labels=labels)
 
     if steps == 1:  # without a loop: on CPU, XLA's fast convolutions do not run inside one

@@ -81,9 +81,9 @@ def stream(images: ImageSet) -> Callable[[], None]:
     steps = len(images.train) // BATCH
 
     def run() -> None:
-        with Stream(images.train, [order], mesh, P(None, "data"), 1, iter(range(steps))) as pieces:
+        with Stream(images.examples("train"), [order], mesh, P(None, "data"), 1, iter(range(steps))) as pieces:
             for step in range(steps):
-                pieces.take(step).block_until_ready()
+                jax.block_until_ready(pieces.take(step))
 
     run()
     return run
@@ -91,13 +91,13 @@ def stream(images: ImageSet) -> Callable[[], None]:
 
 def resident(images: ImageSet) -> Callable[[], None]:
     """One epoch of batches gathered on the devices."""
-    on_devices = DeviceImages(images.train, data_mesh())
+    on_devices = DeviceImages(images.examples("train"), data_mesh())
     order = ShuffledOrder(jax.random.key(0), len(images.train), BATCH)
     indices = [np.asarray(order(step, 1)[0]) for step in range(len(images.train) // BATCH)]
 
     def run() -> None:
         for batch in indices:
-            on_devices.batch(batch).block_until_ready()
+            jax.block_until_ready(on_devices.batch(batch))
 
     run()
     return run
@@ -113,7 +113,7 @@ def waiting(images: ImageSet, steps: int) -> None:
     hyperparameters = replicate(build_hyperparameters(config), program.mesh)
     starts = [program.window * i for i in range(steps // program.window + 1)]
     spec = P(None, "data")
-    with Stream(images.train, [order], program.mesh, spec, program.window, iter(starts)) as pieces:
+    with Stream(images.examples("train"), [order], program.mesh, spec, program.window, iter(starts)) as pieces:
         state, _ = jax.block_until_ready(program.take_steps(state, pieces.take(0), program.window, hyperparameters))  # compiles
         pieces.waited, begun = 0.0, time.perf_counter()
         for start in starts[1:]:

@@ -35,13 +35,11 @@ def importance(workdir: Path, count: int, samples: int) -> dict[str, float]:
     importance_weighted(
         run.model,
         replicate(run.variables, mesh),
-        DeviceImages(images.test[:count], mesh),
+        DeviceImages(images.examples("test", count=count), mesh),
         jax.random.key(0),
         [Density(frozen=True, dequantized=False)],
         0.01,
         samples,
-        levels=images.levels,
-        mesh=mesh,
         progress=lambda _: times.append(time.monotonic()),
     )
     middle = len(times) // 2

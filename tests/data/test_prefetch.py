@@ -20,7 +20,7 @@ import bsvae_jax as bv
 from bsvae_jax._io.files import read_metrics
 from bsvae_jax.config import MLP, Config, Digits, Optimizer
 from bsvae_jax.data import ImageSet, ShuffledOrder, load, prefetch
-from bsvae_jax.data.image_set import Labeled
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.data.prefetch import DeviceImages, HostImages, Stream, fits, gather, streamed_window
 from bsvae_jax.distributed import mesh as parallel
 from bsvae_jax.distributed.mesh import data_mesh, sweep_mesh
@@ -50,9 +50,9 @@ def mapped(tmp_path: Path, images: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_a_batch_is_the_images_at_its_indices(tmp_path, resident, devices):
     images = stored()
-    on_devices = DeviceImages(mapped(tmp_path, images), data_mesh(devices), resident)
+    on_devices = DeviceImages(Examples(mapped(tmp_path, images)), data_mesh(devices), resident)
     indices = np.random.default_rng(1).integers(0, 100, 8)
-    batch = on_devices.batch(indices)
+    batch = on_devices.batch(indices).images
     np.testing.assert_array_equal(batch, images[indices])
     assert len(on_devices) == 100
     assert {shard.data.shape for shard in batch.addressable_shards} == {(8 // devices, 2, 2, 3)}
@@ -62,10 +62,12 @@ def test_a_batch_is_the_images_at_its_indices(tmp_path, resident, devices):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_image_and_label_stay_together(tmp_path, key, resident, devices):
     """The label of an image is its number, which it shows in every pixel."""
-    examples, mesh = Labeled(mapped(tmp_path, stored()), np.arange(100, dtype=np.int32)), data_mesh(devices)
+    examples, mesh = Examples(mapped(tmp_path, stored()), np.arange(100, dtype=np.int32), 17), data_mesh(devices)
     on_devices, indices = DeviceImages(examples, mesh, resident), np.random.default_rng(1).integers(0, 100, 8)
     with Stream(examples, [ShuffledOrder(key, 100, 8)], mesh, P(None, "data"), 3, iter([0])) as stream:
-        for images, labels in (on_devices.batch(indices), stream.take(0)):
+        for found in (on_devices.batch(indices), stream.take(0)):
+            images, labels = found.images, found.labels
+            assert found.levels == 17
             np.testing.assert_array_equal(images[..., 1, 1, 0], labels)
             shares = [{shard.data.size for shard in part.addressable_shards} for part in (images, labels)]
             assert shares == [{images.size // devices}, {labels.size // devices}]
@@ -79,8 +81,8 @@ def test_an_epoch_of_the_stream_is_every_image_once(tmp_path, key, devices):
     images[:, 0, 0, 0] = np.arange(96)
     order = ShuffledOrder(key, 96, 8)
     starts = iter(range(0, 24, 3))
-    with Stream(mapped(tmp_path, images), [order], data_mesh(devices), P(None, "data"), 3, starts) as stream:
-        pieces = [np.asarray(stream.take(step)) for step in range(0, 24, 3)]
+    with Stream(Examples(mapped(tmp_path, images)), [order], data_mesh(devices), P(None, "data"), 3, starts) as stream:
+        pieces = [np.asarray(stream.take(step).images) for step in range(0, 24, 3)]
     seen = np.concatenate(pieces).reshape(-1, 2, 2, 3)[:, 0, 0, 0]
     assert sorted(seen[:96]) == list(range(96))
     assert sorted(seen[96:]) == list(range(96))
@@ -89,13 +91,13 @@ def test_an_epoch_of_the_stream_is_every_image_once(tmp_path, key, devices):
 
 
 def test_the_stream_can_begin_at_any_step(tmp_path, key):
-    images = mapped(tmp_path, stored(50))
+    images = Examples(mapped(tmp_path, stored(50)))
     open_at = functools.partial(Stream, images, [ShuffledOrder(key, 50, 8)], data_mesh(2), P(None, "data"), 2)
     with open_at(iter(range(0, 20, 2))) as stream:
-        whole = [np.asarray(stream.take(step)) for step in range(0, 20, 2)]
+        whole = [np.asarray(stream.take(step).images) for step in range(0, 20, 2)]
     for first in (6, 12):
         with open_at(iter(range(first, 20, 2))) as stream:
-            rest = [np.asarray(stream.take(step)) for step in range(first, 20, 2)]
+            rest = [np.asarray(stream.take(step).images) for step in range(first, 20, 2)]
         np.testing.assert_array_equal(rest, whole[first // 2 :])
 
 
@@ -103,8 +105,8 @@ def test_members_have_their_own_order(tmp_path):
     images = stored(60)
     orders = [ShuffledOrder(jax.random.key(seed), 60, 4) for seed in (0, 1, 1, 2)]
     mesh = sweep_mesh(2, 4, 4)
-    with Stream(mapped(tmp_path, images), orders, mesh, P("member", None, "data"), 3, iter([0])) as stream:
-        piece = np.asarray(stream.take(0))
+    with Stream(Examples(mapped(tmp_path, images)), orders, mesh, P("member", None, "data"), 3, iter([0])) as stream:
+        piece = np.asarray(stream.take(0).images)
     assert piece.shape == (4, 3, 4, 2, 2, 3)
     for member, order in zip(piece, orders, strict=True):
         np.testing.assert_array_equal(member, images[np.asarray(order(0, 3))])
@@ -113,7 +115,7 @@ def test_members_have_their_own_order(tmp_path):
 def test_a_stream_that_is_asked_for_another_step(tmp_path, key):
     order = ShuffledOrder(key, 50, 8)
     with (
-        Stream(stored(50), [order], data_mesh(1), P(None, "data"), 2, iter([4, 6])) as stream,
+        Stream(Examples(stored(50)), [order], data_mesh(1), P(None, "data"), 2, iter([4, 6])) as stream,
         pytest.raises(ValueError, match="the next piece begins at step 4, not 6"),
     ):
         stream.take(6)
@@ -125,7 +127,7 @@ def test_what_cannot_be_read_is_not_swallowed(key, monkeypatch):
 
     monkeypatch.setattr(prefetch, "gather", gone)
     with (
-        Stream(stored(50), [ShuffledOrder(key, 50, 8)], data_mesh(1), P(None, "data"), 2, iter([0])) as stream,
+        Stream(Examples(stored(50)), [ShuffledOrder(key, 50, 8)], data_mesh(1), P(None, "data"), 2, iter([0])) as stream,
         pytest.raises(OSError, match="the disk is gone"),
     ):
         stream.take(0)
@@ -176,7 +178,8 @@ import jax, numpy as np
 from jax.sharding import PartitionSpec as P
 from bsvae_jax.data import ShuffledOrder
 from bsvae_jax.distributed.mesh import data_mesh
-from bsvae_jax.data.prefetch import Stream, gather
+from bsvae_jax.data.image_set import Examples
+from bsvae_jax.data.prefetch import Stream
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 images = np.load({path!r}, mmap_mode="r")
@@ -184,9 +187,9 @@ order = ShuffledOrder(jax.random.key(0), len(images), 256)
 steps = len(images) // 256
 total = jax.jit(lambda batch: batch.astype("float32").sum())
 sizes = []
-with Stream(images, [order], data_mesh(1), P(None, "data"), 1, iter(range(steps))) as stream:
+with Stream(Examples(images), [order], data_mesh(1), P(None, "data"), 1, iter(range(steps))) as stream:
     for step in range(steps):
-        total(stream.take(step)).block_until_ready()
+        total(stream.take(step).images).block_until_ready()
         sizes.append(resident())
 if {whole}:
     images[:].sum()
@@ -245,6 +248,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from bsvae_jax.data import prefetch
 from bsvae_jax.data import ShuffledOrder
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.distributed.mesh import data_mesh
 images = np.load({path!r}, mmap_mode="r")
 read = []
@@ -253,9 +257,9 @@ prefetch.gather = lambda images, indices: read.append(indices.size) or original(
 order = ShuffledOrder(jax.random.key(0), len(images), 8)
 mesh = data_mesh()
 assert mesh.devices.size == 4
-with prefetch.Stream(images, [order], mesh, P(None, "data"), 2, iter(range(0, 12, 2))) as stream:
+with prefetch.Stream(Examples(images), [order], mesh, P(None, "data"), 2, iter(range(0, 12, 2))) as stream:
     for step in range(0, 12, 2):
-        piece = stream.take(step)
+        piece = stream.take(step).images
         for shard in piece.addressable_shards:
             np.save({out!r} + f"/{{step}}-{{shard.index[1].start}}.npy", shard.data)
 assert sum(read) == 12 * 8 // 2, read  # its own half, and nothing else

@@ -8,6 +8,7 @@ from scipy import special, stats
 
 from bsvae_jax import data
 from bsvae_jax.config import MLP, Config, Digits, Linear, Optimizer
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import data_mesh, replicate
 from bsvae_jax.errors import UserError
@@ -58,8 +59,9 @@ def exact(run, images, variance):
 def bound(run, images, samples, densities=(FROZEN,), variance=0.02, key=1, devices=1, **options):
     mesh = data_mesh(devices)
     variables = replicate(run.variables, mesh)
-    arguments = (run.model, variables, DeviceImages(images, mesh), jax.random.key(key), densities, variance, samples)
-    return importance_weighted(*arguments, levels=LEVELS, mesh=mesh, **options)
+    placed = DeviceImages(Examples(images, levels=LEVELS), mesh)
+    arguments = (run.model, variables, placed, jax.random.key(key), densities, variance, samples)
+    return importance_weighted(*arguments, **options)
 
 
 @pytest.mark.long
@@ -149,8 +151,9 @@ def written_out(model, variables, images, samples, key, variance, dequantized):
 
 def run_small(model, variables, images, densities, samples, variance=0.3, devices=1, **options):
     mesh = data_mesh(devices)
-    arguments = (model, replicate(variables, mesh), DeviceImages(images, mesh), jax.random.key(3), densities, variance, samples)
-    return importance_weighted(*arguments, levels=LEVELS, mesh=mesh, **options)
+    placed = DeviceImages(Examples(images, levels=LEVELS), mesh)
+    arguments = (model, replicate(variables, mesh), placed, jax.random.key(3), densities, variance, samples)
+    return importance_weighted(*arguments, **options)
 
 
 @pytest.mark.long

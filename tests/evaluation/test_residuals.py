@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from bsvae_jax.config import MLP
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import data_mesh, replicate
 from bsvae_jax.evaluation import nearest_neighbors, residuals
@@ -75,8 +76,8 @@ def passed():
     results = []
     for devices in (1, 8):
         mesh = data_mesh(devices)
-        stored, placed = DeviceImages(images, mesh), replicate(variables, mesh)
-        options = dict(levels=LEVELS, mesh=mesh, batch_size=8)
+        stored, placed = DeviceImages(Examples(images, levels=LEVELS), mesh), replicate(variables, mesh)
+        options = dict(batch_size=8)
         results.append(
             (
                 image_statistics(model, placed, stored, jax.random.key(5), calibration, **options),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bsvae_jax.config import MLP, Mixture, StandardNormal
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.data.prefetch import DeviceImages
 from bsvae_jax.distributed.mesh import data_mesh, replicate
 from bsvae_jax.evaluation.scores import Calibration, samples_of_each, score_split
@@ -38,8 +39,8 @@ def test_posterior_samples_are_those_of_their_keys(prior, variance):
     shared = errors.mean() / 6 + FLOOR if isinstance(variance, Optimal) else 0.3
     for devices in (1, 4):
         mesh = data_mesh(devices)
-        arguments = model, replicate(variables, mesh), DeviceImages(stored, mesh), key
-        options = dict(levels=LEVELS, mesh=mesh, batch_size=8)
+        arguments = model, replicate(variables, mesh), DeviceImages(Examples(stored, levels=LEVELS), mesh), key
+        options = dict(batch_size=8)
         scores = score_split(*arguments, **options, samples=SAMPLES, calibration=CALIBRATION)
         np.testing.assert_allclose(scores.squared_error, errors, rtol=1e-5)
         np.testing.assert_allclose(scores.rate, rate, rtol=1e-5)

@@ -365,7 +365,7 @@ def test_pictures(three):
 def test_galleries_are_what_each_member_draws(execution):
     """Posteriors without noise and decoders that tell: reconstructions are known, samples have the law of the prior."""
     model = building.build_model(dataclasses.replace(BASE, network=MLP((4,)), latent_size=1), (8, 8, 1), 1 / 16)
-    images = load(Digits()).test[:10]
+    examples = load(Digits()).examples("test", count=10)
     mesh = sweep_mesh(1, 3, 8)
     members = []
     for offset in (0.1, 0.2, 0.3):
@@ -380,15 +380,13 @@ def test_galleries_are_what_each_member_draws(execution):
         members.append({"params": params})
     keys = [jax.random.key(seed) for seed in (1, 2, 2)]
     drawn = list(
-        gallery.draw_members(
-            model, stack(members, mesh), images, stack(keys, mesh), 3, levels=17, mesh=mesh, execution=execution
-        )
+        gallery.draw_members(model, stack(members, mesh), examples, stack(keys, mesh), 3, mesh=mesh, execution=execution)
     )
     assert len(drawn) == 3
     decoded = lambda z: (20 * z + 5) / (1 + np.exp(-20 * z - 5)) / 1000  # noqa: E731
     z = []
     for offset, own in zip((0.1, 0.2, 0.3), drawn, strict=True):
-        np.testing.assert_allclose(own.originals, images / 16, atol=1e-6)
+        np.testing.assert_allclose(own.originals, examples.images / 16, atol=1e-6)
         np.testing.assert_allclose(own.reconstructions, np.full((10, 8, 8, 1), offset + decoded(-1.0)), atol=1e-6)
         assert np.ptp(own.samples, axis=(1, 2, 3)).max() < 1e-6
         z.append(own.samples[:, 0, 0, 0] - offset)

@@ -559,8 +559,8 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path, caplog):
     original = training.prepare_batch
 
     def spoil(state, *arguments):
-        batch, key = original(state, *arguments)
-        return jnp.where(jnp.isin(state.step, bad_steps), jnp.inf, batch), key
+        batch, labels, key = original(state, *arguments)
+        return jnp.where(jnp.isin(state.step, bad_steps), jnp.inf, batch), labels, key
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "prepare_batch", spoil)

@@ -52,10 +52,8 @@ def _linear_result(result, config):
     scores = score_split(
         result.state.model,
         result.state.variables(),
-        DeviceImages(images.train, mesh),
+        DeviceImages(images.examples("train"), mesh),
         jax.random.key(9),
-        levels=images.levels,
-        mesh=mesh,
         batch_size=2000,
     )
     pixels, floor = scores.pixels, quantization_variance(images.bin_width)
@@ -386,8 +384,7 @@ def test_evaluation_counts_the_last_partial_batch(tmp_path, key):
     model = build_model(SMALL, images.image_shape, images.bin_width)
     variables = {"params": create_state(SMALL, model, 1).params, "batch_stats": {}}
     mesh = data_mesh(4)
-    options = dict(levels=17, mesh=mesh, batch_size=64)
-    scores = score_split(model, variables, DeviceImages(images.test, mesh), key, **options)
+    scores = score_split(model, variables, DeviceImages(images.examples("test"), mesh), key, batch_size=64)
     x = jnp.asarray(images.test, jnp.float32) / 16
     output = model.apply(variables, x, key)
     squared = np.square(np.asarray(x, np.float64) - np.asarray(output.decoded.mean, np.float64))

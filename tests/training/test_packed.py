@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from bsvae_jax.config import MLP, Config, Mixture, Optimizer
+from bsvae_jax.data.image_set import Examples
 from bsvae_jax.objective import Learned
 from bsvae_jax.training import step
 from bsvae_jax.training.packed import AS_GIVEN, Form, Packed, pack, unpack
@@ -24,10 +25,8 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (12, 16), np.uint8)
 
 def trained(config, form):
     state = create_state(config, build_model(config, (4, 4, 1)), 9)
-    arguments = (jnp.asarray(IMAGES), jnp.arange(12).reshape(3, 4), jnp.int32(2), build_hyperparameters(config))
-    run = lambda state: step.run_steps(  # noqa: E731
-        state, *arguments, levels=256, augmentation=config.augmentation, form=form
-    )
+    arguments = (Examples(jnp.asarray(IMAGES)), jnp.arange(12).reshape(3, 4), jnp.int32(2), build_hyperparameters(config))
+    run = lambda state: step.run_steps(state, *arguments, augmentation=config.augmentation, form=form)  # noqa: E731
     return state, jax.jit(run)(state)
 
 
