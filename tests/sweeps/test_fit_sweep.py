@@ -813,13 +813,13 @@ def test_a_member_of_another_floor_is_not_taken_for_this_one(three):
     refused(r"holds a run of another config \(decoder_variance.floor: None -> 0.1\)", three, grid=grid)
 
 
-def test_a_foreign_folder_is_left_alone(alone, tmp_path):
+def test_a_foreign_folder_is_left_alone(three, tmp_path):
     foreign = tmp_path / "thesis"
     foreign.mkdir()
     (foreign / "chapter1.tex").write_text("...")
     refused("is not empty and not a sweep of bsvae; choose another --workdir", foreign)
     assert [path.name for path in foreign.iterdir()] == ["chapter1.tex"]
-    refused("is not empty and not a sweep of bsvae", alone(THREE.members(BASE)[0].config))  # of a single run
+    refused("is not empty and not a sweep of bsvae", three / "members" / NAMES[0])  # a run
 
 
 def test_a_file_is_left_alone(tmp_path):

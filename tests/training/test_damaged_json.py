@@ -101,6 +101,7 @@ def test_a_system_without_locks_is_named():
     assert run.stderr.splitlines()[-1].startswith("ImportError: bsvae_jax runs on Linux and macOS; on Windows, in WSL")
 
 
+@pytest.mark.long
 def test_what_a_kill_leaves_is_swept(tmp_path):
     """By the next command that takes the folder, or that writes the same file; what a living process writes stays."""
     killed = "import bsvae_jax._io.files as f, os, pathlib, sys\nf.os.fsync = lambda file: os._exit(9)\n"

@@ -58,7 +58,7 @@ def of_a_step(precision, network, rematerialize, platform, said):
 @pytest.mark.parametrize(
     "setup",
     [
-        (Residual((4,)), False, "cpu"),
+        pytest.param((Residual((4,)), False, "cpu"), marks=pytest.mark.long),
         pytest.param((Residual((4,)), True, "cuda"), marks=pytest.mark.long),
         pytest.param((Spatial((4,), blocks=1, groups=2), False, "tpu"), marks=pytest.mark.long),
         (Own(), False, "cuda"),
