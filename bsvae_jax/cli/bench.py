@@ -39,6 +39,8 @@ def bench(
 
     keep_compiled_programs()
     config = experiment.config
+    if against is not None:
+        benchmark.check_torch(config)
     images = benchmark.random_images(shape_of(config.data), config.classes) if noise else load(config.data)
     with document(json) as found:
         speed, peers = benchmark.measure(config, images, repeats, seconds), []

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from bsvae_jax.errors import UserError
 from bsvae_jax.models.layers import exact, float32_products
 from bsvae_jax.objective import Optimal
 from bsvae_jax.profiling.cost_analysis import ProgramCost, program_cost
+from bsvae_jax.profiling.torch_vae import SETTINGS_ON_CPU, SETTINGS_ON_CUDA
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.state import build_hyperparameters, check_against_data
 from bsvae_jax.training.step import data_order
@@ -76,7 +78,7 @@ class TorchSpeed(NamedTuple):
 
     setting: str
     """Memory layout, and the mode of `torch.compile`."""
-    version: str
+    version: str = ""
     images_per_second: Sequence[float] = ()
     """Of each repeat; empty where it failed."""
     peak_memory: int | None = None
@@ -261,6 +263,18 @@ def _covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
+STALLED = 300.0
+"""Seconds beside the measurements after which a setting of PyTorch is given up."""
+
+
+def check_torch(config: Config) -> None:
+    """Raise a UserError if there is no PyTorch, or none of the config's network, to compare with."""
+    if not isinstance(config.network, Residual) or not isinstance(config.decoder_variance, Optimal):
+        raise UserError("The PyTorch version is of the residual network with an optimal variance; choose --network residual.")
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("PyTorch is not installed: pip install 'bsvae_jax[torch]'.")
+
+
 def measure_torch(
     config: Config,
     images: ImageSet,
@@ -268,7 +282,7 @@ def measure_torch(
     seconds: float = 3.0,
     limit: float = math.inf,
 ) -> list[TorchSpeed]:
-    """The same network and recipe in PyTorch on the same device, in a process of its own, in each of its settings.
+    """The same network and recipe in PyTorch on the same device, in each of its settings.
 
     Args:
       config: of a residual network with `Optimal(over="example")`.
@@ -280,11 +294,11 @@ def measure_torch(
     Raises:
       UserError: another network, no PyTorch, or PyTorch failed in every setting.
     """
-    if not isinstance(config.network, Residual) or not isinstance(config.decoder_variance, Optimal):
-        raise UserError("The PyTorch version is of the residual network with an optimal variance; choose --network residual.")
+    check_torch(config)
+    network: Any = config.network
     setup = {
         "image_shape": images.image_shape,
-        "widths": config.network.widths_for(images.image_shape),
+        "widths": network.widths_for(images.image_shape),
         "latent_size": config.latent_size,
         "batch_size": config.batch_size,
         "precision": config.precision,
@@ -294,19 +308,29 @@ def measure_torch(
         "images": len(images.train),
         "repeats": repeats,
         "seconds": seconds,
-        "limit": limit,
     }
-    command = [sys.executable, "-m", "bsvae_jax.profiling.torch_vae", json.dumps(setup)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "No module named 'torch'" in done.stderr:
-        raise UserError("PyTorch is not installed: pip install 'bsvae_jax[torch]'.")
-    peers = [TorchSpeed(**json.loads(line)) for line in done.stdout.splitlines()]
+    peers: list[TorchSpeed] = []
+    begun = time.perf_counter()
+    for layout, mode in SETTINGS_ON_CUDA if jax.default_backend() == "gpu" else SETTINGS_ON_CPU:
+        if not peers or time.perf_counter() - begun < limit:
+            peers.append(_torch_speed(setup | {"layout": layout, "mode": mode}, STALLED + repeats * seconds))
     if not any(peer.images_per_second for peer in peers):
-        failures = [peer.failure for peer in peers] or done.stderr.strip().splitlines()[-1:]
-        raise UserError(f"The PyTorch version failed: {failures}")
-    if done.returncode:
-        peers.append(TorchSpeed("the settings after that", peers[-1].version, failure=f"exit status {done.returncode}"))
+        raise UserError(f"The PyTorch version failed: {[peer.failure for peer in peers]}")
     return peers
+
+
+def _torch_speed(setup: dict[str, Any], timeout: float) -> TorchSpeed:
+    """One setting, in a process of its own: PyTorch may crash, or stall when the memory layout changes in one process."""
+    setting = setup["layout"] if setup["mode"] is None else f"{setup['layout']}, compiled ({setup['mode']})"
+    command = [sys.executable, "-m", "bsvae_jax.profiling.torch_vae", json.dumps(setup)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return TorchSpeed(setting, failure=f"no speed in {timeout:.0f} s")
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return TorchSpeed(setting, failure=said[-1])
+    return TorchSpeed(setting, **json.loads(done.stdout.splitlines()[-1]))
 
 
 def describe(speed: Speed) -> str:

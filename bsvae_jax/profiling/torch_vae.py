@@ -2,8 +2,8 @@
 
     python -m bsvae_jax.profiling.torch_vae '{"image_shape": [28, 28, 1], "widths": [32, 64, 128], "latent_size": 32, ...}'
 
-Written from the description in the paper. Its best settings are tried in turn, each reported on a line of JSON: contiguous and
-channels-last memory, and on CUDA fused AdamW and `torch.compile`, without and with CUDA graphs; in float32, with TF32 or
+Written from the description in the paper. A process measures one of its settings and prints a line of JSON: contiguous or
+channels-last memory, and on CUDA fused AdamW and `torch.compile`, without or with CUDA graphs; in float32, with TF32 or
 without, or under autocast to bfloat16. The data lie on the device. PyTorch is imported when a process runs this, and otherwise
 passed to the functions: the package does not need it.
 """
@@ -84,8 +84,9 @@ def objective(torch, network, x, latent_size, beta):
     return (distortion + beta * rate).mean()
 
 
-def images_per_second(torch, setup, layout, mode):
-    """Speed of each repeat, after a warm-up; `mode` is that of `torch.compile`, None for no compilation."""
+def images_per_second(torch, setup):
+    """Speed of each repeat, after a warm-up."""
+    layout, mode = setup["layout"], setup["mode"]
     height, width, channels = setup["image_shape"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, bfloat16 = setup["batch_size"], setup["precision"] == "bfloat16"
@@ -130,26 +131,15 @@ def images_per_second(torch, setup, layout, mode):
 
 
 def main(setup):
-    """Measure every setting that is begun in time, and print a line of JSON of each as soon as it is done."""
+    """Measure one setting, and print what was found as a line of JSON."""
     import torch
 
-    cuda = torch.cuda.is_available()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = setup["tf32"]
     torch.backends.cudnn.benchmark = True
-    begun = time.perf_counter()
-    for layout, mode in SETTINGS_ON_CUDA if cuda else SETTINGS_ON_CPU:
-        if time.perf_counter() - begun > setup["limit"]:
-            break
-        row = {"setting": layout if mode is None else f"{layout}, compiled ({mode})", "version": torch.__version__}
-        torch.compiler.reset()
-        try:
-            row["images_per_second"] = images_per_second(torch, setup, layout, mode)
-        except Exception as error:  # of a compiler that is not installed, of memory: the other settings count all the same
-            row["failure"] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-        if cuda:
-            row["peak_memory"] = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        print(json.dumps(row), flush=True)
+    found = {"images_per_second": images_per_second(torch, setup), "version": torch.__version__}
+    if torch.cuda.is_available():
+        found["peak_memory"] = torch.cuda.max_memory_allocated()
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

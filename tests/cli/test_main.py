@@ -510,6 +510,15 @@ def test_a_report_is_one_document(swept, capsys):
     assert "report: " in said.err
 
 
+@pytest.mark.parametrize(
+    ("network", "sentence"), [("mlp", "PyTorch version is of the residual network"), ("residual", "PyTorch is not installed")]
+)
+def test_a_peer_that_is_not_there_is_named_before_anything_is_measured(network, sentence, config_file, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("bsvae_jax.profiling.benchmark.measure", lambda *_: pytest.fail("measured"))
+    assert sentence in refused(["bench", config_file, "--network", network, "--against", "torch"], capsys)
+
+
 @pytest.mark.long
 def test_a_measured_speed_is_one_document(config_file, capsys):
     main.main(["bench", str(config_file), "--seconds", "0.1", "--repeats", "1", "--json"])

@@ -1,6 +1,7 @@
 """What is measured of training: counts and ratios by hand; the command that measures an accelerator, on a CPU."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,23 @@ def test_objective_and_gradients_of_every_kind_are_those_of_the_cpu(tmp_path):
     done, rows = run(tmp_path, "invariance")
     assert done.returncode == 0, done.stdout
     assert len(rows["invariance"]["errors"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("program", "timeout", "expected"),
+    [
+        ('print(\'{"images_per_second": [3.0, 1.0, 2.0], "version": "2"}\')', 100.0, (2.0, "")),
+        ("raise RuntimeError('no such layout')", 100.0, (0.0, "RuntimeError: no such layout")),
+        ("import os; os.abort()", 100.0, (0.0, "exit status -6")),
+        ("import time; time.sleep(600)", 1.0, (0.0, "no speed in 1 s")),
+    ],
+)
+def test_a_setting_of_pytorch_that_fails_is_a_row(program, timeout, expected, tmp_path, monkeypatch):
+    """Crashes and stalls included: each is a process of its own."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c {shlex.quote(program)}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    found = benchmark._torch_speed({"layout": "contiguous", "mode": "default"}, timeout)
+    assert (found.median, found.failure) == expected
+    assert found.setting == "contiguous, compiled (default)"
