@@ -263,7 +263,7 @@ def _covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-STALLED = 300.0
+STALLED = 120.0
 """Seconds beside the measurements after which a setting of PyTorch is given up."""
 
 
@@ -357,7 +357,7 @@ def describe_against(speed: Speed, peers: list[TorchSpeed]) -> str:
     for peer in peers:
         spread = [f"{of(peer.images_per_second):,.0f}" for of in (min, max) if peer.images_per_second]
         found = f"{peer.median:,.0f} images/s ({' to '.join(spread)})" if spread else f"failed: {peer.failure}"
-        lines.append(f"  PyTorch {peer.version}, {peer.setting}: {found}")
+        lines.append(f"  {' '.join(['PyTorch', *peer.version.split()])}, {peer.setting}: {found}")
     best = max(peer.median for peer in peers)
     return "\n".join([*lines, f"  ratio to the best of PyTorch's: {speed.median / best:.2f}"])
 
