@@ -32,7 +32,7 @@ def compile(
 
     Prints per device the arithmetic, the memory moved and held, the communication, the kernels of a GPU by kind, the least
     time of a step by the machine's published peaks, and the largest batch that fits. TPUs are compiled for with libtpu alone,
-    GPUs with the extra `cuda` alone; nothing is run and no data are read where their size is known.
+    GPUs with the extra `cuda` alone and JAX 0.12; nothing is run and no data are read where their size is known.
 
     With --json: {"machines": [{"topology", "chip", "devices", "batch_size", "members", "precision", "step": {"flops",
     "bytes_accessed", "arguments", "results", "temporary", "collectives"}, "state": {what: bytes}, "memory", "peak_memory",

@@ -206,12 +206,11 @@ class TFDS(Dataset):
 
     def shape(self) -> DataShape:
         """Of the sets whose sizes are known without reading them, else of the images."""
-        if self.name not in PUBLISHED or (self.train_split, self.test_split) != ("train", "test"):
-            return self.load().shape
-        (height, width, channels), train, test, validation = PUBLISHED[self.name]
+        known = PUBLISHED.get(self.name) if (self.train_split, self.test_split) == ("train", "test") else None
         own = self.validation == "own"
-        if own and not validation:
-            return self.load().shape  # which says what is missing
+        if known is None or (own and not known[-1]):  # an own split that is missing is told by reading
+            return self.load().shape
+        (height, width, channels), train, test, validation = known
         side = self.size or self.crop
         sides = (height, width) if side is None else (side, side)
         return DataShape((*sides, self.channels or channels), 256, np.dtype(np.uint8), train, test, validation if own else 0)

@@ -41,6 +41,15 @@ def no_images(shape: tuple[int, ...]) -> str:
     return f"of shape {shape}" + (", not all in [0, 1]" if is_image(shape) else "")
 
 
+def bin_width_of(levels: int) -> float:
+    """Width of one of `levels` gray levels after scaling to [0, 1], both ends included.
+
+    >>> bin_width_of(17)
+    0.0625
+    """
+    return 1.0 / (levels - 1)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Examples:
@@ -61,7 +70,7 @@ class Examples:
     @property
     def bin_width(self) -> float:
         """Width of a gray level after scaling to [0, 1]."""
-        return 1.0 / (self.levels - 1)
+        return bin_width_of(self.levels)
 
     def inputs(self) -> tuple[Float[Array, "..."], Any]:
         """What a model takes: the images by `to_unit_interval`, and their labels."""
@@ -92,7 +101,7 @@ class DataShape(NamedTuple):
     @property
     def bin_width(self) -> float:
         """Width of a gray level after scaling to [0, 1]."""
-        return 1.0 / (self.levels - 1)
+        return bin_width_of(self.levels)
 
     @property
     def image_bytes(self) -> int:
@@ -235,7 +244,7 @@ class ImageSet:
     @property
     def bin_width(self) -> float:
         """Width of a gray level after scaling to [0, 1]: 1/255 for 8 bits, 1/16 for the 17-level digits."""
-        return 1.0 / (self.levels - 1)
+        return bin_width_of(self.levels)
 
     @property
     def scale(self) -> float:

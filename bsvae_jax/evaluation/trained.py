@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from bsvae_jax.config import Config
+from bsvae_jax.data.image_set import bin_width_of
 from bsvae_jax.evaluation.scores import Calibration
 from bsvae_jax.models.vae import VAE
 from bsvae_jax.objective import quantization_variance
@@ -47,4 +48,4 @@ class Restored(NamedTuple):
     @property
     def floor(self) -> float:
         """v0 of the data, squared intensity."""
-        return quantization_variance(1.0 / (self.levels - 1))
+        return quantization_variance(bin_width_of(self.levels))

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import itertools
 import json
 import math
+import re
 import resource
 import statistics
 import subprocess
@@ -78,7 +80,7 @@ class TorchSpeed(NamedTuple):
 
     setting: str
     """Memory layout, and the mode of `torch.compile`."""
-    version: str = ""
+    version: str
     images_per_second: Sequence[float] = ()
     """Of each repeat; empty where it failed."""
     peak_memory: int | None = None
@@ -310,27 +312,28 @@ def measure_torch(
         "seconds": seconds,
     }
     peers: list[TorchSpeed] = []
-    begun = time.perf_counter()
+    version, begun = importlib.metadata.version("torch"), time.perf_counter()
     for layout, mode in SETTINGS_ON_CUDA if jax.default_backend() == "gpu" else SETTINGS_ON_CPU:
         if not peers or time.perf_counter() - begun < limit:
-            peers.append(_torch_speed(setup | {"layout": layout, "mode": mode}, STALLED + repeats * seconds))
+            peers.append(_torch_speed(version, setup | {"layout": layout, "mode": mode}, STALLED + repeats * seconds))
     if not any(peer.images_per_second for peer in peers):
         raise UserError(f"The PyTorch version failed: {[peer.failure for peer in peers]}")
     return peers
 
 
-def _torch_speed(setup: dict[str, Any], timeout: float) -> TorchSpeed:
+def _torch_speed(version: str, setup: dict[str, Any], timeout: float) -> TorchSpeed:
     """One setting, in a process of its own: PyTorch may crash, or stall when the memory layout changes in one process."""
     setting = setup["layout"] if setup["mode"] is None else f"{setup['layout']}, compiled ({setup['mode']})"
     command = [sys.executable, "-m", "bsvae_jax.profiling.torch_vae", json.dumps(setup)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return TorchSpeed(setting, failure=f"no speed in {timeout:.0f} s")
+        return TorchSpeed(setting, version, failure=f"no speed in {timeout:.0f} s")
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return TorchSpeed(setting, failure=said[-1])
-    return TorchSpeed(setting, **json.loads(done.stdout.splitlines()[-1]))
+        raised = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", done.stderr, re.MULTILINE)  # a message may go on below it
+        said = raised or done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return TorchSpeed(setting, version, failure=said[-1])
+    return TorchSpeed(setting, version, **json.loads(done.stdout.splitlines()[-1]))
 
 
 def describe(speed: Speed) -> str:
@@ -357,7 +360,7 @@ def describe_against(speed: Speed, peers: list[TorchSpeed]) -> str:
     for peer in peers:
         spread = [f"{of(peer.images_per_second):,.0f}" for of in (min, max) if peer.images_per_second]
         found = f"{peer.median:,.0f} images/s ({' to '.join(spread)})" if spread else f"failed: {peer.failure}"
-        lines.append(f"  {' '.join(['PyTorch', *peer.version.split()])}, {peer.setting}: {found}")
+        lines.append(f"  PyTorch {peer.version}, {peer.setting}: {found}")
     best = max(peer.median for peer in peers)
     return "\n".join([*lines, f"  ratio to the best of PyTorch's: {speed.median / best:.2f}"])
 

@@ -136,7 +136,7 @@ def main(setup):
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = setup["tf32"]
     torch.backends.cudnn.benchmark = True
-    found = {"images_per_second": images_per_second(torch, setup), "version": torch.__version__}
+    found = {"images_per_second": images_per_second(torch, setup)}
     if torch.cuda.is_available():
         found["peak_memory"] = torch.cuda.max_memory_allocated()
     print(json.dumps(found))

@@ -53,7 +53,7 @@ def readings(results: SweepResults, split: str) -> list[Curve]:
     """
     found = families(results)
     pixels = math.prod(results.info.image_shape)
-    floor = quantization_variance(1.0 / (results.info.levels - 1))
+    floor = quantization_variance(results.info.bin_width)
     curves = []
     for family in found:
         if not isinstance(family.decoder_variance, Constant):
@@ -152,7 +152,7 @@ class LinearComparison(NamedTuple):
 def compare_with_theory(results: SweepResults) -> LinearComparison | None:
     """Linear members with `Optimal('batch')` against the exact optimum; None where there are none."""
     info = results.info
-    floor = quantization_variance(1.0 / (info.levels - 1))
+    floor = quantization_variance(info.bin_width)
     linear = [
         family
         for family in families(results)

@@ -13,6 +13,7 @@ import numpy as np
 from bsvae_jax import config as configs
 from bsvae_jax._io.files import read_json
 from bsvae_jax.config import Config
+from bsvae_jax.data.image_set import bin_width_of
 from bsvae_jax.errors import UserError
 from bsvae_jax.training.identity import EDITED
 from bsvae_jax.training.workdir import shape_and_levels
@@ -54,6 +55,11 @@ class SweepInfo(NamedTuple):
     """Of the oldest versions none were noted."""
     started_from: Mapping[str, Any] | None = None
     """The run with whose weights all members began (`Source.record`), if not with weights drawn from their seeds."""
+
+    @property
+    def bin_width(self) -> float:
+        """Width of a gray level after scaling to [0, 1]."""
+        return bin_width_of(self.levels)
 
 
 def read_sweep(folder: Path) -> SweepInfo:

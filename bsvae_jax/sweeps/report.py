@@ -182,7 +182,7 @@ def _rate_distortion(results: SweepResults) -> Picture:
     nats, squares = [], []
     if reference is not None:
         rates, mse = reference
-        variance = mse + quantization_variance(1.0 / (results.info.levels - 1))
+        variance = mse + quantization_variance(results.info.bin_width)
         pixels = math.prod(results.info.image_shape)
         label = "Shannon's R(D) of a Gaussian"
         nats = [Line(label, rates, 0.5 * pixels * (np.log(2 * np.pi * variance) + 1))]
@@ -340,7 +340,7 @@ def _linear_theory(results: SweepResults) -> dict[str, Picture]:
     assert eigenvalues is not None, "there is a comparison only with a spectrum"
     assert reference is not None, "and data of no variance have no active latent"
     dense = np.geomspace(betas.min(), betas.max(), 200)
-    floor = quantization_variance(1.0 / (results.info.levels - 1))
+    floor = quantization_variance(results.info.bin_width)
     latents = results.info.config.latent_size
     optima = [theory.linear_optimum(eigenvalues, latents, float(beta), floor) for beta in dense]
     lines = [

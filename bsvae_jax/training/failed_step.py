@@ -102,7 +102,7 @@ def failed_step(workdir: str | Path) -> FailedStep:
         raise UserError(f"{folder} has no failure.npz: no step of this run was found not to be finite.")
     remedy = "train again to get it back"
     arrays = read_run_arrays(path, remedy)
-    model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
+    model = build_model(info.config, info.image_shape, info.bin_width)
     with sense_of(path, remedy):
         state = create_state(info.config, model, int(arrays["total"]))
         restored: Mapping[str, Any] = jax.tree_util.tree_map_with_path(

@@ -75,7 +75,7 @@ def restore(
     if not exported and not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} has no checkpoint yet; train it with bsvae train.")
     check_switches(folder, info.switches)
-    model = build_model(info.config, info.image_shape, 1.0 / (info.levels - 1))
+    model = build_model(info.config, info.image_shape, info.bin_width)
     target = jax.eval_shape(lambda: create_state(info.config, model, 1).arrays())
     multiplier = 1.0
     if exported:

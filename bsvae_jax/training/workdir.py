@@ -44,7 +44,7 @@ from bsvae_jax._io.terminal import log
 from bsvae_jax.config import Config
 from bsvae_jax.data import ImageSet
 from bsvae_jax.data.datasets import with_absolute_paths
-from bsvae_jax.data.image_set import is_image
+from bsvae_jax.data.image_set import bin_width_of, is_image
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.evaluation.scores import Calibration
@@ -84,6 +84,11 @@ class RunInfo(NamedTuple):
     """Size of the training set, where it was recorded."""
     imported: Mapping[str, Any] | None = None
     """The file that its weights are from, if they were imported."""
+
+    @property
+    def bin_width(self) -> float:
+        """Width of a gray level after scaling to [0, 1]."""
+        return bin_width_of(self.levels)
 
     def provenance(self) -> list[str]:
         """What config and seed do not say of the run: where its weights are from, and what was changed on the way."""

@@ -26,7 +26,6 @@ remarks       ratios, settings, errors
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -46,6 +45,7 @@ import numpy as np
 
 from bsvae_jax.config import MLP, Augmentation, Config, Linear, Residual, Spatial, load_config
 from bsvae_jax.data import ImageSet, shape_of
+from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Optimal, mean_objective
 from bsvae_jax.profiling import benchmark
 from bsvae_jax.training.state import build_model, create_state
@@ -86,11 +86,12 @@ def training(options: argparse.Namespace, network: str, precision: str, *stack: 
 
 def torch(options: argparse.Namespace, network: str, precision: str) -> Row:
     """PyTorch at the best of its settings."""
-    if importlib.util.find_spec("torch") is None:
-        return {"remarks": "left out: PyTorch is not installed"}
-    peers = benchmark.measure_torch(
-        *experiment(network, precision, options.quick), options.repeats, options.seconds, TORCH_LIMIT
-    )
+    config, images = experiment(network, precision, options.quick)
+    try:
+        benchmark.check_torch(config)
+    except UserError as missing:
+        return {"remarks": f"left out: {missing}"}
+    peers = benchmark.measure_torch(config, images, options.repeats, options.seconds, TORCH_LIMIT)
     best = max(peers, key=lambda peer: peer.median)
     others = [f"{peer.setting}: {f'{peer.median:,.0f}' if peer.median else peer.failure}" for peer in peers if peer is not best]
     return {
