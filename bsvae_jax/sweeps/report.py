@@ -120,9 +120,10 @@ def differences(results: SweepResults) -> list[str]:
     reference = best_setting(results)
     found, parts, base = differences_to(results, reference), [], ""
     for family in families(results):
-        own = family.members[_best(family, results.choosing_split)][0].config
-        name, difference = f"{family.label} at β = {own.beta:g}", found.get(setting_of(own))
-        if setting_of(own) == reference:
+        best = _best(family, results.choosing_split)
+        setting, name = setting_of(family.members[best][0].config), f"{family.label} at β = {family.betas[best]:g}"
+        difference = found.get(setting)
+        if setting == reference:
             base = name
         elif difference is not None:
             parts.append(f"{name}: {display(*difference)}")

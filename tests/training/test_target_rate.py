@@ -15,6 +15,7 @@ from bsvae_jax.config import MLP, Config, Linear, Optimizer
 from bsvae_jax.data import load
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError
+from bsvae_jax.sweeps import report
 from bsvae_jax.sweeps.results import families
 from bsvae_jax.sweeps.table import as_csv, display_rows
 from bsvae_jax.training.fit import fit
@@ -141,6 +142,8 @@ def test_members_of_a_sweep_are_the_runs_of_their_own(tmp_path):
     found = sorted(restore(tmp_path / "sweep" / "members" / name).beta for name in result.finished[2:])
     np.testing.assert_allclose(other.betas, found, rtol=1e-3)
     assert other.label == "BS-VAE, optimal σ² per image, target rates"
+    (sentence,) = report.differences(results)  # names the beta that training came to, not 2, where it began
+    assert sum(f"target rates at β = {beta:g}" in sentence for beta in other.betas) == 1
     headings, cells = display_rows(results, "test")
     assert (headings[1], headings[4]) == ("β schedule", "β at the end")
     assert [row[1:3] for row in cells][1:] == [
