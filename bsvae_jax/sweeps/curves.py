@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bsvae_jax import theory
-from bsvae_jax.config import Linear, StandardNormal
+from bsvae_jax.config import Linear, Prior, StandardNormal
 from bsvae_jax.objective import Constant, Optimal, quantization_variance
 from bsvae_jax.sweeps.plots import Curve
 from bsvae_jax.sweeps.results import (
@@ -43,39 +43,45 @@ def beta_names(betas: Sequence[float]) -> list[str]:
     return [f"β={beta:g}" for beta in betas]
 
 
+def prior_panels(results: SweepResults) -> dict[Prior, str]:
+    """The priors of a sweep, each with the name of its panel; one alone needs none."""
+    several = has_several_priors(results)
+    return {family.prior: f"prior: {family.prior.label}" if several else "" for family in families(results)}
+
+
 def readings(results: SweepResults, split: str) -> list[Curve]:
     """Distortion against rate: the four readings of the paper, and every other model's own.
 
     A constant variance v with weight beta trains SSE + b * KL with b = 2 v beta, which says nothing of sigma^2. Read with
     sigma^2 = 1/2 its distortion is `D/2 log(pi) + S`, with sigma^2 = b/2 `D/2 log(pi b) + S/b`, with the optimal sigma^2 of
     each image the closed form, where `S = SSE + D v0`: all are of images with the noise of their quantization. BS-VAE is read
-    as trained.
+    as trained. Several priors have a panel each.
     """
-    found = families(results)
+    found, panels = families(results), prior_panels(results)
     pixels = math.prod(results.info.image_shape)
     floor = quantization_variance(results.info.bin_width)
     curves = []
     for family in found:
         if not isinstance(family.decoder_variance, Constant):
             points = [(member_values(own, "rate", split), member_values(own, "distortion", split)) for own in family.members]
-            names = beta_names(family.betas.tolist()) if family.prior == found[0].prior else []  # other priors lie close by
-            curves.append(as_curve(family.label, points, names))
+            curve = as_curve(family.model, points, beta_names(family.betas.tolist()))
+            curves.append(curve._replace(panel=panels[family.prior]))
     for prior in dict.fromkeys(family.prior for family in found):
         constants = collapse_constants([family for family in found if family.prior == prior])
         if not constants:
             continue
-        suffix = f", prior: {prior.label}" if has_several_priors(results) else ""
         rates = [member_values(own, "rate", split) for _, own in constants]
         errors = [pixels * (member_values(own, "mse", split) + floor) for _, own in constants]
         optimal = [member_values(own, "profile_distortion", split) for _, own in constants]
-        curves.append(as_curve(f"β-VAE read with optimal σ² per image{suffix}", list(zip(rates, optimal, strict=True))))
+        read = [as_curve("β-VAE read with optimal σ² per image", list(zip(rates, optimal, strict=True)))]
         half = [0.5 * pixels * math.log(math.pi) + error for error in errors]
-        curves.append(as_curve(f"β-VAE read with σ² = 1/2{suffix}", list(zip(rates, half, strict=True))))
+        read.append(as_curve("β-VAE read with σ² = 1/2", list(zip(rates, half, strict=True))))
         positive = [index for index, (b, _) in enumerate(constants) if b > 0]
         scaled = [(b, error) for (b, _), error in zip(constants, errors, strict=True)]
         by_beta = [(rates[i], 0.5 * pixels * math.log(math.pi * scaled[i][0]) + scaled[i][1] / scaled[i][0]) for i in positive]
         if by_beta:
-            curves.append(as_curve(f"β-VAE read with σ² = β/2{suffix}", by_beta))
+            read.append(as_curve("β-VAE read with σ² = β/2", by_beta))
+        curves += [curve._replace(panel=panels[prior]) for curve in read]
     return curves
 
 
@@ -96,7 +102,7 @@ def shannon(results: SweepResults, largest_rate: float) -> tuple[np.ndarray, np.
 
 
 def points_of(family: Family) -> list[tuple[float, list[MemberResult]]]:
-    """A quantity of each member."""
+    """The betas of a family, each with its members (seeds)."""
     return list(zip(family.betas.tolist(), family.members, strict=True))
 
 

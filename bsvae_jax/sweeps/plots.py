@@ -47,6 +47,10 @@ class Curve(NamedTuple):
     """Which points are of models without an active latent; they are marked, and no line leads to them."""
     hints: Sequence[str] = ()
     """What a page says of each point when it is pointed at."""
+    marker: int | None = None
+    """Curves of one marker share its form; None: that of the family."""
+    panel: str = ""
+    """Name of the panel in which it stands, where a figure has several of one kind."""
 
 
 class Line(NamedTuple):
@@ -57,18 +61,25 @@ class Line(NamedTuple):
     y: np.ndarray
 
 
+def _look(index: int, curve: Curve) -> tuple[str, str]:
+    """Color and marker of the curve at an index among those of its panel; no two of 64 families share both."""
+    family = index if curve.family is None else curve.family
+    marker = family + family // 8 if curve.marker is None else curve.marker
+    return COLORS[family % 8], MARKERS[marker % 8]
+
+
 def _draw(axes: Any, curves: Sequence[Curve], lines: Sequence[Line] = (), joined: bool = True) -> None:
     for index, curve in enumerate(curves):
-        family = (index if curve.family is None else curve.family) % 8
-        style: dict[str, Any] = dict(color=COLORS[family], marker=MARKERS[family], markersize=5, linewidth=1.2)
+        color, marker = _look(index, curve)
+        style: dict[str, Any] = dict(color=color, marker=marker, markersize=5, linewidth=1.2)
         style["linestyle"] = ("--" if curve.dashed else "-") if joined else "none"
         if curve.dashed:  # larger and behind: a ring around the filled marker of the same place
             style |= dict(markerfacecolor="white", markersize=7, zorder=1.9)
         collapsed = np.array(curve.collapsed or np.zeros(len(curve.x)), bool)
         axes.plot(curve.x, np.where(collapsed, np.nan, curve.y), label=curve.label, **style)
-        axes.plot(curve.x[collapsed], curve.y[collapsed], "x", color=COLORS[family], markersize=6)
+        axes.plot(curve.x[collapsed], curve.y[collapsed], "x", color=color, markersize=6)
         bars = [np.where(collapsed, np.nan, own) for own in (curve.y_deviation, curve.x_deviation)]
-        axes.errorbar(curve.x, curve.y, *bars, fmt="none", ecolor=COLORS[family], elinewidth=1.0, zorder=1.8)
+        axes.errorbar(curve.x, curve.y, *bars, fmt="none", ecolor=color, elinewidth=1.0, zorder=1.8)
     for line, dashes in zip(lines, ("--", ":", "-."), strict=False):
         axes.plot(line.x, line.y, color="black", linestyle=dashes, linewidth=1.0, label=line.label, zorder=0)
     if any(any(curve.collapsed) for curve in curves):
@@ -111,7 +122,7 @@ def _name_points_of(axes: Any, curves: Sequence[Curve]) -> None:
     inside, (paths, taken) = axes.get_window_extent(), _obstacles(axes)
     markers = axes.transData.transform(np.concatenate([np.stack([curve.x, curve.y], axis=1) for curve in curves]))
     for index, curve in enumerate(curves):
-        color = COLORS[(index if curve.family is None else curve.family) % 8]
+        color, _ = _look(index, curve)
         for (x, y), name in _groups(axes, curve):
             for across, up in PLACES:
                 text = axes.annotate(
@@ -166,31 +177,55 @@ def _groups(axes: Any, curve: Curve) -> list[tuple[tuple[float, float], str]]:
     return groups
 
 
+def by_panel(curves: Sequence[Curve]) -> list[list[Curve]]:
+    """The curves of each panel, in the order of the figure; those of one label have one color in all of them."""
+    labels = list(dict.fromkeys(curve.label for curve in curves))
+    panels: dict[str, list[Curve]] = {}
+    for curve in curves:
+        family = labels.index(curve.label) if curve.family is None else curve.family
+        panels.setdefault(curve.panel, []).append(curve._replace(family=family))
+    return list(panels.values())
+
+
 def rate_distortion(
     readings: Sequence[Curve], squared_errors: Sequence[Curve], nats: Sequence[Line], errors: Sequence[Line]
 ) -> Figure:
     """Distortion in nats (left) and mean squared error (right) against the rate; nothing joins the points.
 
+    Curves of several panels have a column for each: distortion above, mean squared error below.
+
     Args:
       readings: distortion against rate, a curve per reading of a model.
       squared_errors: mean squared error against rate, a curve per model; this axis needs no decoder variance.
-      nats: reference lines for the left panel.
-      errors: reference lines for the right panel.
+      nats: reference lines of distortion.
+      errors: reference lines of mean squared error.
     """
-    figure = new_figure(11.0, 5.6)
-    left, right = figure.subplots(1, 2)
-    _draw(left, readings, nats, joined=False)
-    left.set_ylabel("distortion −log p(x|z) [nats per image]")
-    _draw(right, squared_errors, errors, joined=False)
-    right.set_ylabel("mean squared error [intensity²]")
-    log_scale(right, "y")
-    for axes in (left, right):
+    above, below = by_panel(readings), by_panel(squared_errors)
+    several = len(above) > 1
+    figure = new_figure(1.0 + 3.5 * len(above), 8.5) if several else new_figure(11.0, 5.6)
+    grid = figure.subplots(2, len(above), sharex=True, sharey="row") if several else figure.subplots(1, 2)[:, None]
+    for panels, lines, own in ((above, nats, grid[0]), (below, errors, grid[1])):
+        for axes, curves in zip(own, panels, strict=True):
+            _draw(axes, curves, lines, joined=False)
+    grid[0, 0].set_ylabel("distortion −log p(x|z) [nats per image]")
+    grid[1, 0].set_ylabel("mean squared error [intensity²]")
+    log_scale(grid[1, 0], "y")
+    for axes in grid[1] if several else grid[:, 0]:
         axes.set_xlabel("rate KL(q(z|x) ‖ p(z)) [nats per image]")
-        names = axes.get_legend_handles_labels()[1]
-        columns = 2 if max(map(len, names)) < 40 else 1
-        # Below: any place inside may hold points and their bars.
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, fontsize=8)
-    _name_points(figure, [readings, squared_errors])
+    if several:
+        for axes, curves in zip(grid[0], above, strict=True):
+            axes.set_title(curves[0].panel, fontsize=10)
+        found = {name: handle for axes in grid.flat for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(4, len(above)), fontsize=8)
+    else:
+        for axes in grid[:, 0]:
+            names = axes.get_legend_handles_labels()[1]
+            columns = 2 if max(map(len, names)) < 40 else 1
+            rows = -(-len(names) // columns)
+            figure.set_figheight(max(figure.get_figheight(), 4.8 + 0.19 * rows))
+            # Below: any place inside may hold points and their bars.
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, fontsize=8)
+    _name_points(figure, [*above, *below])
     return figure
 
 
@@ -215,11 +250,13 @@ def _beta_axis(axes: Any, betas: np.ndarray) -> None:
         axes.set_xscale("log")
     distinct = np.unique(betas)
     places = axes.xaxis.get_transform().transform(distinct)
-    ticks = [0]  # those of the betas that leave room for their numbers
+    numbers = [f"{beta:g}" for beta in distinct]
+    ticks = [0]  # those of the betas that leave room for their numbers, of 36 characters across an axis
     for index, place in enumerate(places):
-        if place - places[ticks[-1]] > (places[-1] - places[0]) / 7:
+        room = max(1 / 7, (1 + (len(numbers[ticks[-1]]) + len(numbers[index])) / 2) / 36)
+        if place - places[ticks[-1]] > room * (places[-1] - places[0]):
             ticks.append(index)
-    axes.set_xticks(distinct[ticks], [f"{beta:g}" for beta in distinct[ticks]])
+    axes.set_xticks(distinct[ticks], [numbers[tick] for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("β")
 
@@ -302,8 +339,11 @@ def latent_rates(rates: Mapping[str, tuple[np.ndarray, np.ndarray, Sequence[bool
     Args:
       rates: model to (betas [n], rates [n, L] in nats, which of the n have collapsed).
     """
-    figure = new_figure(1.5 + 4.2 * len(rates), 4.2)
-    panels = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
+    columns = min(4, len(rates))
+    rows = -(-len(rates) // columns)
+    figure = new_figure(1.5 + 4.2 * columns, 4.2 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    panels, unused = grid.flat[: len(rates)], grid.flat[len(rates) :]
     latents = max(values.shape[1] for _, values, _ in rates.values())
     colors = colormaps["viridis"](np.linspace(0, 0.95, latents))
     for axes, (model, (betas, values, collapsed)) in zip(panels, rates.items(), strict=True):
@@ -317,7 +357,10 @@ def latent_rates(rates: Mapping[str, tuple[np.ndarray, np.ndarray, Sequence[bool
         axes.set_title(model, fontsize=10)
         axes.grid(alpha=0.3)
     panels[0].set_ylim(bottom=-0.1 * LINEAR_BELOW)
-    panels[0].set_ylabel(f"rate of a latent [nats], linear below {LINEAR_BELOW:g}")
+    for axes in grid[:, 0]:
+        axes.set_ylabel(f"rate of a latent [nats], linear below {LINEAR_BELOW:g}")
+    for axes in unused:
+        axes.set_axis_off()
     lines = panels[-1].lines
     named = {"most informative latent": lines[0], f"least informative of {latents}": lines[-2]}
     if any(any(collapsed) for *_, collapsed in rates.values()):

@@ -22,6 +22,7 @@ from bsvae_jax.sweeps.curves import (
     largest_disagreement,
     member_values,
     points_of,
+    prior_panels,
     readings,
     shannon,
 )
@@ -160,20 +161,20 @@ def _collapsed(members: Sequence[MemberResult]) -> bool:
 
 
 def _rate_distortion(results: SweepResults) -> Picture:
-    split, found = "test", families(results)
+    split, found, panels = "test", families(results), prior_panels(results)
     # What `readings` draws: every model as it is, and the constant ones as SSE + beta * KL. Their rates tell them apart.
     cells = [cell for family in found if not isinstance(family.decoder_variance, Constant) for cell in points_of(family)]
-    for prior in dict.fromkeys(family.prior for family in found):
+    for prior in panels:
         cells += collapse_constants([family for family in found if family.prior == prior])
     at_rate = {float(member_values(own, "rate", split).mean()): (beta, _collapsed(own)) for beta, own in cells}
     curves = [_hinted(curve, "distortion", [at_rate[x] for x in curve.x.tolist()]) for curve in readings(results, split)]
     errors = [
         _hinted(
             as_curve(
-                family.label,
+                family.model,
                 [(member_values(own, "rate", split), member_values(own, "mse", split)) for own in family.members],
                 beta_names(family.betas.tolist()),
-            ),
+            )._replace(panel=panels[family.prior]),
             "mean squared error",
             [(beta, _collapsed(own)) for beta, own in points_of(family)],
         )
@@ -188,21 +189,23 @@ def _rate_distortion(results: SweepResults) -> Picture:
         label = "Shannon's R(D) of a Gaussian"
         nats = [Line(label, rates, 0.5 * pixels * (np.log(2 * np.pi * variance) + 1))]
         squares = [Line(label, rates, mse)]
+    several = len(panels) > 1
+    first, second = ("Above", "Below") if several else ("Left", "Right")
     caption = (
         f"Rate and distortion on {results.info.data_name}, test set, mean over seeds; bars of one standard deviation, where "
-        "they reach beyond the marker. "
-        "Left: a β-VAE with a constant variance has another likelihood under each reading of its σ²; BS-VAE has one. With an "
-        "optimal σ² it is a profile likelihood, no density, to be compared with its like alone; the table has calibrated ones. "
-        "Right: squared error, which needs no reading. The dashed line, Shannon's R(D), is the best that any model could do "
-        "on Gaussian data of the same covariance, with one variance for all images; structure beyond the covariance and a "
-        "variance per image may pass below it."
+        f"they reach beyond the marker. {first}: a β-VAE with a constant variance has another likelihood under each reading of "
+        "its σ²; BS-VAE has one. With an optimal σ² it is a profile likelihood, no density, to be compared with its like "
+        f"alone; the table has calibrated ones. {second}: squared error, which needs no reading. The dashed line, Shannon's "
+        "R(D), is the best that any model could do on Gaussian data of the same covariance, with one variance for all images; "
+        "structure beyond the covariance and a variance per image may pass below it."
     )
     alt = (
-        f"Two panels: distortion in nats and mean squared error against the rate, a point for each β of {len(curves)} readings "
-        f"and of {len(errors)} models, beside Shannon's bound where it is known."
+        f"Two panels{f' for each of {len(panels)} priors' if several else ''}: distortion in nats and mean squared error "
+        f"against the rate, a point for each β of {len(curves)} readings and of {len(errors)} models, beside Shannon's bound "
+        "where it is known."
     )
     figure = plots.rate_distortion(curves, errors, nats, squares)
-    return Picture(figure, alt, caption, plots.places(figure, (curves, errors)))
+    return Picture(figure, alt, caption, plots.places(figure, [*plots.by_panel(curves), *plots.by_panel(errors)]))
 
 
 def _hinted(curve: Curve, quantity: str, points: Sequence[tuple[float, bool]]) -> Curve:
@@ -211,19 +214,29 @@ def _hinted(curve: Curve, quantity: str, points: Sequence[tuple[float, bool]]) -
     for index, (beta, collapsed) in enumerate(points):
         rate = display(curve.x[index], curve.x_deviation[index] or math.nan)
         other = display(curve.y[index], curve.y_deviation[index] or math.nan)
-        hints.append(f"{curve.label}, β = {beta:g}: rate {rate}, {quantity} {other}" + (", collapsed" if collapsed else ""))
+        hints.append(
+            f"{', '.join(filter(None, (curve.label, curve.panel)))}, β = {beta:g}: rate {rate}, {quantity} {other}"
+            + (", collapsed" if collapsed else "")
+        )
     return curve._replace(hints=hints, collapsed=[collapsed for _, collapsed in points])
 
 
 def _metrics(results: SweepResults) -> Picture:
     panels: dict[str, list[Curve]] = {}
+    found, priors = families(results), list(prior_panels(results))
+    models = list(dict.fromkeys(family.model for family in found))
     for quantity in tabled_quantities(results):
         panels[HEADINGS[quantity]] = [
             as_curve(
                 f"{family.label}, {SPLIT_NAMES[split]}",
                 [(np.full(len(own), beta), member_values(own, quantity, split)) for beta, own in points_of(family)],
-            )._replace(family=index, dashed=split == "train", collapsed=[_collapsed(own) for own in family.members])
-            for index, family in enumerate(families(results))
+            )._replace(
+                family=models.index(family.model),
+                marker=priors.index(family.prior) if len(priors) > 1 else None,
+                dashed=split == "train",
+                collapsed=[_collapsed(own) for own in family.members],
+            )
+            for family in found
             for split in ("test", "train")
         ]
     caption = (

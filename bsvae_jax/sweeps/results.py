@@ -210,6 +210,8 @@ class Family(NamedTuple):
     name: str
     """For file names."""
     label: str
+    model: str
+    """The label without the prior."""
     decoder_variance: DecoderVariance
     prior: Prior
     beta_schedule: BetaSchedule
@@ -237,15 +239,15 @@ def families(results: SweepResults) -> list[Family]:
         points.sort(key=lambda point: point[0])
         schedule = points[0][1]
         usual = isinstance(prior, StandardNormal)
-        label = variance.label + (f", prior: {prior.label}" if priors or not usual else "")
-        name = variance.name + ("" if usual else f"_{prior.name}")
+        name, rest = variance.name + ("" if usual else f"_{prior.name}"), ""
         if not isinstance(schedule, ConstantBeta):
-            label += f", {'target rates' if schedule.has_multiplier else schedule.label}"
+            rest += f", {'target rates' if schedule.has_multiplier else schedule.label}"
             name += f"_{'target_rates' if schedule.has_multiplier else schedule.name}"
-        label += f", learning rate {rate:g}" if several else ""
+        rest += f", learning rate {rate:g}" if several else ""
         name += f"_rate{rate:g}" if several else ""
-        betas = np.array([beta for beta, _, _ in points])
-        found.append(Family(name, label, variance, prior, schedule, betas, [members for _, _, members in points]))
+        label = variance.label + (f", prior: {prior.label}" if priors or not usual else "") + rest
+        betas, own = np.array([beta for beta, _, _ in points]), [members for _, _, members in points]
+        found.append(Family(name, label, variance.label + rest, variance, prior, schedule, betas, own))
     return found
 
 

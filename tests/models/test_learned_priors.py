@@ -492,9 +492,12 @@ def test_the_report_of_a_sweep_over_priors(swept):
     assert rows[0].startswith("split,decoder_variance,prior,learning_rate,beta")
     assert len(rows) == 1 + 2 * 8
     assert {row.split(",")[2] for row in rows[1:]} == {"standard_normal", "vamp-5"}
-    labels = [curve.label for curve in readings(results, "test")]
-    assert len(labels) == len(set(labels)) == 2 + 3 * 2
+    found = [(curve.panel, curve.label) for curve in readings(results, "test")]
+    assert len(found) == len(set(found)) == 2 + 3 * 2
     pictures = draw(results)
+    panels = pictures["rate_distortion"].figure.axes
+    assert [axes.get_title() for axes in panels] == ["prior: standard normal", "prior: VampPrior of 5", "", ""]
+    assert "prior: VampPrior of 5, β = " in pictures["rate_distortion"].places[-1][-1]
     assert "does not fall into latents" in pictures["latent_rates"].caption
     assert len([name for name in pictures if name.startswith("pictures_")]) == 4
 

@@ -1,5 +1,7 @@
 """Figures of a sweep as they are drawn: labels that cover nothing, collapsed models, error bars, latents that say nothing."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -153,6 +155,73 @@ def test_the_axis_of_beta_is_marked_where_models_were_trained(betas, ticks):
     figure = plots.metrics_against_beta({"rate": [Curve("model", x, x, 0 * x, 0 * x)]})
     figure.canvas.draw()
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ticks
+
+
+def test_the_numbers_of_an_axis_have_room():
+    """The betas of target rates have many digits."""
+    x = np.array([0.02782, 0.08544, 0.1965, 1.408, 2.238, 3.28])
+    for figure in (
+        plots.metrics_against_beta({name: [Curve("model", x, x, 0 * x, 0 * x)] for name in "abc"}),
+        plots.latent_rates({name: (x, x[:, None], [False] * 6) for name in "abc"}),
+    ):
+        figure.canvas.draw()
+        for axes in figure.axes:
+            boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+            assert len(boxes) > 2
+            assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
+
+
+def test_no_two_families_look_the_same():
+    nothing = np.zeros(1)
+    looks = {plots._look(index, Curve("", nothing, nothing, nothing, nothing)) for index in range(64)}
+    assert len(looks) == 64
+
+
+def test_several_priors_have_a_column_each():
+    """Of one scale and with one legend; a label keeps its color, and what is written covers nothing and is not cut off."""
+    named = [
+        curve._replace(panel=panel)
+        for panel in ("prior: one", "prior: two", "prior: three")
+        for curve in curves(DISTORTIONS, 4)
+    ]
+    errors = [curve._replace(y=0.05 + 0.04 * np.tanh(curve.y / 100)) for curve in named if curve.label != "model 0"]
+    figure = plots.rate_distortion(named, errors, [], [])
+    above, below = figure.axes[:3], figure.axes[3:]
+    assert [axes.get_title() for axes in above] == ["prior: one", "prior: two", "prior: three"]
+    for row in (above, below):
+        assert len({axes.get_ylim() for axes in row}) == len({axes.get_xlim() for axes in row}) == 1
+        assert all([line.get_color() for line in axes.lines] == [line.get_color() for line in row[0].lines] for axes in row)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*(f"model {i}" for i in range(4)), plots.COLLAPSED]
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    assert labels_that_cover_nothing(figure)
+    for text in (legend, *(label for axes in figure.axes for label in (axes.xaxis.label, axes.yaxis.label, axes.title))):
+        box = text.get_window_extent()
+        assert box.width == 0 or (box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1)
+
+
+@pytest.mark.parametrize("count", [2, 24])
+def test_many_names_leave_room_for_the_points(count):
+    one = curves(DISTORTIONS, 0)[0]
+    named = [one._replace(label=f"runs/a-folder-of-a-name-of-more-than-forty-letters-{index}") for index in range(count)]
+    figure = plots.rate_distortion(named, named, [], [])
+    figure.canvas.draw()
+    for axes in figure.axes:
+        assert axes.get_window_extent().height > 3.5 * figure.dpi
+        box = axes.get_legend().get_window_extent()
+        assert box.y0 >= 0
+        assert box.y1 < axes.xaxis.label.get_window_extent().y0
+
+
+def test_many_models_are_drawn_in_rows_of_four():
+    rates = (np.array(BETAS[:3]), np.array([[5.0, 4.0], [2.0, 0.3], [0.3, 0.1]]), [False] * 3)
+    figure = plots.latent_rates({f"model {index}": rates for index in range(6)})
+    figure.canvas.draw()
+    assert figure.get_figwidth() < 20
+    places = [axes.get_position() for axes in figure.axes]
+    assert [axes.axison for axes in figure.axes] == [True] * 6 + [False] * 2
+    assert places[3].y0 == places[0].y0 > places[4].y1
+    assert [axes.get_ylabel() != "" for axes in figure.axes[:6]] == [True, False, False, False, True, False]
 
 
 def test_places_are_those_of_the_markers(figure):
