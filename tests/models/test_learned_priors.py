@@ -497,7 +497,7 @@ def test_the_report_of_a_sweep_over_priors(swept):
     pictures = draw(results)
     panels = pictures["rate_distortion"].figure.axes
     assert [axes.get_title() for axes in panels] == ["prior: standard normal", "prior: VampPrior of 5", "", ""]
-    assert "prior: VampPrior of 5, β = " in pictures["rate_distortion"].places[-1][-1]
+    assert "prior: VampPrior of 5, β = " in pictures["rate_distortion"].points[-1][-1]
     assert "does not fall into latents" in pictures["latent_rates"].caption
     assert len([name for name in pictures if name.startswith("pictures_")]) == 4
 
