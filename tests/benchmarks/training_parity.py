@@ -1,6 +1,6 @@
 """Training of the paper's network here and in PyTorch, each from its own initialization: MNIST, BS-VAE, beta 1.
 
-    python tests/benchmarks/training_parity.py data/mnist --seeds 3 --epochs 3
+    python tests/benchmarks/training_parity.py data/mnist --seeds 3 --epochs 3 [--stop-after 1]
 
 Both sides: batches of 128, AdamW at 1e-3 with one cosine over the run, no augmentation, no averaging. Objective and rate in
 nats: while training of the mean of the 50 steps before, at the end of an epoch of the test set, one posterior sample an image.
@@ -10,7 +10,9 @@ Prints mean and standard error over the seeds at each step. PyTorch runs in this
 import argparse
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +23,18 @@ from bsvae_jax.profiling.torch_vae import rate_and_distortion, torch_network
 LATENT, BATCH, WIDTHS, LOG_EVERY = 32, 128, (32, 64, 128), 50
 
 
-def here(folder: str, seed: int, epochs: int) -> dict[tuple[str, int], tuple[float, float]]:
-    """`{(split, step): (objective, rate)}` of a run."""
+class StopAfter(bv.Callback):
+    """Ends a run after some of the epochs of its schedule."""
+
+    def __init__(self, epochs: int):
+        self.epochs = epochs
+
+    def on_evaluation(self, run: Any, row: Mapping[str, Any]) -> str | None:
+        return "as long as asked for" if row["epoch"] >= self.epochs else None
+
+
+def here(folder: str, seed: int, epochs: int, stop_after: int) -> dict[tuple[str, int], tuple[float, float]]:
+    """`{(split, step): (objective, rate)}` of a run; `epochs` are those of its schedule."""
     config = bv.Config(
         data=MNIST(folder),
         network=Residual(WIDTHS),
@@ -34,12 +46,12 @@ def here(folder: str, seed: int, epochs: int) -> dict[tuple[str, int], tuple[flo
         seed=seed,
     )
     with tempfile.TemporaryDirectory() as workdir:
-        bv.fit(config, workdir, progress=False)
+        bv.fit(config, workdir, progress=False, callbacks=[StopAfter(stop_after)])
         rows = bv.read_metrics(workdir)
     return {(row["split"], row["step"]): (row["objective"], row["rate"]) for row in rows}
 
 
-def in_torch(folder: str, seed: int, epochs: int) -> dict[tuple[str, int], tuple[float, float]]:
+def in_torch(folder: str, seed: int, epochs: int, stop_after: int) -> dict[tuple[str, int], tuple[float, float]]:
     """The same of PyTorch."""
     import torch
 
@@ -57,7 +69,7 @@ def in_torch(folder: str, seed: int, epochs: int) -> dict[tuple[str, int], tuple
         return torch.stack([(distortion + rate).mean(), rate.mean()])
 
     found, recent, step = {}, [], 0
-    for _ in range(epochs):
+    for _ in range(min(epochs, stop_after)):
         for indices in torch.randperm(len(train), device=device).split(BATCH):
             values = terms(train[indices])
             optimizer.zero_grad()
@@ -84,11 +96,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the four MNIST files")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--stop-after", type=int, help="epochs that are run of the schedule's; all, if not given")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     arguments = parser.parse_args()
+    stop_after = arguments.stop_after or arguments.epochs
     print("| side | split | step | objective | rate |", "| --- | --- | ---: | ---: | ---: |", sep="\n", flush=True)
     for side in arguments.sides:
-        runs = [SIDES[side](str(arguments.folder), seed, arguments.epochs) for seed in range(arguments.seeds)]
+        runs = [SIDES[side](str(arguments.folder), seed, arguments.epochs, stop_after) for seed in range(arguments.seeds)]
         for split, step in runs[0]:
             values = np.array([run[split, step] for run in runs])
             errors = values.std(0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.full(2, math.nan)
