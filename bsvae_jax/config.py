@@ -285,7 +285,8 @@ def load_module(path: Path, *also: type) -> ModuleType:
     sys.path.insert(0, str(location.parent))
     try:
         with naming_fields(path, *also):
-            spec.loader.exec_module(module)
+            # The bytes just read: the loader would leave bytecode beside the file, and take it for an edit of the same second.
+            exec(compile(content, location, "exec"), vars(module))
     except BaseException:
         sys.modules.pop(name)
         if before is not None:

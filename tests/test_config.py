@@ -6,6 +6,7 @@ Settings are tried as a user meets them, with the type checks of the test run sw
 import dataclasses
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -606,6 +607,16 @@ def test_load_config_without_a_file(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="There is no config file"):
         load_config(path)
+
+
+def test_a_config_leaves_nothing_beside_it_and_an_edit_of_the_same_second_is_seen(tmp_path, monkeypatch):
+    """Python's bytecode would be left there, and is known by the second and the size of its source alone."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for beta in (3.0, 4.0):
+        path = written(tmp_path, f"def get_config(): return Config(beta={beta})")
+        os.utime(path, (1e9, 1e9))
+        assert load_config(path).beta == beta
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_load_config_of_another_kind_of_file(tmp_path):
