@@ -1,5 +1,6 @@
 """A file with an own network, decoder variance and data set, as README shows it: every command, and Python."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -30,9 +31,11 @@ def mine(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(mine):
-    """Trained by the command, with an option of its own class."""
-    main("train", mine, "--network.width", "4", *SMALL, "--workdir", mine.parent / "run")
-    return mine.parent / "run"
+    """Of another width than the file's."""
+    config = load_config(mine)
+    network = dataclasses.replace(config.network, width=4)
+    small = dataclasses.replace(config, network=network, epochs=2, evaluate_every=1, devices=1)
+    return bv.fit(small, mine.parent / "run", progress=False).workdir
 
 
 def test_the_run_is_that_of_the_file(mine, run):
@@ -53,18 +56,18 @@ def test_the_run_is_that_of_the_file(mine, run):
 
 
 @pytest.mark.long
-def test_the_commands_of_the_readme(mine, run, monkeypatch, capsys):
-    """But for training, which the fixture does; on the run of the fixture."""
+def test_the_commands_of_the_readme(mine, monkeypatch, capsys):
     monkeypatch.chdir(mine.parent)
     lines = [
-        line.partition("#")[0].replace("runs/mine-sweep", "sweep").replace("runs/mine", "run")
+        line.partition("#")[0].replace("runs/mine-sweep", "sweep").replace("runs/mine", "commanded")
         for line in readme_block("commands of mine.py").splitlines()
     ]
     commands = [line.split()[1:] for line in lines]
     assert [command[0] for command in commands] == ["train", "sweep", "evaluate", "sample", "report"]
-    for command in commands[1:]:
-        main(*command, *(SMALL if command[0] == "sweep" else ()))
-    assert np.load("run/samples.npz")["images"].shape == (64, 64, 3)
+    for command in commands:
+        main(*command, *(SMALL if command[0] in ("train", "sweep") else ()))
+    assert json.loads(Path("commanded/config.json").read_text())["config"]["network"] == {"kind": "mine:OverTime", "width": 16}
+    assert np.load("commanded/samples.npz")["images"].shape == (64, 64, 3)
     assert {path.name for path in Path("sweep/members").iterdir()} == {"per_channel_beta0.5_seed0", "per_channel_beta2_seed0"}
     assert "per channel" in Path("sweep/report.html").read_text()
     assert "rate" in capsys.readouterr().out
