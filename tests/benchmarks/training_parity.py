@@ -44,6 +44,7 @@ def here(folder: str, seed: int, epochs: int, stop_after: int) -> dict[tuple[str
         epochs=epochs,
         batch_size=BATCH,
         seed=seed,
+        posterior_samples=1,
     )
     with tempfile.TemporaryDirectory() as workdir:
         bv.fit(config, workdir, progress=False, callbacks=[StopAfter(stop_after)])
