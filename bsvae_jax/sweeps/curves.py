@@ -16,7 +16,6 @@ from bsvae_jax.sweeps.results import (
     SweepResults,
     collapse_constants,
     families,
-    has_several_priors,
     mean_and_deviation,
 )
 
@@ -26,11 +25,11 @@ def deviation(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
-def as_curve(label: str, points: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str] = ()) -> Curve:
+def as_curve(label: str, points: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str] = (), panel: str = "") -> Curve:
     """A curve through the means over seeds of (x values, y values)."""
     x, y = (np.array([float(pair[axis].mean()) for pair in points]) for axis in (0, 1))
     x_deviation, y_deviation = (np.array([deviation(pair[axis]) for pair in points]) for axis in (0, 1))
-    return Curve(label, x, y, x_deviation, y_deviation, tuple(names))
+    return Curve(label, x, y, x_deviation, y_deviation, tuple(names), panel=panel)
 
 
 def member_values(members: Sequence[MemberResult], quantity: str, split: str) -> np.ndarray:
@@ -43,10 +42,16 @@ def beta_names(betas: Sequence[float]) -> list[str]:
     return [f"β={beta:g}" for beta in betas]
 
 
-def prior_panels(results: SweepResults) -> dict[Prior, str]:
-    """The priors of a sweep, each with the name of its panel; one alone needs none."""
-    several = has_several_priors(results)
-    return {family.prior: f"prior: {family.prior.label}" if several else "" for family in families(results)}
+def prior_panels(found: Sequence[Family]) -> dict[Prior, str]:
+    """The priors of these families, each with the name of its panel; one alone needs none."""
+    priors = dict.fromkeys(family.prior for family in found)
+    return {prior: f"prior: {prior.label}" if len(priors) > 1 else "" for prior in priors}
+
+
+def against_rate(family: Family, quantity: str, split: str, panel: str) -> Curve:
+    """A quantity of a family against its rate; where there is a panel, that names the prior."""
+    points = [(member_values(own, "rate", split), member_values(own, quantity, split)) for own in family.members]
+    return as_curve(family.model if panel else family.label, points, beta_names(family.betas.tolist()), panel)
 
 
 def readings(results: SweepResults, split: str) -> list[Curve]:
@@ -55,33 +60,31 @@ def readings(results: SweepResults, split: str) -> list[Curve]:
     A constant variance v with weight beta trains SSE + b * KL with b = 2 v beta, which says nothing of sigma^2. Read with
     sigma^2 = 1/2 its distortion is `D/2 log(pi) + S`, with sigma^2 = b/2 `D/2 log(pi b) + S/b`, with the optimal sigma^2 of
     each image the closed form, where `S = SSE + D v0`: all are of images with the noise of their quantization. BS-VAE is read
-    as trained. Several priors have a panel each.
+    as trained. Several priors have a panel each, one after the other.
     """
-    found, panels = families(results), prior_panels(results)
+    found = families(results)
+    panels = prior_panels(found)
     pixels = math.prod(results.info.image_shape)
     floor = quantization_variance(results.info.bin_width)
     curves = []
-    for family in found:
-        if not isinstance(family.decoder_variance, Constant):
-            points = [(member_values(own, "rate", split), member_values(own, "distortion", split)) for own in family.members]
-            curve = as_curve(family.model, points, beta_names(family.betas.tolist()))
-            curves.append(curve._replace(panel=panels[family.prior]))
-    for prior in dict.fromkeys(family.prior for family in found):
-        constants = collapse_constants([family for family in found if family.prior == prior])
+    for prior, panel in panels.items():
+        own = [family for family in found if family.prior == prior]
+        read_as_trained = [family for family in own if not isinstance(family.decoder_variance, Constant)]
+        curves += [against_rate(family, "distortion", split, panel) for family in read_as_trained]
+        constants = collapse_constants(own)
         if not constants:
             continue
         rates = [member_values(own, "rate", split) for _, own in constants]
         errors = [pixels * (member_values(own, "mse", split) + floor) for _, own in constants]
         optimal = [member_values(own, "profile_distortion", split) for _, own in constants]
-        read = [as_curve("β-VAE read with optimal σ² per image", list(zip(rates, optimal, strict=True)))]
+        curves.append(as_curve("β-VAE read with optimal σ² per image", list(zip(rates, optimal, strict=True)), panel=panel))
         half = [0.5 * pixels * math.log(math.pi) + error for error in errors]
-        read.append(as_curve("β-VAE read with σ² = 1/2", list(zip(rates, half, strict=True))))
+        curves.append(as_curve("β-VAE read with σ² = 1/2", list(zip(rates, half, strict=True)), panel=panel))
         positive = [index for index, (b, _) in enumerate(constants) if b > 0]
         scaled = [(b, error) for (b, _), error in zip(constants, errors, strict=True)]
         by_beta = [(rates[i], 0.5 * pixels * math.log(math.pi * scaled[i][0]) + scaled[i][1] / scaled[i][0]) for i in positive]
         if by_beta:
-            read.append(as_curve("β-VAE read with σ² = β/2", by_beta))
-        curves += [curve._replace(panel=panels[prior]) for curve in read]
+            curves.append(as_curve("β-VAE read with σ² = β/2", by_beta, panel=panel))
     return curves
 
 

@@ -14,6 +14,7 @@ from bsvae_jax.evaluation.plots import drawn_as_lines, save_all
 from bsvae_jax.objective import Constant, quantization_variance
 from bsvae_jax.sweeps import plots
 from bsvae_jax.sweeps.curves import (
+    against_rate,
     as_curve,
     beta_names,
     compare_with_theory,
@@ -161,7 +162,8 @@ def _collapsed(members: Sequence[MemberResult]) -> bool:
 
 
 def _rate_distortion(results: SweepResults) -> Picture:
-    split, found, panels = "test", families(results), prior_panels(results)
+    split, found = "test", families(results)
+    panels = prior_panels(found)
     # What `readings` draws: every model as it is, and the constant ones as SSE + beta * KL. Their rates tell them apart.
     cells = [cell for family in found if not isinstance(family.decoder_variance, Constant) for cell in points_of(family)]
     for prior in panels:
@@ -170,15 +172,13 @@ def _rate_distortion(results: SweepResults) -> Picture:
     curves = [_hinted(curve, "distortion", [at_rate[x] for x in curve.x.tolist()]) for curve in readings(results, split)]
     errors = [
         _hinted(
-            as_curve(
-                family.model,
-                [(member_values(own, "rate", split), member_values(own, "mse", split)) for own in family.members],
-                beta_names(family.betas.tolist()),
-            )._replace(panel=panels[family.prior]),
+            against_rate(family, "mse", split, panel),
             "mean squared error",
             [(beta, _collapsed(own)) for beta, own in points_of(family)],
         )
+        for prior, panel in panels.items()
         for family in found
+        if family.prior == prior
     ]
     reference = shannon(results, max(float(curve.x.max()) for curve in curves))
     nats, squares = [], []
@@ -210,20 +210,18 @@ def _rate_distortion(results: SweepResults) -> Picture:
 
 def _hinted(curve: Curve, quantity: str, points: Sequence[tuple[float, bool]]) -> Curve:
     """The curve with what a page says of its points, and the collapsed ones marked; `points`: beta, and whether it is one."""
-    hints = []
+    hints, name = [], f"{curve.label}, {curve.panel}" if curve.panel else curve.label
     for index, (beta, collapsed) in enumerate(points):
         rate = display(curve.x[index], curve.x_deviation[index] or math.nan)
         other = display(curve.y[index], curve.y_deviation[index] or math.nan)
-        hints.append(
-            f"{', '.join(filter(None, (curve.label, curve.panel)))}, β = {beta:g}: rate {rate}, {quantity} {other}"
-            + (", collapsed" if collapsed else "")
-        )
+        hints.append(f"{name}, β = {beta:g}: rate {rate}, {quantity} {other}" + (", collapsed" if collapsed else ""))
     return curve._replace(hints=hints, collapsed=[collapsed for _, collapsed in points])
 
 
 def _metrics(results: SweepResults) -> Picture:
     panels: dict[str, list[Curve]] = {}
-    found, priors = families(results), list(prior_panels(results))
+    found = families(results)
+    priors = list(prior_panels(found))
     models = list(dict.fromkeys(family.model for family in found))
     for quantity in tabled_quantities(results):
         panels[HEADINGS[quantity]] = [

@@ -86,12 +86,13 @@ def training(options: argparse.Namespace, network: str, precision: str, *stack: 
 
 def torch(options: argparse.Namespace, network: str, precision: str) -> Row:
     """PyTorch at the best of its settings."""
-    config, images = experiment(network, precision, options.quick)
     try:
-        benchmark.check_torch(config)
+        benchmark.check_torch(load_config(CONFIGS / NETWORKS[network][0]))
     except UserError as missing:
         return {"remarks": f"left out: {missing}"}
-    peers = benchmark.measure_torch(config, images, options.repeats, options.seconds, TORCH_LIMIT)
+    peers = benchmark.measure_torch(
+        *experiment(network, precision, options.quick), options.repeats, options.seconds, TORCH_LIMIT
+    )
     best = max(peers, key=lambda peer: peer.median)
     others = [f"{peer.setting}: {f'{peer.median:,.0f}' if peer.median else peer.failure}" for peer in peers if peer is not best]
     return {

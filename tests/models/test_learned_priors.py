@@ -498,6 +498,8 @@ def test_the_report_of_a_sweep_over_priors(swept):
     panels = pictures["rate_distortion"].figure.axes
     assert [axes.get_title() for axes in panels] == ["prior: standard normal", "prior: VampPrior of 5", "", ""]
     assert "prior: VampPrior of 5, β = " in pictures["rate_distortion"].points[-1][-1]
+    alone = results._replace(members=[one for one in results.members if isinstance(one.config.prior, VampPrior)])
+    assert readings(alone, "test")[0].label.endswith(", prior: VampPrior of 5")  # which no panel names
     assert "does not fall into latents" in pictures["latent_rates"].caption
     assert len([name for name in pictures if name.startswith("pictures_")]) == 4
 
