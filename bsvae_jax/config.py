@@ -103,7 +103,7 @@ class Config:
 
     >>> config = Config(network=MLP((64,)), decoder_variance=Optimal("batch"), beta=0.1)
     >>> config.data, config.beta, config.epochs
-    (Digits(validation=None), 0.1, 50)
+    (Digits(validation=0.1), 0.1, 50)
     >>> Config(beta=-1.0)
     Traceback (most recent call last):
         ...

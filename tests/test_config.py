@@ -360,7 +360,7 @@ EVERY_KIND = [
 def test_to_dict_written_by_hand():
     config = Config(network=MLP(hidden=(8, 4)), decoder_variance=Constant(0.25), beta=2.0)
     assert to_dict(config) == {
-        "data": {"kind": "digits", "validation": None},
+        "data": {"kind": "digits", "validation": 0.1},
         "augmentation": {"rotation_degrees": 0.0, "crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "flip": False},
         "network": {"kind": "mlp", "hidden": [8, 4]},
         "latent_size": 16,

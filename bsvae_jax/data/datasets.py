@@ -30,6 +30,8 @@ PUBLISHED = {
     "celeb_a": ((218, 178, 3), 162_770, 19_962, 19_867),
 }
 """Image shape, training, test and own validation images of TFDS sets whose default splits are those."""
+TENTH = 0.1
+"""Of the training images of a published set, held out where nothing else is said: no choice is made on its test images."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Dataset(Kind, abc.ABC):
     validation: float | Literal["own"] | None = dataclasses.field(default=None, kw_only=True)
     """Share of the training images that is held out, by which the best checkpoint, early stopping and the best beta are chosen;
     own: the set's own images for it, of a folder, an array or a TFDS split named validation; None: they are chosen on the test
-    images."""
+    images. A share is copied, with the rest, into memory."""
 
     @abc.abstractmethod
     def load(self) -> ImageSet:
@@ -78,9 +80,11 @@ class Dataset(Kind, abc.ABC):
 class Digits(Dataset):
     """The 1,797 real handwritten 8x8 digits (17 gray levels) that scikit-learn carries: no download.
 
-    >>> Digits().load().train.shape
-    (1500, 8, 8, 1)
+    >>> load(Digits()).sizes()
+    '1,350 training, 150 validation and 297 test images (8, 8, 1)'
     """
+
+    validation: float | Literal["own"] | None = dataclasses.field(default=TENTH, kw_only=True)
 
     def load(self, progress: bool = True) -> ImageSet:
         """The last 297 of scikit-learn's digits, which are ordered by writer, are held out: harder than a random share."""
@@ -97,6 +101,7 @@ class MNIST(Dataset):
     'data/mnist'
     """
 
+    validation: float | Literal["own"] | None = dataclasses.field(default=TENTH, kw_only=True)
     folder: str = "data/mnist"
     """Holds train-images-idx3-ubyte[.gz], train-labels-..., t10k-images-... and t10k-labels-..."""
 
@@ -167,6 +172,7 @@ class TFDS(Dataset):
     (64, 64, 3)
     """
 
+    validation: float | Literal["own"] | None = dataclasses.field(default=TENTH, kw_only=True)
     name: str = "mnist"
     """TFDS name, also `name/config:version`."""
     data_dir: str | None = None
@@ -263,7 +269,7 @@ def moved(source: Dataset, path: str | Path) -> Dataset:
     """The same data, whose files lie at `path` now.
 
     >>> moved(MNIST(), "elsewhere")
-    MNIST(validation=None, folder='elsewhere')
+    MNIST(validation=0.1, folder='elsewhere')
 
     Raises:
       UserError: data without files.
@@ -292,7 +298,7 @@ def load(source: Dataset, progress: bool = True) -> ImageSet:
 
     >>> images = load(Digits())
     >>> images.train.shape, images.test.shape, images.levels
-    ((1500, 8, 8, 1), (297, 8, 8, 1), 17)
+    ((1350, 8, 8, 1), (297, 8, 8, 1), 17)
 
     Raises:
       UserError: a file is missing, truncated or not what it should be; a set cannot be prepared; images of a wrong kind.

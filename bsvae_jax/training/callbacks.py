@@ -82,8 +82,8 @@ class Callback:
     >>> config = bv.Config(network=bv.config.MLP((8,)), latent_size=2, epochs=2, batch_size=500, devices=1)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = bv.fit(config, Path(folder) / "run", progress=False, callbacks=[Printer()])
-    run 3 test
-    run 6 test
+    run 3 validation
+    run 6 validation
     """
 
     def on_start(self, run: Run, history: Sequence[Row]) -> Answer:

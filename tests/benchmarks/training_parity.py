@@ -36,7 +36,7 @@ class StopAfter(bv.Callback):
 def here(folder: str, seed: int, epochs: int, stop_after: int) -> dict[tuple[str, int], tuple[float, float]]:
     """`{(split, step): (objective, rate)}` of a run; `epochs` are those of its schedule."""
     config = bv.Config(
-        data=MNIST(folder),
+        data=MNIST(folder, validation=None),
         network=Residual(WIDTHS),
         latent_size=LATENT,
         decoder_variance=bv.Optimal(),

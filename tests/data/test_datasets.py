@@ -56,7 +56,7 @@ def one_sentence(error: pytest.ExceptionInfo) -> bool:
 
 def test_digits_are_those_of_scikit_learn():
     bunch = load_digits()
-    digits = data.load(config.Digits())
+    digits = data.load(config.Digits(validation=None))
     assert digits.train.shape == (1500, 8, 8, 1)
     assert digits.test.shape == (297, 8, 8, 1)
     assert digits.train.dtype == digits.test.dtype == np.uint8
@@ -116,7 +116,7 @@ def test_idx_written_by_hand(tmp_path):
 @pytest.mark.parametrize("compress", [False, True])
 def test_mnist_reads_back_what_was_written(tmp_path, compress):
     write_tiny(tmp_path, compress)
-    mnist = data.load(config.MNIST(folder=str(tmp_path)))
+    mnist = data.load(config.MNIST(folder=str(tmp_path), validation=None))
     np.testing.assert_array_equal(mnist.train, TINY["train-images-idx3"][..., None])
     np.testing.assert_array_equal(mnist.test, TINY["t10k-images-idx3"][..., None])
     np.testing.assert_array_equal(mnist.train_labels, [5, 0, 4, 1, 9, 2])
@@ -127,7 +127,7 @@ def test_mnist_reads_back_what_was_written(tmp_path, compress):
 
 def test_the_real_mnist(mnist_folder):
     """Sizes, class counts and first labels as published with the set; mean 0.1307, deviation 0.3081 as everybody has them."""
-    mnist = data.load(config.MNIST(folder=str(mnist_folder)))
+    mnist = data.load(config.MNIST(folder=str(mnist_folder), validation=None))
     assert mnist.train.shape == (60_000, 28, 28, 1)
     assert mnist.test.shape == (10_000, 28, 28, 1)
     assert mnist.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
@@ -581,8 +581,8 @@ def labeled(images: np.ndarray) -> list[dict]:
     return [{"image": Image.fromarray(image), "label": label} for label, image in enumerate(images)]
 
 
-def load_tfds(folder: Path, **settings) -> data.ImageSet:
-    return data.load(config.TFDS(name="tiny_images", data_dir=str(folder), **settings))
+def load_tfds(folder: Path, validation=None, **settings) -> data.ImageSet:
+    return data.load(config.TFDS(name="tiny_images", data_dir=str(folder), validation=validation, **settings))
 
 
 def test_tfds_bit_for_bit_without_tensorflow(tmp_path):

@@ -47,7 +47,7 @@ def publish(monkeypatch, builder, folder: Path, url: str = "http://localhost/") 
 
 
 def load(name: str, tmp_path: Path, **settings) -> data.ImageSet:
-    return data.load(config.TFDS(name, data_dir=str(tmp_path / "tfds"), **settings), progress=False)
+    return data.load(config.TFDS(name, data_dir=str(tmp_path / "tfds"), validation=None, **settings), progress=False)
 
 
 # --- MNIST and Fashion-MNIST ------------------------------------------------------------------------------------------

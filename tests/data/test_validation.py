@@ -11,7 +11,7 @@ from PIL import Image
 
 import bsvae_jax as bv
 from bsvae_jax.config import MLP, Optimizer
-from bsvae_jax.data import Arrays, DataShape, Digits, Folder, ImageSet, load, shape_of
+from bsvae_jax.data import MNIST, TFDS, Arrays, DataShape, Digits, Folder, ImageSet, load, shape_of
 from bsvae_jax.data.holdout import hold_out_validation
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.metrics import Quantity
@@ -65,8 +65,15 @@ def test_the_split_is_the_same_for_every_seed_of_a_run_and_known_without_reading
     one, other = (load(bv.Config(data=Digits(validation=0.1), seed=seed).data) for seed in (0, 1))
     assert one.fingerprint() == other.fingerprint()
     assert shape_of(Digits(validation=0.1)) == one.shape
-    assert load(Digits()).validation is None
-    assert shape_of(Digits()).validation == 0
+    assert load(Digits(validation=None)).validation is None
+    assert shape_of(Digits(validation=None)).validation == 0
+
+
+@pytest.mark.parametrize("published", [Digits(), MNIST(), TFDS(), TFDS("celeb_a"), TFDS("lsun/church_outdoor")])
+def test_published_sets_hold_out_a_tenth_of_their_training_images_by_default(published):
+    """No choice is made on their test images. Images of one's own are divided as one says."""
+    assert published.validation == 0.1
+    assert (Arrays("x.npz").validation, Folder("photos").validation) == (None, None)
 
 
 @pytest.mark.parametrize(

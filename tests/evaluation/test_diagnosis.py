@@ -9,7 +9,7 @@ import pytest
 
 import bsvae_jax as bv
 from bsvae_jax import data
-from bsvae_jax.config import MLP, Config, Linear
+from bsvae_jax.config import MLP, Config, Digits, Linear
 from bsvae_jax.distributed import mesh
 from bsvae_jax.evaluation.diagnosis import diagnose
 from bsvae_jax.evaluation.scores import SplitScores
@@ -74,7 +74,16 @@ def test_dead_decoder():
 
 @pytest.mark.long
 def test_a_collapsed_run_says_so_in_its_log_and_its_evaluation(tmp_path, caplog):
-    config = Config(network=MLP((16,)), latent_size=4, beta=1000.0, epochs=40, evaluate_every=20, batch_size=500, devices=1)
+    config = Config(
+        data=Digits(validation=None),
+        network=MLP((16,)),
+        latent_size=4,
+        beta=1000.0,
+        epochs=40,
+        evaluate_every=20,
+        batch_size=500,
+        devices=1,
+    )
     bv.fit(config, tmp_path / "run", progress=False)
     errors = caplog.text
     assert errors.count("posterior collapse after step") == 1

@@ -15,7 +15,7 @@ from scipy import stats
 from bsvae_jax import config as configs
 from bsvae_jax import data
 from bsvae_jax.cli import main
-from bsvae_jax.config import MLP, Arrays, Config, Flow, Linear, Mixture, Optimizer, Residual, StandardNormal, VampPrior
+from bsvae_jax.config import MLP, Arrays, Config, Digits, Flow, Linear, Mixture, Optimizer, Residual, StandardNormal, VampPrior
 from bsvae_jax.data import ImageSet
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError
@@ -299,7 +299,15 @@ def test_the_optimizer_state_without_a_prior_is_what_it_was():
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
 
-SMALL = Config(network=MLP((16,)), latent_size=4, epochs=2, batch_size=500, devices=1, optimizer=Optimizer(ema_decay=0.9))
+SMALL = Config(
+    data=Digits(validation=None),
+    network=MLP((16,)),
+    latent_size=4,
+    epochs=2,
+    batch_size=500,
+    devices=1,
+    optimizer=Optimizer(ema_decay=0.9),
+)
 
 
 def test_pseudo_inputs_begin_as_training_images():

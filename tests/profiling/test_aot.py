@@ -97,7 +97,7 @@ def test_held_memory_is_that_of_the_arrays():
     parameters = 4 * (64 * 32 + 32 + 32 * 8 + 8 + 4 * 32 + 32 + 32 * 64 + 64)
     assert held["parameters"] == held["averaged parameters"] == parameters
     assert 2 * parameters <= held["optimizer"] <= 2 * parameters + 16
-    assert held["images"] == 1500 * 64
+    assert held["images"] == 1350 * 64
 
 
 def test_a_memory_that_is_given_bounds_the_batch():

@@ -46,6 +46,7 @@ from bsvae_jax.training.workdir import RunDirectory
 
 # 3 epochs of 3 steps; the last batch of an epoch straddles nothing, so every epoch ends a window early.
 BASE = Config(
+    data=Digits(validation=None),
     network=MLP((16,)),
     latent_size=4,
     epochs=3,
@@ -330,7 +331,7 @@ def test_a_sweep_leaves_its_record(three):
     assert info.config == BASE
     assert info.members == NAMES
     assert (info.data_name, info.image_shape, info.levels) == ("digits", (8, 8, 1), 17)
-    images = load(Digits())
+    images = load(Digits(validation=None))
     assert info.fingerprint == images.fingerprint()
     x = images.train.reshape(1500, 64).astype(np.float64) / 16
     spectrum = np.linalg.eigvalsh(np.cov(x, rowvar=False, bias=True))[::-1]
@@ -340,7 +341,7 @@ def test_a_sweep_leaves_its_record(three):
 
 
 def test_pictures(three):
-    test = load(Digits()).test
+    test = load(Digits(validation=None)).test
     for name in NAMES:
         folder = three / "members" / name
         with np.load(folder / "pictures.npz", allow_pickle=False) as file:
@@ -365,7 +366,7 @@ def test_pictures(three):
 def test_galleries_are_what_each_member_draws(execution):
     """Posteriors without noise and decoders that tell: reconstructions are known, samples have the law of the prior."""
     model = building.build_model(dataclasses.replace(BASE, network=MLP((4,)), latent_size=1), (8, 8, 1), 1 / 16)
-    examples = load(Digits()).examples("test", count=10)
+    examples = load(Digits(validation=None)).examples("test", count=10)
     mesh = sweep_mesh(1, 3, 8)
     members = []
     for offset in (0.1, 0.2, 0.3):

@@ -7,7 +7,7 @@ import chex
 import pytest
 
 import bsvae_jax as bv
-from bsvae_jax.config import MLP, Config, Optimizer
+from bsvae_jax.config import MLP, Config, Digits, Optimizer
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Optimal
 from bsvae_jax.sweeps.fit_sweep import fit_sweep
@@ -17,7 +17,15 @@ from bsvae_jax.sweeps.report import status
 from bsvae_jax.sweeps.results import read_results
 from bsvae_jax.training.workdir import read_info
 
-SHORT = Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1, optimizer=Optimizer(schedule="constant"))
+SHORT = Config(
+    data=Digits(validation=None),
+    network=MLP((8,)),
+    latent_size=2,
+    epochs=1,
+    batch_size=500,
+    devices=1,
+    optimizer=Optimizer(schedule="constant"),
+)
 LONG = dataclasses.replace(SHORT, epochs=3)  # 3 steps an epoch
 TWO = Sweep((0.5, 4.0), (Optimal(),), 1)
 NAMES = ["optimal_beta0.5_seed0", "optimal_beta4_seed0"]

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from bsvae_jax import theory
-from bsvae_jax.config import MLP, Config, Linear, Optimizer
+from bsvae_jax.config import MLP, Config, Digits, Linear, Optimizer
 from bsvae_jax.data import load
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Constant, Optimal
@@ -29,7 +29,14 @@ BETAS = (0.05, 0.1, 0.5, 1.0)
 VARIANCES = (0.05, 0.1, 0.5)
 SEEDS = 2
 BASE = Config(
-    network=MLP((16,)), latent_size=4, epochs=20, evaluate_every=20, batch_size=500, devices=1, optimizer=Optimizer(1e-2)
+    data=Digits(validation=None),
+    network=MLP((16,)),
+    latent_size=4,
+    epochs=20,
+    evaluate_every=20,
+    batch_size=500,
+    devices=1,
+    optimizer=Optimizer(1e-2),
 )
 
 
@@ -288,6 +295,7 @@ def test_a_damaged_file_of_a_member_is_named(folder, tmp_path, name):
 def test_linear_members_lie_on_the_optimum(tmp_path):
     """Five betas trained as one stack, against `theory.linear_optimum` of NumPy's eigenvalues."""
     config = Config(
+        data=Digits(validation=None),
         network=Linear(),
         latent_size=4,
         optimizer=Optimizer(learning_rate=2e-2, weight_decay=0.0),

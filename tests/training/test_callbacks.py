@@ -13,14 +13,16 @@ import pytest
 
 import bsvae_jax as bv
 from bsvae_jax._io.files import read_metrics
-from bsvae_jax.config import MLP, Config, Optimal
+from bsvae_jax.config import MLP, Config, Digits, Optimal
 from bsvae_jax.errors import UserError
 from bsvae_jax.training.callbacks import Run, StartWatch
 from bsvae_jax.training.evaluated import read_evaluation
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.stopped import read_stopped
 
-CONFIG = Config(network=MLP((8,)), latent_size=2, epochs=4, batch_size=500, devices=1, evaluate_every=2)  # 3 steps an epoch
+CONFIG = Config(
+    data=Digits(validation=None), network=MLP((8,)), latent_size=2, epochs=4, batch_size=500, devices=1, evaluate_every=2
+)  # 3 steps an epoch
 GRID = bv.Sweep(beta=(0.5, 1.0, 2.0), decoder_variance=(Optimal(),), seeds=1)
 NAMES = [f"optimal_beta{beta}_seed0" for beta in ("0.5", "1", "2")]
 

@@ -12,7 +12,7 @@ import pytest
 
 import bsvae_jax as bv
 from bsvae_jax._io.files import read_metrics
-from bsvae_jax.config import MLP, Config, Optimizer
+from bsvae_jax.config import MLP, Config, Digits, Optimizer
 from bsvae_jax.errors import UserError
 from bsvae_jax.training.changes import check_change, describe_change
 from bsvae_jax.training.checkpoints import saved_steps
@@ -21,7 +21,9 @@ from bsvae_jax.training.identity import identities, identity
 from bsvae_jax.training.workdir import read_info
 
 CONSTANT = Optimizer(ema_decay=0.9, schedule="constant")
-SHORT = Config(network=MLP((16,)), latent_size=4, epochs=2, batch_size=500, devices=1, optimizer=CONSTANT)
+SHORT = Config(
+    data=Digits(validation=None), network=MLP((16,)), latent_size=4, epochs=2, batch_size=500, devices=1, optimizer=CONSTANT
+)
 LONG = dataclasses.replace(SHORT, epochs=4)  # 3 steps an epoch
 
 

@@ -25,6 +25,7 @@ from bsvae_jax.training.fit_prior import fit_prior
 from bsvae_jax.training.state import build_model
 
 SMALL = Config(
+    data=Digits(validation=None),
     network=MLP((8,)),
     latent_size=2,
     classes=10,
@@ -78,7 +79,7 @@ def test_a_member_of_a_sweep_is_the_run_alone(execution, folder, tmp_path):
 
 @pytest.mark.long
 def test_evaluation_is_of_the_true_labels(folder, tmp_path):
-    run, images = bv.restore(folder), load(Digits())
+    run, images = bv.restore(folder), load(SMALL.data)
     report = bv.evaluate(run, images, splits=("test",), samples=3, bound_images=50).report["test"]
     output = run.model.apply(run.variables, jnp.asarray(TEST), split_key(0, "test"), labels=LABELS)
     assert report["mse"].value == pytest.approx(float(jnp.mean(jnp.square(TEST - output.decoded.mean))), rel=1e-5)
@@ -140,6 +141,7 @@ def test_samples_are_of_their_class(tmp_path):
     """By the class of the nearest training image: measured 0.98, chance is 0.1; of 500 one standard error is 0.01."""
     fast = Optimizer(learning_rate=3e-3)
     config = Config(
+        data=Digits(validation=None),
         network=MLP((64,)), latent_size=8, classes=10, epochs=100, batch_size=100, evaluate_every=100, devices=1, optimizer=fast
     )  # fmt: skip
     images = bv.fit(config, tmp_path / "run", progress=False).images
@@ -151,6 +153,7 @@ def test_samples_are_of_their_class(tmp_path):
 @pytest.mark.long
 def test_a_linear_model_lands_on_the_optimum_of_the_covariance_within_classes(tmp_path):
     config = Config(
+        data=Digits(validation=None),
         network=Linear(), latent_size=4, classes=10, decoder_variance=Optimal("batch"), epochs=1000, batch_size=500,
         evaluate_every=1000, devices=1, optimizer=Optimizer(learning_rate=5e-2, weight_decay=0.0),
     )  # fmt: skip

@@ -29,7 +29,14 @@ from bsvae_jax.training.checkpoints import Checkpoints, SaveError
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 CONFIG = bv.Config(
-    network=bv.config.MLP((8,)), latent_size=2, epochs=4, batch_size=500, devices=1, evaluate_every=2, steps_per_dispatch=1
+    data=bv.data.Digits(validation=None),
+    network=bv.config.MLP((8,)),
+    latent_size=2,
+    epochs=4,
+    batch_size=500,
+    devices=1,
+    evaluate_every=2,
+    steps_per_dispatch=1,
 )
 
 

@@ -33,12 +33,13 @@ from bsvae_jax.training.evaluated import read_evaluation
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 CONFIG = """
-from bsvae_jax.config import MLP, Config, Optimizer
+from bsvae_jax.config import MLP, Config, Digits, Optimizer
 from bsvae_jax.sweeps.grid import Sweep
 from bsvae_jax.objective import Constant, Optimal
 def get_config():
     return Config(
-        network=MLP((32,)), latent_size=4, epochs={epochs}, batch_size=100, devices=1, evaluate_every=5, steps_per_dispatch=4,
+        data=Digits(validation=None), network=MLP((32,)), latent_size=4, epochs={epochs}, batch_size=100, devices=1,
+        evaluate_every=5, steps_per_dispatch=4,
         optimizer=Optimizer(learning_rate=1e-3, ema_decay=0.99),
     )
 def get_sweep():
@@ -239,7 +240,14 @@ class StopAfter(Stop):
 @pytest.fixture(scope="module")
 def config():
     return bv.Config(
-        network=bv.config.MLP((8,)), latent_size=2, epochs=4, batch_size=500, devices=1, evaluate_every=2, steps_per_dispatch=1
+        data=bv.data.Digits(validation=None),
+        network=bv.config.MLP((8,)),
+        latent_size=2,
+        epochs=4,
+        batch_size=500,
+        devices=1,
+        evaluate_every=2,
+        steps_per_dispatch=1,
     )
 
 
@@ -527,6 +535,7 @@ def test_a_workdir_that_is_a_url_is_refused(url, config, tmp_path, monkeypatch):
 def test_a_step_that_is_not_finite_can_be_run_again(tmp_path):
     """The two lines of the message, as they stand there."""
     config = bv.Config(
+        data=bv.data.Digits(validation=None),
         network=bv.config.MLP((8,)), latent_size=2, epochs=3, batch_size=500, devices=1, decoder_variance=bv.Constant(1e-6),
         optimizer=bv.config.Optimizer(learning_rate=1e4),
     )  # fmt: skip
@@ -550,6 +559,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path, caplog):
     import jax.numpy as jnp
 
     config = bv.Config(
+        data=bv.data.Digits(validation=None),
         network=bv.config.MLP((8,)), latent_size=2, epochs=3, batch_size=500, devices=1, steps_per_dispatch=1,
         optimizer=bv.config.Optimizer(skip_nonfinite=2, ema_decay=0.9),
     )  # fmt: skip

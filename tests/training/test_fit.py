@@ -35,7 +35,13 @@ from bsvae_jax.training.stopped import read_failure
 from bsvae_jax.training.workdir import read_info
 
 SMALL = Config(
-    network=MLP((16,)), latent_size=4, epochs=2, batch_size=500, devices=1, optimizer=Optimizer(ema_decay=0.9)
+    data=Digits(validation=None),
+    network=MLP((16,)),
+    latent_size=4,
+    epochs=2,
+    batch_size=500,
+    devices=1,
+    optimizer=Optimizer(ema_decay=0.9),
 )  # 3 steps an epoch
 
 
@@ -70,6 +76,7 @@ def _linear_theory(images, latent_size, beta):
 
 def _linear_config(beta, epochs):
     return Config(
+        data=Digits(validation=None),
         network=Linear(),
         latent_size=4,
         decoder_variance=Optimal(over="batch"),
@@ -98,7 +105,7 @@ def test_a_linear_model_lands_on_the_optimum(beta, tmp_path):
 
 @pytest.mark.long
 def test_a_linear_model_collapses_beyond_the_critical_beta(tmp_path):
-    images = load(Digits())
+    images = load(Digits(validation=None))
     eigenvalues, _ = _linear_theory(images, 4, 1.0)
     config = _linear_config(1.2 * theory.critical_beta(eigenvalues, quantization_variance(images.bin_width)), epochs=500)
     result = fit(config, tmp_path / "run", progress=False)
@@ -380,7 +387,7 @@ def test_devices_and_dispatch_do_not_change_a_run(tmp_path):
 @pytest.mark.long
 def test_evaluation_counts_the_last_partial_batch(tmp_path, key):
     """297 test images in batches of 64 on 4 devices, against one plain pass over all of them."""
-    images = load(Digits())
+    images = load(Digits(validation=None))
     model = build_model(SMALL, images.image_shape, images.bin_width)
     variables = {"params": create_state(SMALL, model, 1).params, "batch_stats": {}}
     mesh = data_mesh(4)
@@ -433,7 +440,7 @@ def test_restore_gives_the_averaged_parameters_and_the_best_step(tmp_path, unche
 @pytest.mark.long
 def test_best_is_the_least_held_out_objective(tmp_path):
     """30 training images, 400 epochs: the model overfits, so the end is not the best."""
-    images = load(Digits())
+    images = load(Digits(validation=None))
     np.savez(tmp_path / "few.npz", train=images.train[:30] * 15, test=images.test * 15)
     config = dataclasses.replace(
         SMALL, data=Arrays(str(tmp_path / "few.npz")), batch_size=30, epochs=400, evaluate_every=80, network=MLP((64,))
@@ -492,7 +499,7 @@ def test_another_config_or_a_foreign_folder_is_left_alone(tmp_path):
 def test_a_second_process_is_kept_out(tmp_path):
     from bsvae_jax.training.workdir import RunDirectory
 
-    images = load(Digits())
+    images = load(Digits(validation=None))
     with RunDirectory(tmp_path / "run", SMALL, images), pytest.raises(UserError, match="Another process is training"):
         RunDirectory(tmp_path / "run", SMALL, images)
     with RunDirectory(tmp_path / "run", SMALL, images):

@@ -16,7 +16,7 @@ from scipy import stats
 import bsvae_jax as bv
 from bsvae_jax import config as configs
 from bsvae_jax import data
-from bsvae_jax.config import MLP, Config, Flow, Linear, Mixture, Optimizer
+from bsvae_jax.config import MLP, Config, Digits, Flow, Linear, Mixture, Optimizer
 from bsvae_jax.distributed.mesh import data_mesh
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import evaluate
@@ -150,6 +150,7 @@ def test_the_file_keeps_all_of_it(kind, tmp_path):
 # --- Runs -------------------------------------------------------------------------------------------------------------
 
 CONFIG = Config(
+    data=Digits(validation=None),
     network=MLP((64,)),
     latent_size=6,
     decoder_variance=Optimal("batch"),

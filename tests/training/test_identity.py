@@ -8,7 +8,7 @@ import pytest
 
 import bsvae_jax as bv
 from bsvae_jax._io.files import read_json, write_json
-from bsvae_jax.config import MLP, Config
+from bsvae_jax.config import MLP, Config, Digits
 from bsvae_jax.errors import UserError
 from bsvae_jax.objective import Constant
 from bsvae_jax.sweeps.fit_sweep import fit_sweep
@@ -20,7 +20,7 @@ from bsvae_jax.training.identity import identity
 from bsvae_jax.training.metrics_log import incomplete_epochs
 from bsvae_jax.training.workdir import read_info
 
-CONFIG = Config(network=MLP((8,)), latent_size=2, epochs=2, batch_size=500, devices=1)
+CONFIG = Config(data=Digits(validation=None), network=MLP((8,)), latent_size=2, epochs=2, batch_size=500, devices=1)
 SWEEP = Sweep(beta=(1.0, 4.0), decoder_variance=(Constant(0.1),), seeds=1)
 
 
@@ -149,7 +149,7 @@ def test_files_of_earlier_versions_have_no_digest(tmp_path):
     ],
 )
 def test_rows_that_are_missing(left_out, epochs, step, expected):
-    config = Config(epochs=epochs, evaluate_every=2, batch_size=500)
+    config = Config(data=Digits(validation=None), epochs=epochs, evaluate_every=2, batch_size=500)
     rows = [{"step": 3 * epoch, "split": split} for epoch in range(1, 5) for split in ("train", "test")]
     rows = [row for row in rows if (row["step"], row["split"]) not in left_out]
     assert incomplete_epochs(rows, config, 1500, step) == expected
@@ -169,7 +169,7 @@ def test_rows_that_are_missing(left_out, epochs, step, expected):
 )
 @pytest.mark.parametrize("said", [True, False], ids=["", "of an earlier version"])
 def test_rows_that_are_missing_within_an_epoch(left_out, step, expected, said):
-    config = Config(epochs=4, evaluate_every=2, batch_size=500)
+    config = Config(data=Digits(validation=None), epochs=4, evaluate_every=2, batch_size=500)
     # Two rows an epoch, of two steps and of one, and evaluations at all their ends.
     rows = [{"step": 3 * epoch + end, "split": split, "steps": steps} for epoch in range(4) for end, steps in ((2, 2), (3, 1))
             for split in ("train", "test")]  # fmt: skip

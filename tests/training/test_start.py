@@ -22,7 +22,13 @@ from bsvae_jax.training.state import build_model, create_state
 from bsvae_jax.training.workdir import RunDirectory, read_info
 
 SMALL = Config(
-    network=MLP((16, 8)), latent_size=4, epochs=2, batch_size=500, devices=1, optimizer=Optimizer(ema_decay=0.9)
+    data=Digits(validation=None),
+    network=MLP((16, 8)),
+    latent_size=4,
+    epochs=2,
+    batch_size=500,
+    devices=1,
+    optimizer=Optimizer(ema_decay=0.9),
 )  # 3 steps an epoch
 
 

@@ -25,7 +25,9 @@ from bsvae_jax.training.fit_flow import _losses as flow_losses
 from bsvae_jax.training.state import build_model, create_state
 from bsvae_jax.training.stopped import read_failure
 
-SMALL = bv.Config(network=configs.MLP((8,)), latent_size=2, epochs=2, batch_size=500, devices=1)
+SMALL = bv.Config(
+    data=bv.data.Digits(validation=None), network=configs.MLP((8,)), latent_size=2, epochs=2, batch_size=500, devices=1
+)
 
 
 def numbers_of(folder):

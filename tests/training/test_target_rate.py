@@ -11,7 +11,7 @@ import pytest
 import bsvae_jax as bv
 from bsvae_jax import theory
 from bsvae_jax._io.files import read_metrics
-from bsvae_jax.config import MLP, Config, Linear, Optimizer
+from bsvae_jax.config import MLP, Config, Digits, Linear, Optimizer
 from bsvae_jax.data import load
 from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, data_mesh, parallelize, replicate
 from bsvae_jax.errors import UserError
@@ -23,7 +23,9 @@ from bsvae_jax.training.restore import restore
 from bsvae_jax.training.state import build_hyperparameters, build_model, create_state
 from bsvae_jax.training.step import train_step
 
-SMALL = Config(network=MLP((8,)), latent_size=4, epochs=2, batch_size=500, devices=1)  # 3 steps an epoch
+SMALL = Config(
+    data=Digits(validation=None), network=MLP((8,)), latent_size=4, epochs=2, batch_size=500, devices=1
+)  # 3 steps an epoch
 
 pytestmark = pytest.mark.long
 
@@ -34,9 +36,10 @@ def rows(folder, split):
 
 def test_the_multiplier_of_a_linear_model_is_the_beta_of_theory(tmp_path):
     """A rate is asked for and theory knows the beta of it: it has to be found, and the distortion that goes with it."""
-    images, floor = load(bv.data.Digits()), 1 / 3072
+    images, floor = load(bv.data.Digits(validation=None)), 1 / 3072
     optimum = theory.linear_optimum(images.covariance_eigenvalues, 4, 2.0, floor)
     config = Config(
+        data=Digits(validation=None),
         network=Linear(),
         latent_size=4,
         decoder_variance=bv.Optimal("batch"),
