@@ -6,9 +6,9 @@ Four priors at three beta, the members of each prior as one compiled program. `b
 I(x; z) and KL(q(z) || p(z)), what a prior leaves of the mismatch, to the table; `bsvae fit-prior` of a member fits a prior
 afterwards.
 
-Hardware and time: 14 minutes on two CPU cores beside other jobs. Expect on the test set (measured with `--data.validation None`,
-seed 0, standard error over images 2 nats) the calibrated ELBO in nats and, in brackets, the rate, KL(q(z) || p(z)), an upper
-estimate, both in nats, and FID by a LeNet (`bsvae evaluate runs/mnist_priors-sweep --split test --fid 10000 --fid-network
+Hardware and time: 14 minutes on two CPU cores beside other jobs. Expect on the test set (with `--data.validation None`, seed 0;
+standard error over images 2 nats) the calibrated ELBO in nats and, in brackets, the rate, KL(q(z) || p(z)), an upper estimate,
+both in nats, and FID by a LeNet (`bsvae evaluate runs/mnist_priors-sweep --split test --fid 10000 --fid-network
 lenet`, 4 minutes; it differs a little between machines, as the LeNet does):
 
                        beta 0.3                   beta 1                     beta 3

@@ -26,7 +26,7 @@ def run_over(images: DeviceImages, batch_size: int, compute: Callable[..., Any],
     All images are taken several `times` over, one time after the other; positions count on, and batches have the same size.
     """
     count = len(images)
-    batches = padded_batches(images.mesh, times * count, min(batch_size, count))
+    batches = padded_batches(images.mesh, times * count, min(batch_size, times * count))
     return fetched(compute(images.batch(positions % count), positions, weights) for positions, weights in batches)
 
 

@@ -454,7 +454,8 @@ def test_report_repeats_what_sweep_wrote(swept, capsys):
     assert (swept / "table.csv").read_bytes() == before
     printed = capsys.readouterr().out
     assert "8 of 8 members finished" in printed
-    assert re.search(r"β-VAE, constant σ² = 0.1: of 2 values, β = [\d.]+ has the best calibrated ELBO on the test set", printed)
+    best = r"β-VAE, constant σ² = 0.1: of 2 values, β = [\d.]+ has the best calibrated ELBO on the validation images"
+    assert re.search(best, printed)
 
 
 @pytest.mark.parametrize(

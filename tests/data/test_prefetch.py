@@ -28,7 +28,14 @@ from bsvae_jax.distributed.preemption import Interrupted, Stop
 from bsvae_jax.training import fit, program, trainer
 
 PACKAGE = Path(prefetch.__file__).parents[2]
-SMALL = Config(network=MLP((16,)), latent_size=4, epochs=3, batch_size=64, optimizer=Optimizer(ema_decay=0.9))
+SMALL = Config(
+    data=Digits(validation=None),
+    network=MLP((16,)),
+    latent_size=4,
+    epochs=3,
+    batch_size=64,
+    optimizer=Optimizer(ema_decay=0.9),
+)
 
 
 def stored(count: int = 100, seed: int = 0) -> np.ndarray:
@@ -381,7 +388,7 @@ def test_a_streamed_sweep_is_a_resident_one(tmp_path, execution):
 @pytest.mark.long
 def test_evaluation_streams_too(tmp_path):
     resident, streamed = (trained(tmp_path, str(share), epochs=1, resident_memory=share) for share in (0.5, 0.0))
-    images = load(Digits())
+    images = load(SMALL.data)
     reports = [bv.evaluate(bv.restore(result.workdir), images, ("test",), samples=3).report for result in (resident, streamed)]
     for name, quantity in reports[0]["test"].items():
         assert reports[1]["test"][name].value == pytest.approx(quantity.value, rel=1e-3, abs=1e-3), name
@@ -389,7 +396,7 @@ def test_evaluation_streams_too(tmp_path):
 
 @pytest.mark.long
 def test_memory_that_a_streamed_stack_needs_grows_with_its_pieces():
-    images = load(Digits())
+    images = load(SMALL.data)
     config = dataclasses.replace(SMALL, resident_memory=0.0, devices=1)
     mesh = sweep_mesh(1, 4, 64)
     needed = [program.Program(config, images, mesh, "scan", count).needed_bytes(count) for count in (1, 4)]

@@ -147,7 +147,7 @@ def test_a_signal_to_one_process_stops_both_and_saves(tmp_path, asked):
     assert [status for status, _ in found] == [143, 143], found
     assert "stopped after step" in found[0][1]
     steps = [int(path.name) for path in (tmp_path / "run_0" / "checkpoints").iterdir() if path.name.isdigit()]
-    assert f"stopped after step {max(steps)} of 28847" in found[0][1]
+    assert f"stopped after step {max(steps)} of 25962" in found[0][1]
 
 
 def test_a_signal_during_the_agreement_counts_at_the_next_one(monkeypatch):

@@ -39,7 +39,7 @@ class Signals(bv.Callback):
 def test_after_the_last_step_a_run_goes_on_to_its_end(tmp_path, capfd):
     config = bv.Config(network=MLP((8,)), latent_size=2, epochs=1, batch_size=500, devices=1)
     result = bv.fit(config, tmp_path / "run", progress=False, callbacks=[Signals()])
-    assert set(result.report) == {"train", "test"}
+    assert set(result.report) == {"train", "test", "validation"}
     errors = capfd.readouterr().err
     assert f"SIGTERM: {EVALUATING}; " in errors
     assert TRAINING not in errors

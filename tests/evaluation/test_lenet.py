@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load(Digits())
+    return data.load(Digits(validation=None))
 
 
 @pytest.fixture(scope="module")

@@ -588,8 +588,8 @@ def test_commands_with_priors(tmp_path, capsys):
     assert "mixture of 5" in capsys.readouterr().out
     for command, options, sentence in (
         ("train", ["--prior", "mixture", "--prior.components", "0"], "prior.components must be a whole number >= 1, got 0"),
-        ("train", ["--prior", "vamp", "--prior.pseudo-inputs", "2000"], "exceeds the 1500 training images"),
-        ("sweep", ["--prior", "vamp", "--prior.pseudo-inputs", "9", "2000"], "exceeds the 1500 training images"),
+        ("train", ["--prior", "vamp", "--prior.pseudo-inputs", "2000"], "exceeds the 1350 training images"),
+        ("sweep", ["--prior", "vamp", "--prior.pseudo-inputs", "9", "2000"], "exceeds the 1350 training images"),
     ):
         with pytest.raises(SystemExit) as stop:
             main.main([command, str(tmp_path / "small.py"), *options, "--workdir", str(tmp_path / "none")])
