@@ -399,6 +399,8 @@ def from_dict(values: dict[str, Any], kind: Any = Config, given: tuple[type, ...
         if not isinstance(name, str):
             raise UserError(f"One kind of {kind.__name__} is wanted, but 'kind' does not say which.")
         kind = _find_kind(name, kind, given)
+        if issubclass(kind, Dataset):
+            values.setdefault("validation", None)  # earlier versions held nothing out, and did not write it
     known = typing.get_type_hints(kind)
     result = {}
     for name, value in values.items():

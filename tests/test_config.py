@@ -410,6 +410,11 @@ def test_from_dict_fills_in_what_is_left_out_and_leaves_its_input_alone():
     assert values == copy
 
 
+def test_a_run_from_before_there_was_a_validation_split_is_read_as_it_was_trained():
+    assert from_dict({"data": {"kind": "digits"}}).data == Digits(validation=None)
+    assert from_dict({"data": to_dict(Config())["data"]}).data == Digits(validation=0.1)
+
+
 @pytest.mark.parametrize(
     ("values", "telling"),
     [
