@@ -312,12 +312,12 @@ def test_progress_shows_what_is_logged_once(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("step", "rate", "warns"), [(50, 21.0, True), (50, 19.0, False), (100, 21.0, False), (50, None, False)]
+    ("step", "rate", "warns"), [(50, 13.0, True), (50, 11.0, False), (100, 13.0, False), (50, None, False)]
 )
-def test_a_rate_of_ten_nats_a_latent_in_the_first_steps_is_told(step, rate, warns, caplog):
+def test_a_rate_of_six_nats_a_latent_in_the_first_steps_is_told(step, rate, warns, caplog):
     StartWatch().on_metrics(Run("run", Path("run"), CONFIG, 0, 200), {"epoch": 1, "step": step, "rate": rate})
     assert [record.getMessage()[:62] for record in caplog.records] == warns * [
-        "run: the rate of the first 50 steps is 21 nats, 10 of each lat"
+        "run: the rate of the first 50 steps is 13 nats, 6 of each late"
     ]
 
 
