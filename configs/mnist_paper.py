@@ -45,7 +45,7 @@ What it does not say: that a variance for each image is the best choice. One opt
 does not try, has the better likelihood at every beta, by 26, 55, 107, 28 and 1 nats, with the worse FID. And the profile ELBO,
 which the paper tables, favors BS-VAE by construction: it may choose a variance for each test image.
 
-Of 26 starts, here and in PyTorch, 4 had a rate of thousands of nats in one of their first steps, which Adam remembers: one was
+Of 23 starts, here and in PyTorch, 3 had a rate of thousands of nats in one of their first steps, which Adam remembers: one was
 80 nats behind after 1,407 steps of 128 images. `--optimizer.gradient-clip 5000`, twice the gradient norm of ordinary steps,
 mended that (tests/benchmarks/training_parity.py); the paper's code and this table do without.
 
