@@ -364,6 +364,11 @@ def test_wrong_workdirs_and_files(trained, tmp_path, capsys):
     assert "invalid choice 'valid'" in refused(["evaluate", trained, "--split", "valid"], capsys)
 
 
+def test_a_run_without_validation_images_has_no_numbers_of_them(config_file, tmp_path, capsys):
+    main.main(["train", str(config_file), "--workdir", str(tmp_path / "run"), "--data.validation", "None"])
+    assert "splits are train and test" in refused(["evaluate", tmp_path / "run", "--split", "validation"], capsys)
+
+
 def test_a_run_without_a_checkpoint(trained, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((trained / "config.json").read_bytes())
     assert "has no checkpoint yet" in refused(["evaluate", tmp_path], capsys)
