@@ -1,6 +1,8 @@
 """`bsvae sweep`: every combination of some settings of one experiment."""
 
+import contextlib
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -109,16 +111,34 @@ def sweep(
       members_at_once: Members in one program; as many as fit into memory if not given.
       start_from: Folder of a run with whose weights all members begin, as for bsvae train.
     """
+    from bsvae_jax.sweeps.execution import choose_execution
     from bsvae_jax.sweeps.fit_sweep import fit_sweep
 
     base = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
     grid = lists.grid(base, file_grid)
+    if (execution or choose_execution(base, "cpu")) != "loop":
+        _make_a_device_of_each_core()
     keep_compiled_programs()
     folder = Path("runs") / f"{config_file.stem}-sweep" if workdir is None else workdir
     result = fit_sweep(base, grid, folder, execution, members_at_once, start_from=start_from)
     print_report(folder)
     if result.failed:
         raise DivergenceError(f"{len(result.failed)} diverged: {', '.join(result.failed)}. The report has the rest.")
+
+
+def _make_a_device_of_each_core() -> None:
+    """Let JAX have a CPU device for each core, unless the user has said how many.
+
+    One device has all cores as well, but a step of a small dense network leaves the second idle: a member on each of two
+    devices takes two thirds of the time. Each member's numbers are the same to the bit.
+    """
+    import jax
+
+    said = jax.config.jax_num_cpu_devices != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not said:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already, where a program calls the command
+            jax.config.update("jax_num_cpu_devices", cores)
 
 
 def defaults(arguments: list[str]) -> dict[str, Any]:

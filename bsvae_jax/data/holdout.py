@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from bsvae_jax._io.disk import mebibytes
 from bsvae_jax._io.terminal import log
 from bsvae_jax.data.image_set import ImageSet
 from bsvae_jax.errors import UserError
@@ -55,11 +56,20 @@ def hold_out(contents: Sequence[Hashable], share: float, seed: int, what: str, p
 
 
 def hold_out_validation(images: ImageSet, share: float) -> ImageSet:
-    """The same images, with a share of those for training kept for validation; they are copied.
+    """The same images, with a share of those for training kept for validation; they are copied into memory.
 
     Raises:
-      UserError: none would be left to train on.
+      UserError: none would be left to train on, or they are a memory map larger than the memory that is free.
     """
+    import psutil  # only a memory map needs it
+
+    needed, free = images.train.nbytes, psutil.virtual_memory().available
+    if isinstance(images.train, np.memmap) and needed > free:
+        raise UserError(
+            f"To hold out validation images of {images.name} its training images are copied into memory: {mebibytes(needed)}, "
+            f"and {mebibytes(free)} are free. Give --data.validation own for those that the set may have of its own, or None "
+            "to make choices on the test images."
+        )
     stay, chosen = hold_out(contents_of(images.train), share, VALIDATION_SEED, images.name, "validation")
     labels = images.train_labels
     return dataclasses.replace(

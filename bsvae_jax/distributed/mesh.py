@@ -85,12 +85,15 @@ def sweep_mesh(devices: int | None, members: int, batch_size: int, parts: int = 
 
     The member axis gets the largest divisor of the device count that is at most `members`, if the batch divides over the
     devices left, and the next larger one that it does divide over otherwise. Each device of the axis holds
-    `ceil(members / size)` members. Devices are taken as by `data_mesh`.
+    `ceil(members / size)` members. Devices are taken as by `data_mesh`; but of CPU devices, which are threads of one machine,
+    no more than there are members, unless a number is asked for: to share a batch among them gains nothing.
 
     Raises:
       UserError: more devices asked for than there are.
     """
     available = data_mesh(devices, among=among).devices.reshape(-1)
+    if devices is None and available[0].platform == "cpu":
+        available = available[:members]
     count = len(available)
     sizes = [size for size in range(1, count + 1) if count % size == 0 and batch_size % (count // size * parts) == 0]
     size = max((size for size in sizes if size <= members), default=sizes[0])

@@ -136,6 +136,14 @@ class VAE(nn.Module):
         check_count("latent_size", size)
         return size
 
+    def without_variance(self) -> "VAE":
+        """This model for one device, with a variance of 1/2 in place of one that has no parameters.
+
+        What does not ask for the variance, the start and pictures of a model, is then compiled once for models of any variance.
+        """
+        variance = self.decoder_variance if self.decoder_variance.is_trained else objective.Constant(0.5)
+        return self.clone(axis_name=None, decoder_variance=variance)
+
     def _check(self) -> None:
         for name in ("encoder", "decoder"):
             check_kind(

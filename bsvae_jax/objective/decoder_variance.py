@@ -81,17 +81,21 @@ class DecoderVariance(Kind, abc.ABC):
         """Where a trained scalar log-variance starts; None: the model has none."""
         return None
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the model gives a log-variance: a trained scalar, or what the decoder predicts."""
+        return self.decoder_outputs == 2 or self.initial_log_variance() is not None
+
     def check_log_variance(self, log_variance: Any, shape: tuple[int, ...]) -> Array | None:
         """The log-variance that the model gives for data of `shape` [B, ...], as an array; None where there is none.
 
         Raises:
           UserError: it is missing, superfluous or of a wrong shape.
         """
-        trained = self.decoder_outputs == 2 or self.initial_log_variance() is not None
         name = type(self).__name__
-        if trained != (log_variance is not None):
-            given = "none" if trained else "one"
-            raise UserError(f"{name} {'needs' if trained else 'takes no'} log_variance, and got {given}.")
+        if self.is_trained != (log_variance is not None):
+            given = "none" if self.is_trained else "one"
+            raise UserError(f"{name} {'needs' if self.is_trained else 'takes no'} log_variance, and got {given}.")
         if log_variance is None:
             return None
         array = as_float("log_variance", log_variance)

@@ -11,9 +11,10 @@ def choose_execution(config: Config, platform: str, pixels: int = 0) -> Executio
     """How to drive a stack, from measurement on CPU and by the compiler's counts elsewhere.
 
     On CPU, XLA runs convolutions slowly under `vmap` and inside loops, so such members take turns, one compiled step for all.
-    Dense networks run there at least as fast one after the other in one call as side by side, with results that do not
-    depend on how many there are. Accelerators are filled by batched products; but on a GPU convolutions side by side move half
-    as many bytes more, which does not pay where one member's arithmetic takes longer than its launches (`Execution`).
+    Dense networks run there at least as fast one after the other in one call as side by side, with results that do not depend
+    on how many there are; with a CPU device for each core, which `bsvae sweep` makes, as many at a time. Accelerators are
+    filled by batched products; but on a GPU convolutions side by side move half as many bytes more, which does not pay where
+    one member's arithmetic takes longer than its launches (`Execution`).
 
     Args:
       config: of any member.

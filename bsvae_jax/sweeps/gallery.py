@@ -72,7 +72,7 @@ def draw_members(
     Yields:
       The gallery of each member, in order.
     """
-    drawn = jax.device_get(_parallelized(model.clone(axis_name=None), clip, mesh, execution)(variables, images, keys))
+    drawn = jax.device_get(_parallelized(model.without_variance(), clip, mesh, execution)(variables, images, keys))
     for member in range(members):
         yield Gallery(*drawn) if execution == "loop" else Gallery(*(leaf[member] for leaf in drawn))
 

@@ -98,7 +98,7 @@ def build_hyperparameters(config: Config) -> Hyperparameters:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _initial_arrays(model: VAE, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> tuple[Any, Any, Any]:
-    """Compiled once for all the members of a sweep."""
+    """Compiled once for all the members of a sweep whose variances have no parameters."""
     variables = model.init(key, jnp.zeros((2, *data_shape_of(model))), key)
     return variables["params"], variables.get("batch_stats", {}), optimizer.init(variables["params"])
 
@@ -117,7 +117,7 @@ def create_state(
     init_key, run_key = jax.random.split(make_key(config.seed))
     optimizer = build_optimizer(config.optimizer, steps, not isinstance(config.prior, configs.StandardNormal))
     if variables is None:
-        params, batch_stats, optimizer_state = _initial_arrays(model.clone(axis_name=None), optimizer, init_key)
+        params, batch_stats, optimizer_state = _initial_arrays(model.without_variance(), optimizer, init_key)
         started = None if images is None else config.prior.initial_parameters(images.train, config.seed)
         if started is not None and images is not None:
             own = {name: to_unit_interval(values, images.levels) for name, values in started.items()}

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +54,18 @@ def test_a_share_of_the_training_images_is_held_out():
     assert len({divided.fingerprint(), images.fingerprint(), hold_out_validation(images, 0.3).fingerprint()}) == 3
     assert divided.fingerprint() == hold_out_validation(images, 0.2).fingerprint()
     assert divided.sizes() == "80 training, 20 validation and 7 test images (4, 4, 1)"
+
+
+def test_a_memory_map_is_not_copied_into_memory_that_is_not_there(tmp_path, monkeypatch):
+    """Of a set on the disk the default share would else be the end of the process; what is in memory needs a question less."""
+    np.save(tmp_path / "train.npy", numbered(100))
+    mapped = ImageSet("lsun", np.load(tmp_path / "train.npy", mmap_mode="r"), numbered(7), 256)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1600))  # 100 images of 16 bytes
+    assert len(hold_out_validation(mapped, 0.1).validation) == 10
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1599))
+    with pytest.raises(UserError, match=r"lsun .* copied into memory: 0 MiB, and 0 MiB are free\. Give --data\.validation own"):
+        hold_out_validation(mapped, 0.1)
+    assert len(hold_out_validation(dataclasses.replace(mapped, train=numbered(100)), 0.1).validation) == 10
 
 
 def test_copies_of_training_images_are_not_held_out():

@@ -1,6 +1,7 @@
 """One device or many, one model or a stack, pmap or shard_map: the same losses, gradients and states for the same batch."""
 
 import functools
+import math
 
 import chex
 import jax
@@ -178,16 +179,18 @@ def test_a_second_step_compiles_nothing(network, images, key):
         (6, 4, (3, 2), 6),
         (7, 6, (1, 7), 6),
         (1, 5, (1, 1), 5),
-        (None, 2, (2, 4), 2),
+        (None, 2, (2, 1), 2),  # of all CPU devices no more than members: they share no batch
+        (None, 5, (5, 1), 5),
+        (None, 17, (8, 1), 24),
     ],
 )
 def test_the_member_axis_takes_what_divides_and_the_batch_the_rest(devices, members, shape, slots):
     mesh = sweep_mesh(devices, members, 840)
     assert mesh.axis_names == (MEMBER_AXIS, DATA_AXIS)
     assert mesh.devices.shape == shape
-    assert mesh.devices.ravel().tolist() == jax.devices()[:devices]
+    assert mesh.devices.ravel().tolist() == jax.devices()[: math.prod(shape)]
     assert member_slots(mesh, members) == slots
-    assert describe_devices(mesh) == f"{devices or 8} x cpu (cpu)"
+    assert describe_devices(mesh) == f"{devices or min(members, 8)} x cpu (cpu)"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from bsvae_jax.data import load
 from bsvae_jax.distributed.mesh import member_slots, stack, sweep_mesh
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation import scores
-from bsvae_jax.objective import Constant, Learned, Optimal
+from bsvae_jax.objective import Constant, Learned, Optimal, Predicted
 from bsvae_jax.sweeps import fit_sweep as sweeps
 from bsvae_jax.sweeps import gallery
 from bsvae_jax.sweeps.fit_sweep import choose_execution, fit_sweep
@@ -231,6 +231,15 @@ def test_devices_do_not_change_a_member(execution, betas_and_seeds, variance, ne
         check_numbers(tmp_path / "sweep" / "members" / member.name, single, exact=False)
 
 
+@pytest.mark.long
+def test_a_member_on_a_device_of_its_own_is_the_same_to_the_bit(three, tmp_path):
+    """As `bsvae sweep` has it on CPUs: three of these eight devices, which share no batch."""
+    config = dataclasses.replace(BASE, devices=None)
+    run_sweep(config, THREE, tmp_path / "sweep", execution="scan")
+    for name in NAMES:
+        check_numbers(tmp_path / "sweep" / "members" / name, three / "members" / name, exact=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("execution", ["scan", "vmap"])
 def test_a_stack_with_batch_norm(execution, alone, tmp_path):
@@ -321,6 +330,15 @@ def test_initial_parameters_compile_nothing_per_member(monkeypatch):
     states = [building.create_state(member.config, model, 9) for member in RATES.members(BASE)]
     assert len(traces) == 1
     assert {float(state.learning_rate) for state in states} == {float(np.float32(rate)) for rate in (1e-3, 1e-2, 3e-3)}
+    # Nor for a variance without parameters, which the start does not know of; for another, whose parameters it makes.
+    for variance, programs in ((Optimal("batch"), 1), (Constant(0.1), 1), (Learned(), 2), (Predicted(), 3)):
+        model = building.build_model(dataclasses.replace(BASE, decoder_variance=variance), (8, 8, 1), 1 / 16)
+        state = building.create_state(BASE, model, 9)
+        assert len(traces) == programs, variance
+        assert state.model.decoder_variance == model.decoder_variance
+        assert ("log_variance" in state.params) == isinstance(variance, Learned)
+        start = model.init(jax.random.split(jax.random.key(BASE.seed))[0], jnp.zeros((1, 8, 8, 1)), jax.random.key(0))
+        chex.assert_trees_all_equal(state.params, start["params"])
 
 
 # --- What a sweep leaves ----------------------------------------------------------------------------------------------
