@@ -87,7 +87,8 @@ def status(results: SweepResults) -> str:
     if results.failures:
         text += f", {len(results.failures)} diverged"
     if results.unfinished:
-        text += f"; {len(results.unfinished)} are still to be trained (`bsvae sweep` continues)"
+        count = len(results.unfinished)
+        text += f"; {count} {'is' if count == 1 else 'are'} still to be trained (`bsvae sweep` continues)"
     if (source := results.info.started_from) is not None:
         text += f"; all began with the weights of {source['workdir']} (step {source['step']})"
     return text + "."

@@ -236,7 +236,7 @@ def test_unfinished_and_diverged_members_are_told(folder, tmp_path):
     paths = report.write_report(copy)
     total = SEEDS * len(BETAS) * (1 + len(VARIANCES))
     status = report.status(results.read_results(copy))
-    assert status.startswith(f"{total - 2} of {total} members finished, 1 diverged; 1 are still to be trained")
+    assert status.startswith(f"{total - 2} of {total} members finished, 1 diverged; 1 is still to be trained")
     page = paths[-1].read_text()
     assert "constant-0.5_beta0.5_seed1" in page
     assert "&lt;objective&gt; nan" in page
