@@ -80,6 +80,28 @@ def test_the_table_has_the_difference_of_the_same_images_and_seeds():
     assert table.HEADINGS["calibrated_elbo_difference"] in table.as_text(sweep())
 
 
+def test_the_table_has_what_a_fitted_prior_gives_beside_the_models_own():
+    """Of the members that have one; 300 + 10 b and 100 + 10 b of FID at beta b, the same for all seeds."""
+    results = sweep()
+    for own in results.members:
+        if isinstance(own.config.decoder_variance, Optimal):
+            for name, start in (("lenet_fid", 300.0), ("fitted_lenet_fid", 100.0)):
+                own.report["test"] = own.report["test"] | {name: Quantity(start + 10 * own.config.beta, 0.0, "", "")}
+    rows = list(csv.DictReader(io.StringIO(table.as_csv(results))))
+    found = {row["beta"]: row for row in rows if row["split"] == "test"}
+    assert [float(found[beta]["lenet_fid_mean"]) for beta in ("1.0", "2.0")] == [310.0, 320.0]
+    assert [float(found[beta]["fitted_lenet_fid_mean"]) for beta in ("1.0", "2.0")] == [110.0, 120.0]
+    assert found["0.1"]["fitted_lenet_fid_mean"] == ""
+    headings, *lines = table.as_text(results).splitlines()
+    assert headings.split("  ")[-1].strip() == "FID (LeNet), fitted prior"
+    assert [line.split("  ")[-1].strip() for line in lines if line.startswith(("BS-VAE", "β-VAE"))] == [
+        "110 ± 0",
+        "120 ± 0",
+        "n/a",
+    ]
+    assert not {"fitted_rate", "fitted_fid"} & set(table.tabled_quantities(results))  # which none has
+
+
 def test_the_report_compares_the_models_in_a_sentence():
     (sentence,) = report.differences(sweep())
     assert sentence.startswith(
