@@ -4,7 +4,7 @@
 
 1,350 training, 150 validation and 297 test images of 8x8 pixels with 17 gray levels, from scikit-learn; no download.
 
-Hardware and time: 2 CPU cores, 15-25 s with compilation; `bsvae sweep configs/digits.py`, 36 models, 1 min 30 s. Expect, at the
+Hardware and time: 2 CPU cores, 15-25 s with compilation; `bsvae sweep configs/digits.py`, 36 models, 70 to 90 s. Expect, at the
 end of training (seed 0, the same on 1 and on 8 devices):
 
     calibrated ELBO   35.3 nats (training), 31.9 +- 1.2 nats (validation), 21.6 +- 1.4 nats (test); 3.51 bits/dim
