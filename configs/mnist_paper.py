@@ -45,8 +45,8 @@ What it does not say: that a variance for each image is the best choice. One opt
 does not try, has the better likelihood at every beta, by 26, 55, 107, 28 and 1 nats, with the worse FID. And the profile ELBO,
 which the paper tables, favors BS-VAE by construction: it may choose a variance for each test image.
 
-Nor that samples show the decoder: they show where N(0, I) lies and no image has its posterior. After 5 epochs (`--epochs 5`;
-some 25 minutes a model on a CPU core), under the model's prior | with `bsvae fit-prior`, a mixture of 10 Gaussians:
+Nor is FID that of the decoder alone: much of N(0, I) lies where no image has its posterior. After 5 epochs (`--epochs 5`; some
+25 minutes a model on a CPU core), under the model's prior | under that of `bsvae fit-prior`, a mixture of 10 Gaussians:
 
     sigma^2                  beta   rate          calibrated ELBO   PSNR, dB   FID (LeNet)   KID (LeNet)
     optimal for each image   0.01   89.2 | 42.0   363 | 410         18.1       335 | 115      4.77 |  3.01
@@ -62,9 +62,9 @@ BS-VAE at beta 1 has 163 nats more and a third of the FID of 1/2 at beta 0.01, w
 
 Of 23 starts, here and in PyTorch, 3 had a rate of thousands of nats in one of their first steps, which Adam remembers: one was
 80 nats behind after 1,407 steps of 128 images. With `--optimizer.gradient-clip 5000`, twice the gradient norm of other steps,
-it was not behind at step 469 (tests/benchmarks/training_parity.py); the paper's code and these tables do without. The first 50
-steps of the 5 epochs had 331 to 573 nats at beta 0.01 to 1, of which a run says so. Clipped, beta 1 was no better for it: -120
-nats of objective on the validation images after 2 epochs, -130 without.
+it was not behind at step 469 (tests/benchmarks/training_parity.py); the paper's code and these tables do without. In the
+runs of 5 epochs the first 50 steps had a mean rate of 331 to 573 nats at beta 0.01 to 1, which a run warns of; there clipping
+did not help: after 2 epochs at beta 1 the objective of the validation images was -120 nats with it, -130 without.
 
 The paper's 50 epochs are 5,274 steps and have not been measured; on 2 CPU cores one run takes 1.6 hours (computed).
 """
