@@ -136,7 +136,7 @@ def _make_a_device_of_each_core() -> None:
 
     count = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     if count == -1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with contextlib.suppress(RuntimeError):  # JAX has its devices already, where a program calls the command
             jax.config.update("jax_num_cpu_devices", cores)
 

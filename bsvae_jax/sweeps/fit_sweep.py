@@ -187,19 +187,23 @@ def _stack(
         size = -(-members // turns)
         return size, max(needed(size), needed(members - size * (turns - 1)))
 
-    available = available_bytes(data_mesh(config.devices))
+    def available(size: int) -> int:
+        """Memory of each device that so many members use: fewer CPU devices have a larger share each."""
+        return available_bytes(_mesh(config, size))
+
     size, bytes_needed = wanted, wanted_bytes = plan(members if at_once is None else min(members, at_once))
-    while bytes_needed > available and size > 1:  # the compiler has the last word on each guess
-        size, bytes_needed = plan(max(1, min(size - 1, int(size * available / bytes_needed))))
-    if bytes_needed > available:
+    while bytes_needed > available(size) and size > 1:  # the compiler has the last word on each guess
+        size, bytes_needed = plan(max(1, min(size - 1, int(size * available(size) / bytes_needed))))
+    if bytes_needed > available(size):
         raise UserError(
             f"Not one member fits into the memory of a device: it needs {bytes_needed / 2**20:,.1f} MiB of "
-            f"{available / 2**20:,.1f} MiB. Use a smaller batch_size or network."
+            f"{available(size) / 2**20:,.1f} MiB. Use a smaller batch_size or network."
         )
     if at_once is not None and size < wanted:
         raise UserError(
             f"{wanted} members at once do not fit into the memory of a device, {size} do: they need "
-            f"{wanted_bytes / 2**20:,.1f} MiB of {available / 2**20:,.1f} MiB. Give --members-at-once {size}, or leave it out."
+            f"{wanted_bytes / 2**20:,.1f} MiB of {available(wanted) / 2**20:,.1f} MiB. Give --members-at-once {size}, or leave "
+            "it out."
         )
     return size, compiled
 

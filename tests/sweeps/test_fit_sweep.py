@@ -754,6 +754,19 @@ def test_no_turn_needs_more_than_there_is(devices, members, parameters, activati
         assert per_device * each(mesh) <= 80 * room
 
 
+@pytest.mark.parametrize(("total", "size"), [(799, 4), (400, 4), (399, 3), (199, 1), (100, 1), (99, None)])
+def test_cpu_devices_that_no_member_uses_take_no_memory(total, size, monkeypatch):
+    """8 members of 100 bytes, on as many CPU devices as there are members at once, of the 8 that share the memory."""
+    config = dataclasses.replace(BASE, devices=None, batch_size=504, epochs=1)
+    monkeypatch.setattr(Program, "needed_bytes", lambda self, count: 100)
+    monkeypatch.setattr(sweeps, "available_bytes", lambda mesh: total // len(mesh.local_devices))
+    if size is None:
+        with pytest.raises(UserError, match="Not one member fits"):
+            sweeps._stack(config, load(config.data), "scan", 8, None)
+        return
+    assert sweeps._stack(config, load(config.data), "scan", 8, None)[0] == size
+
+
 # --- What is wrong ----------------------------------------------------------------------------------------------------
 
 
