@@ -61,15 +61,8 @@ def hold_out_validation(images: ImageSet, share: float) -> ImageSet:
     Raises:
       UserError: none would be left to train on, or they are a memory map larger than the memory that is free.
     """
-    import psutil  # only a memory map needs it
-
-    needed, free = images.train.nbytes, psutil.virtual_memory().available
-    if isinstance(images.train, np.memmap) and needed > free:
-        raise UserError(
-            f"To hold out validation images of {images.name} its training images are copied into memory: {mebibytes(needed)}, "
-            f"and {mebibytes(free)} are free. Give --data.validation own for those that the set may have of its own, or None "
-            "to make choices on the test images."
-        )
+    if isinstance(images.train, np.memmap):
+        _check_memory(images)
     stay, chosen = hold_out(contents_of(images.train), share, VALIDATION_SEED, images.name, "validation")
     labels = images.train_labels
     return dataclasses.replace(
@@ -80,3 +73,16 @@ def hold_out_validation(images: ImageSet, share: float) -> ImageSet:
         validation_labels=None if labels is None else labels[chosen],
         known_fingerprint=None,
     )
+
+
+def _check_memory(images: ImageSet) -> None:
+    """Raise a UserError if a copy of the training images is larger than the memory that is free."""
+    import psutil  # only a memory map needs it
+
+    needed, free = images.train.nbytes, psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"To hold out validation images of {images.name} its training images are copied into memory: {mebibytes(needed)}, "
+            f"and {mebibytes(free)} are free. Give --data.validation own for those that the set may have of its own, or None "
+            "to make choices on the test images."
+        )

@@ -152,7 +152,8 @@ class StartWatch(Callback):
     A rate of 6 nats per latent tells 2^9 values of it apart. A network whose first log-variances are that far from those of
     the prior has gradients that Adam's second moments remember long after, so that its steps stay small. Of three starts of the
     paper's network with 0.3, 1.2 and 8 nats per latent, the last was 80 nats behind after 1,407 steps. With its gradient
-    clipped it was not behind at step 469; a warm-up did not help (tests/benchmarks/training_parity.py).
+    clipped it was not behind at step 469; a warm-up did not help (tests/benchmarks/training_parity.py), nor did clipping one
+    of 11 nats per latent with batches of 512 (configs/mnist_paper.py).
     """
 
     NATS_PER_LATENT = 6.0
