@@ -133,7 +133,7 @@ class Arrays(Dataset):
     holdout: float = 0.1
     """Share of the images kept for testing, at random, when the file has no `test`."""
     holdout_seed: int = 0
-    """Decides which; apart from the run's seed, so that runs of different seeds are tested on the same images."""
+    """Seed of the held-out images; apart from the run's, so that runs of different seeds are tested on the same images."""
     levels: int | None = None
     """Number of gray levels, on which bits per dimension depend: uint8 values are 0 ... levels - 1, floats multiples of
     1 / (levels - 1); None: 256 of uint8, and what the values of floats show."""
@@ -238,7 +238,7 @@ class Folder(Dataset):
     holdout: float = 0.1
     """Share of the images kept for testing, at random, where there is no folder test."""
     holdout_seed: int = 0
-    """Decides which; apart from the run's seed, so that runs of different seeds are tested on the same images."""
+    """Seed of the held-out images; apart from the run's, so that runs of different seeds are tested on the same images."""
     crop: int | None = None
     """Side of the square kept around the center of an image, in its own pixels; before `size`."""
     size: int | None = None
@@ -321,13 +321,13 @@ def load(source: Dataset, progress: bool = True) -> ImageSet:
 
 def check_validation(source: Dataset) -> None:
     """Raise a UserError unless `validation` of a data set is a share, 'own' or None."""
-    share = source.validation
-    if share is None or share == "own":
+    share = as_number(source.validation)
+    if share is None or share == "own" or (isinstance(share, float) and 0.0 < share <= 0.9):
         return
-    remedy = "a share of the training images above 0 and up to 0.9, 'own' for those that the set has, or None for none"
-    if isinstance(share, str):
-        raise UserError(f"data.validation must be {remedy}; got {share!r}.")
-    check_number(f"data.validation ({remedy})", share, low=0.0, high=0.9, open_low=True)
+    raise UserError(
+        "data.validation must be a share of the training images above 0 and up to 0.9, 'own' for those that the set has, or "
+        f"None for none; got {shown(share)}."
+    )
 
 
 def shape_of(source: Dataset, image_shape: tuple[int, ...] | None = None, images: int | None = None) -> DataShape:

@@ -12,7 +12,7 @@ from bsvae_jax.data.image_set import ImageSet
 from bsvae_jax.errors import UserError
 
 VALIDATION_SEED = 1
-"""Decides which examples are for validation; apart from the run's seed, so that runs of all seeds are compared on the same."""
+"""Seed of the examples for validation; apart from the run's, so that runs of all seeds are compared on the same."""
 
 
 def contents_of(examples: np.ndarray) -> list[Hashable]:

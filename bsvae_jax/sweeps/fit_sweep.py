@@ -141,7 +141,7 @@ def fit_sweep(
     stacks = {program: _stack(program, images, execution, len(own), members_at_once) for program, own in programs.items()}
     with stop_on_signals() as stop, directory, messages_shown(progress):
         log.info(
-            f"{len(members)} members, {len(members) - len(todo)} of them done; "
+            f"{len(members) - len(todo)} of {len(members)} members done; "
             f"{images.name}: {images.sizes()}; "
             f"{describe_devices(devices)}; members executed by {execution}"
         )
@@ -243,7 +243,7 @@ def _train_all(
                 log.warning(f"{member.name} diverged and is left out (delete its folder to try again). {failure}")
         waiting = [member for member in waiting if member not in turn]
         if waiting:
-            stop.check(f"stopped, {len(waiting)} members are not finished")
+            stop.check(f"stopped before {waiting[0].name}")
 
 
 def _next_turn(directory: "_SweepDirectory", waiting: Sequence[GridMember], size: int) -> tuple[int | None, list[GridMember]]:

@@ -143,7 +143,7 @@ def read_results(folder: str | Path) -> SweepResults:
         else:
             unfinished.append(name)
     if not members:
-        what = f"{len(failures)} diverged, {len(unfinished)} are not finished" if failures or unfinished else "there are none"
+        what = f"{len(failures)} diverged, {len(unfinished)} not finished" if failures or unfinished else "there are none"
         raise UserError(f"{folder} has no finished member yet ({what}); `bsvae sweep` continues it.")
     members.sort(key=lambda member: (_order(setting_of(member.config)), member.config.seed))
     return SweepResults(info, members, failures, unfinished, diverged)

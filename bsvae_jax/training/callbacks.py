@@ -165,7 +165,7 @@ class StartWatch(Callback):
         if first and per_latent > self.NATS_PER_LATENT:
             log.warning(
                 f"{run.name}: the rate of the first {row['step']} steps is {row['rate']:.0f} nats, {per_latent:.0f} of each "
-                "latent: training begins badly. What usually helps: optimizer.gradient_clip at twice the gradient_norm that "
+                "latent: training begins badly. What may help: optimizer.gradient_clip at twice the gradient_norm that "
                 "later steps have in metrics.jsonl; smaller initial weights of the layer that gives the posterior."
             )
 

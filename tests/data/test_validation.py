@@ -168,7 +168,7 @@ def test_a_share_and_the_use_of_validation_images_without_a_test_set(tmp_path, m
 @pytest.mark.parametrize(
     ("data", "settings", "message"),
     [
-        (lambda: Digits(validation=0.0), {}, r"must be a finite number > 0 and <= 0.9, got 0"),
+        (lambda: Digits(validation=0.0), {}, r"must be a share of .* above 0 and up to 0.9, .*; got 0.0"),
         (lambda: Digits(validation=1.0), {}, "a share of the training images above 0 and up to 0.9, 'own' for those"),
         (lambda: Digits(validation="own"), {}, r"digits has no images of its own for validation, .* give a share"),
         (lambda: Digits(validation=0.9), {}, "batch_size 500 exceeds the 150 training images of digits"),

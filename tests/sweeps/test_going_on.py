@@ -57,7 +57,7 @@ def test_a_longer_sweep_is_the_one_that_was_as_long_from_the_beginning(short, tm
     with pytest.raises(bv.CallbackError):
         sweep(LONG, TWO, folder, callbacks=[Halt()])
     assert read_sweep(folder).config.epochs == 3
-    with pytest.raises(UserError, match=r"no finished member yet \(0 diverged, 2 are not finished\)"):
+    with pytest.raises(UserError, match=r"no finished member yet \(0 diverged, 2 not finished\)"):
         read_results(folder)
     assert sweep(LONG, TWO, folder).finished == NAMES
     for member in TWO.members(LONG):

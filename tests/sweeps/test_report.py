@@ -270,7 +270,7 @@ def test_what_is_no_sweep_or_has_no_result_is_refused(tmp_path, folder):
     empty.mkdir()
     shutil.copy(folder / "sweep.json", empty)
     total = SEEDS * len(BETAS) * (1 + len(VARIANCES))
-    with pytest.raises(UserError, match=rf"has no finished member yet \(0 diverged, {total} are not finished\)"):
+    with pytest.raises(UserError, match=rf"has no finished member yet \(0 diverged, {total} not finished\)"):
         report.write_report(empty)
     assert [path.name for path in empty.iterdir()] == ["sweep.json"]
     (empty / "sweep.json").write_text((folder / "sweep.json").read_text()[:100])
