@@ -4,7 +4,9 @@ import dataclasses
 import json
 import re
 import signal
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import chex
 import jax
@@ -45,12 +47,12 @@ def test_the_run_is_that_of_the_file(mine, run):
     opened = bv.restore(run, config=mine)
     assert opened.image_shape == (64, 3)
     assert type(opened.config.network).__name__ == "OverTime"
-    # Its own distortion in float64: one variance per channel over the whole batch.
+    # Its own distortion in float64: one variance for each channel.
     x = jnp.asarray(load_config(mine).data.load().test)
     output = opened.model.apply(opened.variables, x, make_key(0))
     terms = opened.model.apply(opened.variables, x, make_key(0), method="elbo_terms")
     squares = np.square(np.float64(x) - np.float64(output.decoded.mean))
-    variance = squares.mean((0, 1)) + 1e-6
+    variance = squares.mean(1, keepdims=True) + 1e-6
     expected = 0.5 * (np.log(2 * np.pi * variance) + squares / variance).sum((1, 2))
     np.testing.assert_allclose(terms.distortion, expected, rtol=1e-4)
 
@@ -261,6 +263,54 @@ def test_a_sweep_with_an_optimizer_of_ones_own(momentum, momentum_run, tmp_path)
     (name,) = [name for name in result.finished if "rate0.001" not in name]
     member, alone = (bv.read_metrics(folder)[-1] for folder in (tmp_path / "members" / name, momentum_run))
     assert member["objective"] == pytest.approx(alone["objective"], rel=1e-5)
+
+
+@dataclass(frozen=True)
+class Fixed(bv.DecoderVariance):
+    """A constant whose number the compiled program takes as an array."""
+
+    variance: float = 0.1
+    traced: ClassVar[tuple[str, ...]] = ("variance",)
+
+    def distortion(self, residual_squared, log_variance, axis_name):
+        variance = jnp.asarray(self.variance, residual_squared.dtype)
+        terms = jnp.log(2 * jnp.pi * variance) + residual_squared / variance
+        return variance, 0.5 * jnp.sum(terms, axis=tuple(range(1, terms.ndim)))
+
+
+SMALL_DIGITS = bv.Config(data=bv.data.Digits(), network=bv.config.MLP((8,)), latent_size=2, epochs=2, batch_size=500, devices=1)
+
+
+def test_members_are_evaluated_with_their_own_number_of_a_traced_field(tmp_path):
+    """One program for both; the distortion of the test set is that of its squared error: D/2 log(2 pi v) + SSE / (2 v)."""
+    grid = bv.Sweep(beta=(1.0,), decoder_variance=(Fixed(0.05), Fixed(0.2)), seeds=1)
+    bv.fit_sweep(SMALL_DIGITS, grid, tmp_path, execution="vmap", progress=False)
+    for variance in (0.05, 0.2):
+        folder = tmp_path / "members" / f"fixed-{variance}_beta1_seed0"
+        report = json.loads((folder / "evaluation.json").read_text())["splits"]["test"]
+        expected = 32 * np.log(2 * np.pi * variance) + 64 * report["mse"]["value"] / (2 * variance)
+        assert report["distortion"]["value"] == pytest.approx(expected, rel=1e-5)
+        assert report["variance"]["value"] == pytest.approx(variance, rel=1e-6)
+        rows = [row for row in bv.read_metrics(folder) if row["split"] == "validation"]
+        expected = 32 * np.log(2 * np.pi * variance) + 64 * rows[-1]["mse"] / (2 * variance)
+        assert rows[-1]["distortion"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_state_that_fit_returns_has_the_numbers_of_the_config(tmp_path):
+    config = dataclasses.replace(SMALL_DIGITS, decoder_variance=bv.Constant(0.05), beta_schedule=bv.TargetRate(12.0))
+    result = bv.fit(config, tmp_path / "run", progress=False)
+    assert (result.state.model.decoder_variance, result.state.beta_schedule) == (bv.Constant(0.05), bv.TargetRate(12.0))
+    x, key = jnp.asarray(result.images.test[:8]) / 16, make_key(3)
+    opened = bv.restore(tmp_path / "run")
+    for model in (result.state.model, opened.model):
+        output = model.apply(opened.variables, x, key)
+        squares = np.square(np.float64(x) - np.float64(output.decoded.mean)).sum((1, 2, 3))
+        expected = 32 * np.log(2 * np.pi * 0.05) + squares / 0.1
+        terms = model.apply(result.state.variables(), x, key, method="elbo_terms")
+        np.testing.assert_allclose(terms.distortion, expected, rtol=1e-5)
+    state, metrics = jax.jit(bv.train_step)(result.state, x, key, 1.0)
+    assert int(state.step) == int(result.state.step) + 1
+    np.testing.assert_allclose(metrics.variance, 0.05, rtol=1e-6)
 
 
 def test_an_optimizer_that_is_none_ends_in_a_sentence(momentum, tmp_path, capsys):

@@ -37,8 +37,9 @@ def evaluate(
     """Evaluate a trained run, or every finished member of a sweep: a table with units and standard errors, and figures.
 
     The profile likelihood gives each image its own optimal variance and is not a density; the calibrated one freezes the
-    training set's variance and is. Compare models by the calibrated one. The numbers go to evaluation.json in the folder, the
-    figures to figures/. Long computations continue where they were interrupted.
+    training set's variance and is. Compare models by the calibrated one. The numbers go to evaluation.json in the folder
+    (of --checkpoint best to evaluation_best.json), the figures to figures/. Long computations continue where they were
+    interrupted.
 
     With --json: {"workdir", "step", "checkpoint", "splits": {split: {name: {"value", "standard_error", "unit", "meaning"}}},
     "figures": folder or null}; of a sweep what bsvae report --json prints, with all numbers of its members.

@@ -417,11 +417,20 @@ def _fid_quantities(
     distance = fid.frechet_distance(*(part for m in moments for part in (m.mean, m.covariance)))
     kernel = fid.kernel_distance(drawn.features, reference.features)
     paper = "" if options.protocol == "standard" else "; PAPER'S PROTOCOL: contrast of each sample stretched"
-    against = f"{drawn.moments.size} samples against {reference.moments.size} {split} images{paper}{network.note}"
+
+    def against(samples: int, others: int) -> str:
+        return f"{samples} samples against {others} {split} images{paper}{network.note}"
+
     suffix = "" if options.protocol == "standard" else "_paper_protocol"
     return {
-        f"{network.prefix}fid{suffix}": Quantity(distance, None, "", f"Frechet {network.name} distance, {against}"),
+        f"{network.prefix}fid{suffix}": Quantity(
+            distance, None, "", f"Frechet {network.name} distance, {against(*(m.size for m in moments))}"
+        ),
         f"{network.prefix}kid{suffix}": Quantity(
-            kernel.value, kernel.standard_error, "", f"kernel {network.name} distance (unbiased), {against}"
+            kernel.value,
+            kernel.standard_error,
+            "",
+            f"kernel {network.name} distance (unbiased; error over blocks), "
+            + against(len(drawn.features), len(reference.features)),
         ),
     }

@@ -31,7 +31,8 @@ class Quantity(NamedTuple):
 
     value: float
     standard_error: float | None
-    """Of the mean over examples: how images differ, and their posterior samples; None where that does not apply."""
+    """Of the mean over examples: how images differ, and their posterior samples; of KID over blocks of images, as its
+    meaning says; None where there is none."""
     unit: str
     meaning: str
 

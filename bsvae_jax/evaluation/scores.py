@@ -1,7 +1,8 @@
 """One pass of a model over a split of images: the per-example numbers from which every evaluation is computed.
 
 The device returns squared errors and rates; sums and logarithms over a whole split follow on the host in float64, so the
-result depends neither on the batch size nor on the number of devices, and the last partial batch counts for what it is.
+result depends neither on the batch size nor on the number of devices, and the last partial batch counts for what it is. (Of a
+decoder variance of one's own that is shared over the batch, where it says so: `DecoderVariance.split_distortion`.)
 """
 
 import functools
@@ -21,7 +22,7 @@ from bsvae_jax.distributed.mesh import DATA_AXIS, REPLICATED, SHARDED, Execution
 from bsvae_jax.evaluation.run_over import run_over
 from bsvae_jax.models.priors import StandardNormal
 from bsvae_jax.models.vae import VAE
-from bsvae_jax.objective import LOG_2PI, DecoderVariance, elbo_terms
+from bsvae_jax.objective import LOG_2PI, DecoderVariance, elbo_terms, with_fields
 from bsvae_jax.random import example_keys, make_key
 
 EVALUATION_BATCH = 512
@@ -138,6 +139,7 @@ def _score_batch(
     weights: Float[Array, " batch"],
     key: Key[Array, ""],
     pixel_variance: Float[Array, "*pixels"],
+    fields: Mapping[str, Float[Array, ""]],
     *,
     model: VAE,
 ) -> tuple[_ExampleScores, _BatchTotals]:
@@ -145,7 +147,8 @@ def _score_batch(
     # Noise by position in the split, and beyond its end for further samples: the same for any number of devices.
     output: Any = model.apply(variables, x, example_keys(key, indices), labels=labels)
     mean, log_variance = output.decoded
-    terms = elbo_terms(x, mean, output.rate, model.decoder_variance, log_variance=log_variance, axis_name=DATA_AXIS)
+    decoder_variance = with_fields(model.decoder_variance, fields)
+    terms = elbo_terms(x, mean, output.rate, decoder_variance, log_variance=log_variance, axis_name=DATA_AXIS)
     of_example = tuple(range(1, x.ndim))
     residual_squared = jnp.square(x - mean)
     posterior_mean, posterior_log_variance = output.posterior
@@ -179,7 +182,7 @@ def _score_batch(
 
 @functools.cache
 def _parallelized(model: VAE, mesh: Mesh, execution: Execution) -> Any:
-    specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED, REPLICATED)
+    specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED)
     score = functools.partial(_score_batch, model=model)
     return parallelize(score, mesh, specs, REPLICATED, execution=execution, shared=(1, 2, 3))
 
@@ -208,7 +211,7 @@ def score_split(
     variances = [model.decoder_variance]
     pixel_variance = pixel_variance_of(calibration, images)
     options: Any = dict(batch_size=batch_size, execution="loop", samples=samples)
-    (scores,) = score_members(model, variables, images, key, pixel_variance, variances, **options)
+    (scores,) = score_members(model, variables, images, key, pixel_variance, {}, variances, **options)
     return scores
 
 
@@ -223,6 +226,7 @@ def score_members(
     images: DeviceImages,
     keys: Key[Array, "*members"],
     pixel_variances: Any,
+    fields: Mapping[str, Any],
     decoder_variances: Sequence[DecoderVariance],
     *,
     batch_size: int,
@@ -232,11 +236,12 @@ def score_members(
     """`score_split` of several models at once, whose variables are stacked along a leading axis of members.
 
     Args:
-      model: of all members, but for the number in a `Constant` decoder variance.
+      model: of all members, but for the `fields` of its decoder variance.
       variables: stacked, divided over the member axis of the mesh.
       images: as for `score_split`, on a mesh of `sweep_mesh`.
       keys: one per member.
       pixel_variances: of `pixel_variance_of`, one per member.
+      fields: of the decoder variance, those in which members differ, by name; one value per member.
       decoder_variances: of each member, in order; as many results are given.
       batch_size: images per device call.
       execution: 'scan' or 'vmap'; 'loop' for one model without an axis of members.
@@ -248,7 +253,7 @@ def score_members(
     score = _parallelized(model.clone(axis_name=None), images.mesh, execution)
     batches, scored = [], 0
     totals: Any = None
-    for batch, sums in run_over(images, batch_size, lambda *b: score(variables, *b, keys, pixel_variances), samples):
+    for batch, sums in run_over(images, batch_size, lambda *b: score(variables, *b, keys, pixel_variances, fields), samples):
         # Every sample of an image has the same posterior: the first is enough.
         batches.append(batch if scored < len(images) else batch._replace(posterior_mean=batch.posterior_mean[..., :0, :]))
         scored += batch.rate.shape[-1]

@@ -35,7 +35,7 @@ from bsvae_jax.objective.gaussian import (
     optimal_variance,
     quantization_variance,
 )
-from bsvae_jax.objective.kind import Kind, check_kind_of
+from bsvae_jax.objective.kind import Kind, check_kind_of, with_fields
 
 __all__ = [
     "LOG_2PI",
@@ -67,4 +67,5 @@ __all__ = [
     "optimal_gaussian_nll",
     "optimal_variance",
     "quantization_variance",
+    "with_fields",
 ]

@@ -51,6 +51,11 @@ class DecoderVariance(Kind, abc.ABC):
     ...         variance = mean_over_devices(residual_squared.mean(positions), axis_name) + self.v0
     ...         terms = jnp.log(2 * jnp.pi * variance) + (residual_squared + self.v0) / variance
     ...         return variance, 0.5 * sum_pixels(terms)
+    ...
+    ...     def split_distortion(self, squared_error, pixel_squared_error, batches):  # shared over a split that is evaluated
+    ...         variance = pixel_squared_error.mean(tuple(range(pixel_squared_error.ndim - 1))) + self.v0
+    ...         value = 0.5 * pixel_squared_error.size * np.mean(np.log(2 * np.pi * variance) + 1)
+    ...         return np.full(squared_error.shape, value), variance.mean()
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -287,8 +292,8 @@ class Optimal(DecoderVariance):
         return _distortion_at(squared_error, variance, self.v0, pixels), float(np.mean(variance))
 
     def critical_beta(self, eigenvalues: np.ndarray, floor: float) -> float | None:
-        """`theory.critical_beta`; None per pixel or channel, which theory does not treat."""
-        return None if self.over in ("pixel", "channel") else theory.critical_beta(eigenvalues, floor)
+        """`theory.critical_beta`, which treats one variance for all examples; None for others."""
+        return theory.critical_beta(eigenvalues, floor) if self.over == "batch" else None
 
 
 class _Trained(DecoderVariance):

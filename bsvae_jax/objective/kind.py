@@ -4,9 +4,12 @@ derive, in a file of their own. Nothing is registered.
 
 import dataclasses
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from bsvae_jax.errors import UserError, as_number
+
+AnyKind = TypeVar("AnyKind", bound="Kind")
 
 
 class Kind:
@@ -53,6 +56,18 @@ def check_kind_of(what: str, value: Any, base: type[Kind]) -> None:
         hash(value)
     except TypeError as error:
         raise UserError(f"{what}: {name} must be hashable ({error}); a tuple can take the place of a list.") from error
+
+
+def with_fields(kind: AnyKind, fields: Mapping[str, Any]) -> AnyKind:
+    """A decoder variance or a schedule with other values of some fields, which may be traced.
+
+    Raises:
+      UserError: it has no such field.
+    """
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown:
+        raise UserError(f"{type(kind).__name__} has no field {min(unknown)!r} to replace.")
+    return dataclasses.replace(kind, **fields) if fields else kind  # type: ignore[type-var]
 
 
 def plain(value: Any) -> Any:

@@ -103,11 +103,9 @@ def compare_runs(folders: Sequence[str | Path], split: str = "test") -> Comparis
     notes = []
     if len({info.fingerprint for info in infos}) > 1:
         notes.append("The runs were trained on different data: their numbers are of different images.")
-    for path, evaluation, report in zip(paths, evaluations, reports, strict=True):
+    for path, report in zip(paths, reports, strict=True):
         if not report:
             notes.append(f"{path} has no numbers of the {split} split yet; bsvae evaluate {path} gives them.")
-        elif evaluation is not None and evaluation.checkpoint != "latest":
-            notes.append(f"{path} was evaluated at its {evaluation.checkpoint} checkpoint, of step {evaluation.step}.")
     return Comparison(
         tuple(map(str, paths)),
         {name: values for name, values in differences.items() if any(value != values[0] for value in values)},

@@ -129,7 +129,7 @@ def read_results(folder: str | Path) -> SweepResults:
     for name in [*info.members, *(name for name in present if name not in info.members)]:
         own = folder / "members" / name
         evaluation, report, findings = read_evaluation(own) if name in present else None, {}, {}
-        if evaluation is not None and evaluation.checkpoint == "latest" and _is_last(own, evaluation.step, info.config.epochs):
+        if evaluation is not None and _is_last(own, evaluation.step, info.config.epochs):
             report, findings = evaluation.report, evaluation.findings
         failure = read_failure(own)
         if set(report) >= set(SPLITS[:2]) and (own / "pictures.npz").is_file():

@@ -55,7 +55,7 @@ HEADINGS = {
     "distortion": "distortion [nats]",
     "profile_elbo": "profile ELBO [nats]",
     "calibrated_elbo": "calibrated ELBO [nats]",
-    "calibrated_elbo_difference": "paired difference to the best calibrated ELBO [nats]",
+    "calibrated_elbo_difference": "paired difference to the chosen setting [nats]",
     "calibrated_elbo_per_pixel_variance": "calibrated ELBO, σ² per pixel [nats]",
     "importance_weighted_bound_dequantized": "importance-weighted bound, dequantized [nats]",
     "variance": "decoder variance [intensity²]",
@@ -87,7 +87,7 @@ class TableRow(NamedTuple):
     cells: dict[str, tuple[float, float]]
     """Quantity to mean and standard deviation over seeds."""
     difference: Difference | None
-    """To the setting of the best calibrated ELBO on the test set; None of that itself, and of the training set."""
+    """In calibrated ELBO, to `best_setting`; None of that itself, and of other splits than the test set."""
 
 
 def table_rows(results: SweepResults) -> Iterator[TableRow]:
@@ -109,7 +109,8 @@ def tabled_quantities(results: SweepResults) -> list[str]:
 def as_csv(results: SweepResults) -> str:
     """The table for programs: a row per setting and split, mean and standard deviation of each quantity in full precision.
 
-    Last the mean difference to the best calibrated ELBO of the test set and its standard error, as `differences_to` has them.
+    Last the mean difference in calibrated ELBO to `best_setting` on the test set and its standard error, as `differences_to`
+    has them.
     """
     quantities = tabled_quantities(results)
     names = [f"{quantity}_{what}" for quantity in quantities for what in ("mean", "std")]

@@ -26,61 +26,66 @@ class Evaluation(NamedTuple):
     """What `evaluation.json` says."""
 
     step: int
-    checkpoint: str
     report: Report
     findings: dict[str, str]
     """What is wrong with the model, by the name of the finding (`diagnosis`)."""
 
 
-def read_evaluation(folder: Path) -> Evaluation | None:
-    """Read `evaluation.json`; None before anything was evaluated.
+def _file(folder: Path, checkpoint: str) -> Path:
+    """The numbers of the best checkpoint have a file of their own, beside those by which a run is finished and compared."""
+    return folder / ("evaluation.json" if checkpoint == "latest" else f"evaluation_{checkpoint}.json")
+
+
+def read_evaluation(folder: Path, checkpoint: str = "latest") -> Evaluation | None:
+    """Read `evaluation.json`, or of the checkpoint 'best' `evaluation_best.json`; None before that was evaluated.
 
     Raises:
       UserError: a damaged file.
     """
-    path = folder / "evaluation.json"
+    path = _file(folder, checkpoint)
     if not path.is_file():
         return None
     remedy = "delete it and evaluate again"
     with read_json(path, remedy) as values:
         check_run(path, values, remedy)
+        if values["checkpoint"] != checkpoint:  # earlier versions kept one file for both
+            return None
         findings = {str(name): str(sentence) for name, sentence in values.get("findings", {}).items()}
-        return Evaluation(int(values["step"]), str(values["checkpoint"]), from_json(values["splits"]), findings)
+        return Evaluation(int(values["step"]), from_json(values["splits"]), findings)
 
 
-def evaluation_at(folder: Path, step: int, checkpoint: str = "latest") -> Report:
+def evaluation_at(folder: Path, step: int) -> Report:
     """The report of `evaluation.json` for the parameters of a step; empty where it is of others."""
     evaluation = read_evaluation(folder)
-    same = evaluation is not None and (evaluation.step, evaluation.checkpoint) == (step, checkpoint)
-    return evaluation.report if evaluation is not None and same else {}
+    return evaluation.report if evaluation is not None and evaluation.step == step else {}
 
 
 def write_evaluation(
     folder: Path, step: int, report: Report, checkpoint: str = "latest", findings: Mapping[str, str] | None = None
 ) -> None:
-    """Write `evaluation.json`; splits, quantities and findings from before, for the same parameters, stay."""
-    known = read_evaluation(folder)
-    same = known is not None and (known.step, known.checkpoint) == (step, checkpoint)
-    before, found = (known.report, known.findings) if known is not None and same else ({}, {})
+    """Write what `read_evaluation` reads; splits, quantities and findings from before, for the same parameters, stay."""
+    known = read_evaluation(folder, checkpoint)
+    before, found = (known.report, known.findings) if known is not None and known.step == step else ({}, {})
     findings = found if findings is None else findings
     kept = {split: dict(quantities) for split, quantities in before.items()}
     for split, quantities in report.items():
         if "posterior_samples" in quantities:  # of one sample there is no error
             kept.setdefault(split, {}).pop("sampling_error", None)
         kept[split] = kept.get(split, {}) | quantities
-    _write(folder, Evaluation(step, checkpoint, kept, dict(findings)))
+    _write(folder, checkpoint, Evaluation(step, kept, dict(findings)))
 
 
-def _write(folder: Path, evaluation: Evaluation) -> None:
-    step, checkpoint, report, findings = evaluation
+def _write(folder: Path, checkpoint: str, evaluation: Evaluation) -> None:
+    step, report, findings = evaluation
     values = {"run": identity(folder), "step": step, "checkpoint": checkpoint, "findings": findings, "splits": as_json(report)}
-    write_json(folder / "evaluation.json", values)
+    write_json(_file(folder, checkpoint), values)
 
 
 def forget_quantities(folder: Path, prefix: str) -> None:
-    """Leave out of `evaluation.json`, where there is one, the quantities whose names begin with `prefix`."""
-    known = read_evaluation(folder)
-    if known is None or not any(name.startswith(prefix) for quantities in known.report.values() for name in quantities):
-        return
-    kept = {s: {name: q for name, q in own.items() if not name.startswith(prefix)} for s, own in known.report.items()}
-    _write(folder, known._replace(report=kept))
+    """Leave out of what `write_evaluation` has written the quantities whose names begin with `prefix`."""
+    for checkpoint in ("latest", "best"):
+        known = read_evaluation(folder, checkpoint)
+        if known is None or not any(name.startswith(prefix) for quantities in known.report.values() for name in quantities):
+            continue
+        kept = {s: {name: q for name, q in own.items() if not name.startswith(prefix)} for s, own in known.report.items()}
+        _write(folder, checkpoint, known._replace(report=kept))

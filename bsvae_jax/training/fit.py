@@ -23,7 +23,7 @@ from bsvae_jax.training.memory import check_memory
 from bsvae_jax.training.program import Program
 from bsvae_jax.training.restore import read_source, start_with
 from bsvae_jax.training.start import check_beginning
-from bsvae_jax.training.state import check_against_data, for_data
+from bsvae_jax.training.state import build_model, check_against_data, for_data
 from bsvae_jax.training.step import TrainState
 from bsvae_jax.training.trainer import Member, Trainer
 from bsvae_jax.training.workdir import RunDirectory, read_info
@@ -42,7 +42,7 @@ class FitResult(NamedTuple):
     """
 
     state: TrainState
-    """After the last step, on all the devices of the run."""
+    """After the last step, on all the devices of the run; its model is that of `restore`, for one device."""
     images: ImageSet
     """What it was trained and evaluated on."""
     workdir: Path
@@ -157,4 +157,7 @@ def _fit(
         with ProgressBar(program.total * config.batch_size, done * config.batch_size, progress and primary) as bar:
             member = Member(config, run)
             state = Trainer(program, [member], with_own(callbacks, bar), stop).train()
+        # The program's model and schedule have other numbers in place of those that it takes as arrays.
+        model = build_model(config, images.image_shape, images.bin_width)
+        state = state.replace(model=model, beta_schedule=config.beta_schedule)
         return FitResult(state, images, run.folder, member.report or {})

@@ -71,7 +71,7 @@ def export_hub(
 
     `restore`, `bsvae sample` and `bsvae evaluate` take the folder as they take a run. Paths of this machine are not in it: of
     where the data lay it has the last name only. The card begins with the fields of the Hugging Face hub's model cards; the
-    numbers are those of `evaluation.json` for these very parameters, none where it has others.
+    numbers are those of `bsvae evaluate` for these very parameters, none where it was not run of them.
 
     Args:
       workdir: of `fit`, `import_torch`, or a member of a sweep.
@@ -121,8 +121,8 @@ def export_hub(
         if run.calibration is not None:
             write_run_arrays(out / "calibration.npz", **run.calibration._asdict())
         report: Report = {}
-        evaluation = read_evaluation(workdir)
-        if evaluation is not None and (evaluation.step, evaluation.checkpoint) == (run.step, checkpoint):
+        evaluation = read_evaluation(workdir, checkpoint)
+        if evaluation is not None and evaluation.step == run.step:
             report = evaluation.report
             write_evaluation(out, run.step, report, findings=evaluation.findings)
         card = model_card(run, out.resolve().name, description["data"], report, license)

@@ -279,6 +279,7 @@ class Program:
             images,
             self.pack([split_key(config.seed, split) for config in configs]),
             self.pack([pixel_variance_of(own, images) for own in known]),
+            self.pack([build_hyperparameters(config).variance for config in configs]),
             [build_model(config, self.images.image_shape, self.images.bin_width).decoder_variance for config in configs],
             batch_size=evaluation_batch(self.images.image_shape),
             execution=self.execution,

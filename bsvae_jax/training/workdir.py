@@ -8,7 +8,8 @@ tensorboard/       the same as TensorBoard events
 checkpoints/       Orbax, the latest two and the best
 calibration.npz    optimal variance of the training set (at the end)
 per_image.npz      calibrated ELBO of each test image (at the end)
-evaluation.json    every reported number of both splits (at the end, or by `bsvae evaluate`)
+evaluation.json    every reported number of all splits (at the end, or by `bsvae evaluate`)
+evaluation_best.json  the same of the best checkpoint (by `bsvae evaluate --checkpoint best`)
 failure.json       why training stopped, where it did; failure.npz has the state and the batch of that step
 prior.npz          a density fitted to the latents (by `bsvae fit-prior`)
 prior_training/    checkpoints of one that is being trained (flow matching), until it is

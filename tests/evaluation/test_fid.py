@@ -16,6 +16,7 @@ from bsvae_jax.distributed.mesh import data_mesh
 from bsvae_jax.errors import UserError
 from bsvae_jax.evaluation.fid import distance as fid
 from bsvae_jax.evaluation.fid import features, inception
+from bsvae_jax.evaluation.fid import statistics as feature_files
 from bsvae_jax.evaluation.fid.features import FeatureNetwork
 from bsvae_jax.evaluation.fid.inception import Inception, Weights, from_state_dict, load_weights
 from bsvae_jax.models._state_dict import read_state_dict
@@ -175,6 +176,40 @@ def test_batches_of_any_size_come_out_in_order(monkeypatch):
     parts = np.split(images, [1, 1, 8])
     found = np.concatenate(list(network.features(parts, data_mesh(1), batch_size=4)))
     assert found[:, 0].tolist() == list(range(11))
+
+
+def test_features_of_images_that_lie_by_class_are_kept_of_all_classes(monkeypatch, tmp_path):
+    """Two classes, one after the other, of which 60 of 300 images are kept; interrupted, and a file of an earlier version."""
+    monkeypatch.setattr(features, "_parallelized", lambda compute, mesh: compute)
+    monkeypatch.setattr(feature_files, "KEPT", 60)
+    monkeypatch.setattr(feature_files, "GROUP", 10)
+    network = FeatureNetwork("mean", "", 1, "", "", lambda _, images: images.mean(axis=(1, 2, 3))[:, None], {})
+    values = np.random.default_rng(0).permutation(100).repeat(3)
+    values = np.where(np.arange(300) < 150, values // 2, 128 + values // 2)
+    images = values.astype(np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+
+    def from_there_on(first, end=300):
+        return (images[start : start + 10] for start in range(first, end, 10))
+
+    def taken(source=from_there_on):
+        return feature_files.feature_statistics(
+            network, source, 300, data_mesh(1), tmp_path / "mean.npz", lambda _: None, lambda _: None
+        )
+
+    whole = taken()
+    assert whole.features.shape == (60, 1)
+    first_class = (whole.features < 100).mean()
+    assert 0.3 < first_class < 0.7, "half of them, give or take three standard deviations of 0.06"
+    assert set(whole.features[:, 0]) <= set(values)
+    np.testing.assert_allclose(whole.moments.mean, values.mean())
+    np.savez(tmp_path / "mean.npz", **whole.moments._asdict(), features=whole.features)  # as an earlier version wrote it
+    began = []
+    taken(lambda first: began.append(first) or from_there_on(first, 130))
+    assert began == [0]
+    again = taken(lambda first: began.append(first) or from_there_on(first))
+    assert began == [0, 130]
+    np.testing.assert_array_equal(again.features, whole.features)
+    np.testing.assert_allclose(again.moments.covariance, np.var(values, ddof=1)[None, None])
 
 
 def test_resizing_is_half_pixel_bilinear_without_antialiasing():

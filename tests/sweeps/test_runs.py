@@ -51,7 +51,7 @@ def test_every_state_is_told_by_the_files(tmp_path):
     trained(tmp_path / "interrupted", 4)
     evaluated(trained(tmp_path / "looked at", 6), 6)  # bsvae evaluate, in the middle
     evaluated(trained(tmp_path / "finished", 9))
-    evaluated(trained(tmp_path / "of the best", 9), 6, "best")  # finished, and evaluated at another checkpoint since
+    evaluated(evaluated(trained(tmp_path / "of the best", 9)), 6, "best", rate=77.0)  # which has a file of its own
     trained(tmp_path / "killed before its evaluation", 9)
     write_json(evaluated(trained(tmp_path / "early", 6), 6) / "stopped.json", {"step": 6, "reason": "no better"})
     write_json(trained(tmp_path / "diverged", 5) / "failure.json", {"step": 5, "error": "Step 5 is not finite."})
@@ -84,6 +84,7 @@ def test_every_state_is_told_by_the_files(tmp_path):
     assert list(found) == sorted(found)
     assert found["finished"].progress() == "9 of 9"
     assert found["finished"].numbers == {"objective": 7.25, "rate": 2.0, "calibrated_elbo": -8.0}
+    assert found["of the best"].numbers == found["finished"].numbers
     assert found["interrupted"].numbers == {"objective": 7.5, "rate": 2.5}  # its last epoch's
     assert found["own"].settings["decoder_variance"] == "constant-0.1"
     assert found["mine"].settings["network"] == "Attention"
@@ -174,13 +175,13 @@ def test_a_comparison_says_what_differs_and_nothing_else(pair):
 
 def test_a_comparison_warns_of_what_cannot_be_compared(pair, tmp_path):
     begun(tmp_path / "new", data={"fingerprint": "g"})
-    evaluated(trained(tmp_path / "best", 9), 6, "best")
-    notes = compare_runs([*pair, tmp_path / "new", tmp_path / "best"]).notes
-    assert [note.partition(" ")[2][:40] for note in notes] == [
+    evaluated(evaluated(trained(tmp_path / "best", 9), rate=3.0), 6, "best", rate=77.0)
+    comparison = compare_runs([*pair, tmp_path / "new", tmp_path / "best"])
+    assert [note.partition(" ")[2][:40] for note in comparison.notes] == [
         "runs were trained on different data: the",
         "has no numbers of the test split yet; bs",
-        "was evaluated at its best checkpoint, of",
     ]
+    assert [quantity and quantity.value for quantity in comparison.quantities["rate"]] == [2.0, 1.0, None, 3.0]
     with pytest.raises(UserError, match="No run is evaluated"):
         compare_runs([tmp_path / "new", begun(tmp_path / "newer")]).figure()
 

@@ -341,11 +341,11 @@ def test_the_commands(run, capsys, tmp_path):
         (["--components", 0], "components must be a whole number >= 1, got 0"),
         (["--components", 1351], "components 1351 exceeds the 1350 training images to fit them to (150 of 1500 are held out)"),
         (["--seed", -1], "seed must be a whole number >= 0, got -1"),
-        (["--kind", "vamp"], "invalid choice"),
+        (["--kind", "vamp"], "invalid choice 'vamp' for argument '--kind'"),
     ],
 )
 def test_wrong_options(options, sentence, run, capsys):
-    assert sentence in refused(capsys, "fit-prior", run, *options).replace("\n", " ") or sentence == "invalid choice"
+    assert sentence in refused(capsys, "fit-prior", run, *options).replace("\n", " ")
     assert not (run / "prior.npz").exists()
 
 

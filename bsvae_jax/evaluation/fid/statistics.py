@@ -26,11 +26,20 @@ class FeatureStatistics(NamedTuple):
 
     moments: distance.Moments
     features: np.ndarray
-    """Of the first `KEPT` images, float32 [n, d]."""
+    """Of those of the images that are `kept_of` all, float32 [n, d]."""
 
 
-def read(path: Path, size: int) -> FeatureStatistics | None:
-    """The statistics of features of length `size` in a file so far; None where there is no such file.
+def kept_of(total: int) -> np.ndarray:
+    """Positions, ascending, of the images whose features are kept: all, or `KEPT` at random, as files may lie by class.
+
+    >>> print(kept_of(4), len(kept_of(60_000)))
+    [0 1 2 3] 10000
+    """
+    return np.sort(np.random.default_rng(0).permutation(total)[:KEPT])
+
+
+def read(path: Path, size: int, total: int) -> FeatureStatistics | None:
+    """The statistics of features of length `size` in a file so far, of `total` in the end; None where there is no such file.
 
     Raises:
       UserError: a damaged file.
@@ -40,15 +49,17 @@ def read(path: Path, size: int) -> FeatureStatistics | None:
     remedy = "delete it, and it is computed again"
     arrays = read_arrays(path, remedy)
     shapes = {name: array.shape for name, array in arrays.items()}
-    kept = (min(int(arrays["size"]), KEPT) if shapes.get("size") == () else -1, size)
-    if shapes != {"size": (), "mean": (size,), "scatter": (size, size), "features": kept}:
+    if "features" in shapes:  # of an earlier version, which kept those of the first images
+        return None
+    kept = (int(np.searchsorted(kept_of(total), arrays["size"])) if shapes.get("size") == () else -1, size)
+    if shapes != {"size": (), "mean": (size,), "scatter": (size, size), "kept": kept}:
         raise UserError(f"{path} is damaged (arrays of shapes {shapes}); {remedy}.")
-    return FeatureStatistics(distance.Moments(int(arrays["size"]), arrays["mean"], arrays["scatter"]), arrays["features"])
+    return FeatureStatistics(distance.Moments(int(arrays["size"]), arrays["mean"], arrays["scatter"]), arrays["kept"])
 
 
 def _write(path: Path, statistics: FeatureStatistics) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(path, **statistics.moments._asdict(), features=statistics.features)
+    write_arrays(path, **statistics.moments._asdict(), kept=statistics.features)
 
 
 def feature_statistics(
@@ -75,21 +86,21 @@ def feature_statistics(
       UserError: images that are not 8-bit of 1 or 3 channels, or a damaged file.
     """
     size = network.size
-    known = read(path, size) or FeatureStatistics(distance.no_moments(size), np.zeros((0, size), np.float32))
+    known = read(path, size, total) or FeatureStatistics(distance.no_moments(size), np.zeros((0, size), np.float32))
     begin(known.moments.size)
     if known.moments.size == total:
         return known
-    moments, kept, unsaved = known.moments, [known.features], 0
+    moments, kept, unsaved, positions = known.moments, [known.features], 0, kept_of(total)
     batch_size = FEATURE_BATCH * mesh.devices.size
 
     def so_far() -> FeatureStatistics:
-        return FeatureStatistics(moments, np.concatenate(kept)[:KEPT])
+        return FeatureStatistics(moments, np.concatenate(kept))
 
     for group in images(moments.size):
         found = np.concatenate(list(network.features([group], mesh, batch_size)))
+        first, last = np.searchsorted(positions, [moments.size, moments.size + len(found)])
+        kept.append(found[positions[first:last] - moments.size])
         moments = distance.add(moments, found)
-        if sum(map(len, kept)) < KEPT:
-            kept.append(found)
         unsaved += len(found)
         progress(len(found))
         if unsaved >= 4 * GROUP:
