@@ -30,9 +30,9 @@ from bsvae_jax.models.mlp import MLP
 from bsvae_jax.models.network import Network
 from bsvae_jax.models.priors import Flow, FlowMatching, Mixture, Prior, StandardNormal, VampPrior
 from bsvae_jax.models.residual import Residual
-from bsvae_jax.objective import Constant, DecoderVariance, FreeBits, Kind, Learned, Optimal, Predicted, check_kind_of
+from bsvae_jax.objective import Constant, DecoderVariance, FreeBits, Kind, Learned, Optimal, Predicted
 from bsvae_jax.objective import beta_schedule as schedules
-from bsvae_jax.objective.kind import plain
+from bsvae_jax.objective.kind import check_saved, plain
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Config:
         for own in dataclasses.fields(self):
             object.__setattr__(self, own.name, plain(getattr(self, own.name)))
         for name, base in KINDS.items():
-            check_kind_of(name, getattr(self, name), base)
+            check_saved(name, getattr(self, name), base)
         check_validation(self.data)
         check_kind("augmentation", self.augmentation, Augmentation)
         check_count("latent_size", self.latent_size)

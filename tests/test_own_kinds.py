@@ -118,6 +118,11 @@ WRONG = {
         "network=WrongMean()",
         "decoder Decoder must return shape .*64, 3\\), got .*64, 2\\)",
     ),
+    "a function": (
+        "network=Activated()",
+        "network: config.json cannot hold activation of Activated, <built-in function len>.*give the name as text",
+    ),
+    "a path": ("data=Filed()", r"data: config.json cannot hold path of Filed, PosixPath\('x.npy'\)"),
     "a scalar": (
         "decoder_variance=Scalar()",
         "distortion of Scalar must return the variance and a value in nats",
@@ -157,6 +162,16 @@ class WrongLatents(OverTime):
 class WrongMean(OverTime):
     def build(self, *arguments):
         return Encoder(4, 4), Decoder((64, 2), 4)
+
+
+@dataclass(frozen=True)
+class Activated(OverTime):
+    activation: object = len
+
+
+@dataclass(frozen=True)
+class Filed(Waves):
+    path: object = __import__("pathlib").Path("x.npy")
 
 
 @dataclass(frozen=True)

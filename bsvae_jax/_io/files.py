@@ -284,6 +284,6 @@ def _is_row(row: Any) -> bool:
     if not isinstance(row, dict) or not isinstance(row.get("split"), str):
         return False
     numbers = [value for name, value in row.items() if name != "split"]
-    counts = [row.get("step"), row.get("steps", 1)]
-    place = all(type(count) is int and count >= 1 for count in counts) and row.get("epoch") is not None
+    step, steps = row.get("step"), row.get("steps", 1)  # step 0: a callback stopped it before the first one
+    place = type(step) is int and step >= 0 and type(steps) is int and steps >= 1 and row.get("epoch") is not None
     return place and all(value is None or type(value) in (int, float) for value in numbers)

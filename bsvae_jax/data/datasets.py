@@ -55,7 +55,7 @@ class Dataset(Kind, abc.ABC):
     validation: float | Literal["own"] | None = dataclasses.field(default=None, kw_only=True)
     """Share of the training images that is held out, by which the best checkpoint, early stopping and the best beta are chosen;
     own: the set's own images for it, of a folder, an array or a TFDS split named validation; None: they are chosen on the test
-    images. A share is copied, with the rest, into memory."""
+    images. A share is copied, with the rest, into memory. What `load` of a class of your own returns for validation is used."""
 
     @abc.abstractmethod
     def load(self) -> ImageSet:
@@ -309,6 +309,12 @@ def load(source: Dataset, progress: bool = True) -> ImageSet:
     with messages_shown(progress):
         images = loads(progress) if "progress" in inspect.signature(loads).parameters else loads()
     check_kind(f"what load of {type(source).__name__} returns", images, ImageSet, "bsvae_jax.data.ImageSet(name, train, test)")
+    prepared = isinstance(source, TFDS | Folder)  # which is when they hold out a share
+    if isinstance(source.validation, float) and images.validation is not None and not prepared:
+        raise UserError(
+            f"load of {type(source).__name__} gives {len(images.validation)} images for validation, and data.validation "
+            f"{source.validation:g} asks for a share of the training images; leave one of them out."
+        )
     if source.validation is None or images.validation is not None:
         return images
     if source.validation == "own":

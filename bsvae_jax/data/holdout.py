@@ -59,12 +59,17 @@ def hold_out_validation(images: ImageSet, share: float) -> ImageSet:
     """The same images, with a share of those for training kept for validation; they are copied into memory.
 
     Raises:
-      UserError: none would be left to train on, or they are a memory map larger than the memory that is free.
+      UserError: none would be left to train on, there is not a label for each, or they are a memory map larger than the memory
+        that is free.
     """
     if isinstance(images.train, np.memmap):
         _check_memory(images)
     stay, chosen = hold_out(contents_of(images.train), share, VALIDATION_SEED, images.name, "validation")
     labels = images.train_labels
+    if labels is not None and len(labels) != len(images.train):
+        raise UserError(
+            f"{images.name} has {len(labels)} labels for its {len(images.train)} training images; give one for each."
+        )
     return dataclasses.replace(
         images,
         train=images.train[stay],

@@ -271,13 +271,13 @@ def padded_batches(mesh: Mesh, count: int, batch_size: int, first: int = 0) -> I
       first: where to start.
 
     Yields:
-      Indices [B], the last batch filled up with repetitions of the last example, and weights [B] that are 0 for those.
+      Indices [B], the last batch filled up with the first examples over again, and weights [B] that are 0 for those.
     """
     devices = mesh.shape[DATA_AXIS]
     batch_size = -(-min(batch_size, count) // devices) * devices
     for start in range(first, count, batch_size):
         positions = np.arange(start, start + batch_size)
-        yield np.minimum(positions, count - 1), (positions < count).astype(np.float32)
+        yield positions % count, (positions < count).astype(np.float32)
 
 
 def keep_compiled_programs(folder: Path) -> None:

@@ -165,12 +165,16 @@ class Cyclical(BetaSchedule):
     def check(self, beta: float, steps: int, least: float, most: float) -> None:
         """The run ends where beta does not rise."""
         super().check(beta, steps, least, most)
-        taken = (steps - 1) % self.steps
-        if taken < self.ramp * self.steps - 1:  # the last step may be the one before beta arrives
-            whole = -(-steps // max(1, round(steps / self.steps)))
+
+        def has_risen(cycle: int) -> bool:  # the last step may be the one before beta arrives
+            return (steps - 1) % cycle >= self.ramp * cycle - 1
+
+        if not has_risen(self.steps):
+            nearest = min(filter(has_risen, range(2, steps + 1)), key=lambda cycle: abs(cycle - self.steps), default=None)
             raise UserError(
-                f"The run of {steps} steps ends at step {taken + 1} of a cycle of {self.steps}, where beta still rises; "
-                f"beta_schedule.steps {whole} ends with a whole cycle."
+                f"The run of {steps} steps ends at step {(steps - 1) % self.steps + 1} of a cycle of {self.steps}, where beta "
+                "still rises; "
+                + ("train for more epochs." if nearest is None else f"with beta_schedule.steps {nearest} it has arrived.")
             )
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from bsvae_jax.errors import UserError, as_number
+from bsvae_jax.errors import UserError, as_number, shown
 
 AnyKind = TypeVar("AnyKind", bound="Kind")
 
@@ -68,6 +68,25 @@ def with_fields(kind: AnyKind, fields: Mapping[str, Any]) -> AnyKind:
     if unknown:
         raise UserError(f"{type(kind).__name__} has no field {min(unknown)!r} to replace.")
     return dataclasses.replace(kind, **fields) if fields else kind  # type: ignore[type-var]
+
+
+def check_saved(what: str, value: Any, base: type[Kind]) -> None:
+    """Raise a UserError as `check_kind_of`, or where `config.json` cannot hold a field of the kind."""
+    check_kind_of(what, value, base)
+    for field in dataclasses.fields(value):
+        if field.init and not _is_saved(content := getattr(value, field.name)):
+            raise UserError(
+                f"{what}: config.json cannot hold {field.name} of {type(value).__name__}, {shown(content)}. Fields may be "
+                "numbers, text, None, tuples of these and frozen dataclasses; of a function or a path, give the name as text."
+            )
+
+
+def _is_saved(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_saved, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return all(_is_saved(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init)
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def plain(value: Any) -> Any:

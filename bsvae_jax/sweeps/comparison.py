@@ -92,17 +92,24 @@ def compare_runs(folders: Sequence[str | Path], split: str = "test") -> Comparis
       UserError: fewer than two runs, one of them twice, or a folder that is not a run.
     """
     paths = [as_path(folder, "folder") for folder in folders]
-    different = len({path.resolve() for path in paths})
-    if different < 2 or different < len(paths):
-        raise UserError(f"A comparison needs at least two different runs, got {different}.")
+    distinct = len({path.resolve() for path in paths})
+    if distinct < 2 or distinct < len(paths):
+        raise UserError(f"A comparison needs at least two different runs, got {distinct}.")
     infos, evaluations = [read_info(path) for path in paths], [read_evaluation(path) for path in paths]
     configs = [flattened(info.config) for info in infos]
     fields = dict.fromkeys(name for config in configs for name in config)
     differences = {name: [config.get(name) for config in configs] for name in fields}
     reports = [{} if evaluation is None else evaluation.report.get(split, {}) for evaluation in evaluations]
     notes = []
-    if len({info.fingerprint for info in infos}) > 1:
+    fingerprints: dict[int | None, set[str]] = {}  # with classes, they are of images and labels
+    for info in infos:
+        fingerprints.setdefault(info.config.classes, set()).add(info.fingerprint)
+    if any(len(different) > 1 for different in fingerprints.values()):
         notes.append("The runs were trained on different data: their numbers are of different images.")
+    if len(fingerprints) > 1:
+        notes.append(
+            "Likelihoods of a run that is conditional on the class y are of p(x|y), which no p(x) is to be compared with."
+        )
     for path, report in zip(paths, reports, strict=True):
         if not report:
             notes.append(f"{path} has no numbers of the {split} split yet; bsvae evaluate {path} gives them.")

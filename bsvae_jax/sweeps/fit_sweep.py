@@ -44,7 +44,7 @@ from bsvae_jax.training.restore import read_source, start_with
 from bsvae_jax.training.start import Source, Start, check_beginning
 from bsvae_jax.training.state import check_against_data, for_data
 from bsvae_jax.training.step import TrainState
-from bsvae_jax.training.stopped import final_step, read_failure
+from bsvae_jax.training.stopped import final_step, read_failure, read_stopped
 from bsvae_jax.training.trainer import Member, Trainer
 from bsvae_jax.training.workdir import RunDirectory, check_same_data, read_info
 
@@ -426,8 +426,10 @@ class _SweepDirectory:
     def is_finished(self, member: GridMember) -> bool:
         """Whether its last step, or that where a callback stopped it, is evaluated and drawn."""
         folder = self.member(member)
-        total = steps_through(member.config.epochs, len(self._images.train), member.config.batch_size)
-        evaluated = set(evaluation_at(folder, final_step(folder, total)))
+        step = steps_through(member.config.epochs, len(self._images.train), member.config.batch_size)
+        if read_stopped(folder) is not None and not configs.changes(read_info(folder, member.config).config, member.config):
+            step = final_step(folder, step)  # with more epochs it goes on
+        evaluated = set(evaluation_at(folder, step))
         return (folder / "pictures.npz").is_file() and evaluated == set(self._images.splits)
 
     def failure(self, member: GridMember) -> str | None:

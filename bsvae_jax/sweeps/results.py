@@ -152,7 +152,10 @@ def read_results(folder: str | Path) -> SweepResults:
 def _is_last(folder: Path, step: int, epochs: int) -> bool:
     """Whether the run in `folder`, a member of a sweep of so many epochs, ends with this step; those before went on since."""
     run = read_info(folder)
-    return run.train is None or step == final_step(folder, steps_through(epochs, run.train, run.config.batch_size))
+    if run.train is None:
+        return True
+    total = steps_through(epochs, run.train, run.config.batch_size)
+    return step == (final_step(folder, total) if run.config.epochs == epochs else total)  # a stopped one may be to go on
 
 
 def mean_and_deviation(members: Sequence[MemberResult], quantity: str, split: str) -> tuple[float, float]:

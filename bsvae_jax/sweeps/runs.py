@@ -25,7 +25,8 @@ NUMBERS = {
     "calibrated_elbo": "calibrated ELBO",
     "fid": "FID",
 }
-"""Of the test set; for a run that is not evaluated yet, those of its last epoch."""
+"""Of the test set; for a run that is not evaluated yet those of its last epoch, of the images for validation where there are
+such."""
 
 
 class RunSummary(NamedTuple):
@@ -107,7 +108,7 @@ def _run(folder: Path) -> RunSummary | None:
     except UserError as error:
         return RunSummary(folder, "run", "damaged", note=str(error))
     step = max((row["step"] for row in rows), default=0)
-    numbers: Mapping[str, float | None] = next((row for row in reversed(rows) if row["split"] == "test"), {})
+    numbers: Mapping[str, float | None] = next((row for row in reversed(rows) if row["split"] != "train"), {})
     if evaluation is not None and "test" in evaluation.report and (evaluation.step >= step or step >= final):
         numbers = {name: quantity.value for name, quantity in evaluation.report["test"].items()}
     known = {name: float(value) for name in NUMBERS if (value := numbers.get(name)) is not None}

@@ -89,3 +89,14 @@ def forget_quantities(folder: Path, prefix: str) -> None:
             continue
         kept = {s: {name: q for name, q in own.items() if not name.startswith(prefix)} for s, own in known.report.items()}
         _write(folder, checkpoint, known._replace(report=kept))
+
+
+def forget_later(folder: Path, step: int) -> None:
+    """Remove what is known of parameters after `step`, which is the last that there are: other steps will lead there."""
+    calibration = read_calibration(folder)
+    if calibration is not None and calibration.step > step:
+        (folder / "calibration.npz").unlink()
+    for checkpoint in ("latest", "best"):
+        known = read_evaluation(folder, checkpoint)
+        if known is not None and known.step > step:
+            _file(folder, checkpoint).unlink()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsvae_jax._io.files import as_path, digest, read_json, take_folder
+from bsvae_jax._io.files import as_path, digest, take_folder
 from bsvae_jax.config import FlowMatching
 from bsvae_jax.data import ImageSet, load
 from bsvae_jax.data.datasets import moved
@@ -30,6 +30,7 @@ from bsvae_jax.training.evaluated import forget_quantities
 from bsvae_jax.training.fit_flow import finish, finish_killed, fit_flow_matching
 from bsvae_jax.training.fitted_prior import FILE, FittedPrior, fit_density, log_density, read_fitted, write_fitted
 from bsvae_jax.training.restore import restore
+from bsvae_jax.training.stopped import final_step
 from bsvae_jax.training.workdir import check_same_data, read_info
 
 LEAST_SAMPLES = 50_000
@@ -120,7 +121,7 @@ def fit_prior(
             same = {name: getattr(there, name) for name in identity} == identity and there.kind == kind
             if kind == "mixture":
                 same = same and getattr(there.prior, "components", None) == components
-            if same and (velocity is None or there.prior == velocity):
+            if same and (velocity is None or (there.prior == velocity and there.steps in (None, steps))):
                 if velocity is not None:
                     finish_killed(folder, identity, velocity, steps)
                 return there
@@ -144,7 +145,7 @@ def fit_prior(
         else:
             parameters = fit_flow_matching(velocity, kept, other, start, steps, folder, identity, progress)
             other = other[:DENSITIES]
-            fitted = FittedPrior(kind, velocity, parameters, kept.shape[1], 0.0)
+            fitted = FittedPrior(kind, velocity, parameters, kept.shape[1], 0.0, steps=steps)
             fitted = dataclasses.replace(fitted, held_out=float(fitted.log_prob(other).mean()))
         before = functools.partial(jax.jit(run.model.apply, static_argnames="method"), run.variables, method="log_prior")
         fitted = dataclasses.replace(fitted, held_out_before=float(log_density(before, other).mean()), **identity)
@@ -160,11 +161,9 @@ def map_positions(run: Restored) -> tuple[int, int]:
 
 
 def _check_trained(folder: Path, run: Restored, images: ImageSet) -> None:
-    total = steps_through(run.config.epochs, len(images.train), run.config.batch_size)
-    reached = max(saved_steps(folder / "checkpoints"))
-    with read_json(folder / "config.json") as values:
-        imported = "imported" in values
-    if reached < total and not imported:
+    total = final_step(folder, steps_through(run.config.epochs, len(images.train), run.config.batch_size))
+    reached = max(saved_steps(folder / "checkpoints"), default=total)  # of what was exported there are no checkpoints
+    if reached < total and read_info(folder, run.config).imported is None:
         raise UserError(
             f"{folder} is not trained to its end (step {reached} of {total}): its latents will still change. "
             "`bsvae train` continues it; then fit the prior."

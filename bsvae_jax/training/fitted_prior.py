@@ -80,6 +80,8 @@ class FittedPrior:
     """Of that checkpoint."""
     seed: int = 0
     """Decided the samples of the posteriors and the start of the fit."""
+    steps: int | None = None
+    """Of the training of flow matching; None of other kinds, and of files of earlier versions."""
 
     def log_prob(self, z: Latents | Array) -> Float[np.ndarray, " count"]:
         """Log density of latents [N, L], nats, [N] in float64.
@@ -104,9 +106,9 @@ class FittedPrior:
         return drawn
 
     def describe(self) -> str:
-        """`"mixture of 10 Gaussians"`, `"one Gaussian"`, `"flow"`, `"flow_matching"`."""
+        """`"mixture of 10 Gaussians"`, `"one Gaussian"`, `"flow"`, `"flow_matching of 10000 steps"`."""
         if not isinstance(self.prior, configs.Mixture):
-            return self.kind
+            return self.kind if self.steps is None else f"{self.kind} of {self.steps} steps"
         return "one Gaussian" if self.kind == "gaussian" else f"mixture of {self.prior.components} Gaussians"
 
 

@@ -59,8 +59,8 @@ def restore(
     3
 
     Raises:
-      UserError: another `checkpoint` or `prior`, not a run, no checkpoint yet, or none that loads; no fitted prior, or one of
-        other parameters.
+      UserError: another `checkpoint` or `prior`, not a run, no checkpoint yet, none that is the best, or none that loads; no
+        fitted prior, or one of other parameters.
     """
     check_platform()
     folder = as_path(workdir, "workdir")
@@ -84,7 +84,13 @@ def restore(
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_device()), target)
         run_id, *earlier = identities(folder)
         with Checkpoints(folder / "checkpoints", True, {"run": run_id}, earlier) as checkpoints:
-            step, arrays = checkpoints.restore(target, checkpoints.best_step() if checkpoint == "best" else None, log.warning)
+            best = checkpoints.best_step() if checkpoint == "best" else None
+            if checkpoint == "best" and best is None:
+                raise UserError(
+                    f"{folder} has no best checkpoint: none was evaluated on held-out images, or none has a rate that the "
+                    "schedule of beta asks for. Choose the latest one."
+                )
+            step, arrays = checkpoints.restore(target, best, log.warning)
         variables = {"params": arrays["ema_params"] or arrays["params"], "batch_stats": arrays["batch_stats"]}
         multiplier = float(arrays.get("multiplier", 1.0))
     calibration = read_calibration(folder)

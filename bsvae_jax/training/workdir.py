@@ -51,7 +51,7 @@ from bsvae_jax.evaluation.metrics import Report
 from bsvae_jax.evaluation.scores import Calibration
 from bsvae_jax.training.changes import AGAIN, Change, check_change, describe_change, read_changes, with_change
 from bsvae_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, SaveError, check_place, saved_steps
-from bsvae_jax.training.evaluated import write_evaluation
+from bsvae_jax.training.evaluated import forget_later, write_evaluation
 from bsvae_jax.training.identity import EDITED, identities, identity, read_run_arrays, write_run_arrays
 from bsvae_jax.training.metrics_log import incomplete_epochs
 from bsvae_jax.training.start import FILE as STARTED
@@ -85,6 +85,8 @@ class RunInfo(NamedTuple):
     """Size of the training set, where it was recorded."""
     imported: Mapping[str, Any] | None = None
     """The file that its weights are from, if they were imported."""
+    exported: bool = False
+    """Whether `export_hub` wrote it: it has weights, and no checkpoints."""
 
     @property
     def bin_width(self) -> float:
@@ -145,6 +147,7 @@ def read_info(folder: Path, like: Config | None = None) -> RunInfo:
             changes,
             train,
             values.get("imported"),
+            "exported" in values,
         )
 
 
@@ -217,6 +220,11 @@ class RunDirectory:
             if not (folder / "config.json").is_file():
                 raise UserError(f"{folder} is not empty and not a run of bsvae; choose another --workdir.")
             info = read_info(folder)
+            if info.exported:
+                raise UserError(
+                    f"{folder} was exported: it has no checkpoint to go on from. Choose another --workdir, with --start-from "
+                    f"{folder} to begin with its weights."
+                )
             if configs.changes(info.config, config):
                 step = max(saved_steps(folder / "checkpoints"), default=0)
                 check_change(folder, info.config, config, step, self._images)
@@ -307,6 +315,7 @@ class RunDirectory:
             return info.changes
         if changed:
             log.info(describe_change(self.folder, info.config, self._config, step, self._images))
+            forget_later(self.folder, step)
         config = configs.to_dict(configs.with_execution_of(self._config, info.config))
         path, change = self.folder / "config.json", Change(step, tuple(changed) or AGAIN, identity(self.folder))
         with read_json(path, EDITED) as values:

@@ -236,7 +236,7 @@ ROWS = [
     ("LinearWarmup", scheduled(bv.LinearWarmup(2), beta=0.0), "beta_schedule linear_warmup-2 scales beta, which is 0; give a"),
     ("Cyclical", lambda: bv.Cyclical(0), "beta_schedule.steps must be a whole number >= 1, got 0"),
     ("Cyclical", lambda: bv.Cyclical(4, ramp=0.0), "beta_schedule.ramp must be a finite number > 0 and <= 1"),
-    ("Cyclical", scheduled(bv.Cyclical(8)), "ends at step 3 of a cycle of 8, .* beta_schedule.steps 3 ends with"),
+    ("Cyclical", scheduled(bv.Cyclical(8)), "ends at step 3 of a cycle of 8, .* with beta_schedule.steps 3 it has arrived"),
     ("Capacity", lambda: bv.Capacity(nats=0.0), "beta_schedule.nats must be a finite number > 0, got 0"),
     ("Capacity", scheduled(bv.Capacity()), "steps 100000 must be fewer than the 3 steps .* let the capacity rise in fewer"),
     ("Capacity", scheduled(bv.Capacity(34.0, 2)), "nats 34 is more than can be carried, 33.27 nats: each latent has the bits"),

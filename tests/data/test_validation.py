@@ -165,12 +165,33 @@ def test_a_share_and_the_use_of_validation_images_without_a_test_set(tmp_path, m
     np.testing.assert_array_equal(share.validation_labels, np.array(numbers(share.validation)) % 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Opposed(bv.Dataset):
+    """Noise to learn by heart; the images for validation are other noise, the test images are those of training."""
+
+    def load(self) -> ImageSet:
+        rng = np.random.default_rng(0)
+        train, other = (rng.integers(0, 256, (16, 4, 4, 1), np.uint8) for _ in range(2))
+        return ImageSet("opposed", train, train, validation=other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mislabeled(bv.Dataset):
+    """A label is missing."""
+
+    def load(self) -> ImageSet:
+        images = np.zeros((4, 4, 4, 1), np.uint8)
+        return ImageSet("mislabeled", images, images, train_labels=np.arange(3))
+
+
 @pytest.mark.parametrize(
     ("data", "settings", "message"),
     [
         (lambda: Digits(validation=0.0), {}, r"must be a share of .* above 0 and up to 0.9, .*; got 0.0"),
         (lambda: Digits(validation=1.0), {}, "a share of the training images above 0 and up to 0.9, 'own' for those"),
         (lambda: Digits(validation="own"), {}, r"digits has no images of its own for validation, .* give a share"),
+        (lambda: Opposed(validation=0.5), {}, "load of Opposed gives 16 images for validation, and data.validation 0.5 asks"),
+        (lambda: Mislabeled(validation=0.5), {}, "mislabeled has 3 labels for its 4 training images; give one for each"),
         (lambda: Digits(validation=0.9), {}, "batch_size 500 exceeds the 150 training images of digits"),
         (
             lambda: Digits(),
@@ -186,16 +207,6 @@ def test_what_cannot_be_held_out_is_refused_before_training(tmp_path, data, sett
             tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()
-
-
-@dataclasses.dataclass(frozen=True)
-class Opposed(bv.Dataset):
-    """Noise to learn by heart; the images for validation are other noise, the test images are those of training."""
-
-    def load(self) -> ImageSet:
-        rng = np.random.default_rng(0)
-        train, other = (rng.integers(0, 256, (16, 4, 4, 1), np.uint8) for _ in range(2))
-        return ImageSet("opposed", train, train, validation=other)
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +238,10 @@ def test_early_stopping_looks_at_the_validation_images(opposed, tmp_path):
 
 def test_every_split_is_evaluated(opposed):
     images = load(Opposed())
-    assert list(read_evaluation(opposed)[2]) == ["train", "test", "validation"]
+    assert list(read_evaluation(opposed).report) == ["train", "test", "validation"]
     found = bv.evaluate(bv.restore(opposed), images).report
     assert list(found) == ["train", "test", "validation"]
-    for split, quantities in read_evaluation(opposed)[2].items():
+    for split, quantities in read_evaluation(opposed).report.items():
         assert found[split]["objective"].value == pytest.approx(quantities["objective"].value, rel=1e-5)
     assert found["validation"]["calibrated_elbo"].value < found["test"]["calibrated_elbo"].value
     with pytest.raises(UserError, match=r"There is no split 'valid'.*; the splits are train, test and validation\."):

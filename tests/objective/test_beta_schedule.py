@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,19 @@ def test_a_run_that_ends_while_beta_rises_is_refused(steps):
             schedule.check(2.0, steps, 0.0, 100.0)
     else:
         schedule.check(2.0, steps, 0.0, 100.0)
+
+
+@pytest.mark.parametrize("cycle", [8, 30, 99])
+@pytest.mark.parametrize("ramp", [0.3, 0.5, 0.9])
+def test_the_cycle_that_is_recommended_is_taken(cycle, ramp):
+    recommended = 0
+    for steps in (7, 44, 153, 1001):
+        try:
+            Cyclical(cycle, ramp).check(1.0, steps, 0.0, 99.0)
+        except ValueError as error:
+            recommended += 1
+            Cyclical(int(re.search(r"beta_schedule.steps (\d+)", str(error))[1]), ramp).check(1.0, steps, 0.0, 99.0)
+    assert recommended
 
 
 # --- Free bits --------------------------------------------------------------------------------------------------------

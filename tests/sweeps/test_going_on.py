@@ -70,6 +70,26 @@ def test_a_longer_sweep_is_the_one_that_was_as_long_from_the_beginning(short, tm
 
 
 @pytest.mark.long
+def test_a_member_that_a_callback_stopped_goes_on_with_the_others(tmp_path):
+    class Enough(bv.Callback):
+        def on_evaluation(self, run, row):
+            return "enough" if run.name == NAMES[1] else None
+
+    folder = tmp_path / "sweep"
+    two = dataclasses.replace(LONG, epochs=2)
+    assert sweep(two, TWO, folder, callbacks=[Enough()]).finished == NAMES
+    assert [bv.restore(folder / "members" / name).step for name in NAMES] == [6, 3]
+    assert sweep(two, TWO, folder).finished == NAMES
+    assert [bv.restore(folder / "members" / name).step for name in NAMES] == [6, 3]
+    with pytest.raises(bv.CallbackError):
+        sweep(LONG, TWO, folder, callbacks=[Halt()])
+    with pytest.raises(UserError, match=r"no finished member yet \(0 diverged, 2 not finished\)"):
+        read_results(folder)
+    assert sweep(LONG, TWO, folder).finished == NAMES
+    assert [bv.restore(folder / "members" / name).step for name in NAMES] == [9, 9]
+
+
+@pytest.mark.long
 def test_how_a_sweep_does_not_go_on(short, tmp_path):
     before = {path: path.read_bytes() for path in short.rglob("*") if path.is_file() and path.name != ".lock"}
     faster = dataclasses.replace(LONG, optimizer=Optimizer(schedule="constant", learning_rate=0.1))

@@ -186,6 +186,21 @@ def test_a_comparison_warns_of_what_cannot_be_compared(pair, tmp_path):
         compare_runs([tmp_path / "new", begun(tmp_path / "newer")]).figure()
 
 
+def test_a_conditional_run_beside_one_that_is_not(tmp_path):
+    """Of the same images: only the fingerprint of images and labels is another."""
+    evaluated(trained(tmp_path / "a", 9))
+    conditional = dataclasses.replace(CONFIG, classes=10)
+    evaluated(trained(tmp_path / "b", 9, conditional, data={"fingerprint": "of images and labels"}))
+    (note,) = compare_runs([tmp_path / "a", tmp_path / "b"]).notes
+    assert "conditional on the class y are of p(x|y), which no p(x) is to be compared with" in note
+
+
+def test_a_run_in_the_middle_shows_its_validation_images(tmp_path):
+    path = trained(tmp_path / "run", 4) / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"test"', '"validation"'))
+    assert list_runs(tmp_path)[0].numbers == {"objective": 7.5, "rate": 2.5}
+
+
 def test_the_command_compares_draws_and_refuses(pair, tmp_path, capsys):
     figure = tmp_path / "figures" / "pair.png"
     main("compare", *pair, "--figure", figure, "--json")

@@ -179,6 +179,21 @@ def test_a_run_that_is_stopped_is_evaluated_saved_and_not_trained_again(hook, st
 
 
 @pytest.mark.long
+def test_a_run_that_is_stopped_before_its_first_step_is_read_again_and_goes_on(whole, tmp_path, steps):
+    class Never(bv.Callback):
+        def on_start(self, run, history):
+            return None if history else "not today"
+
+    folder = tmp_path / "run"
+    result = bv.fit(CONFIG, folder, False, [Never()])
+    assert (int(result.state.step), sum(steps), read_stopped(folder).step) == (0, 0, 0)
+    assert bv.fit(CONFIG, folder, False).report == result.report
+    assert [(run.state, run.step) for run in bv.list_runs(folder)] == [("finished", 0)]
+    (folder / "stopped.json").unlink()
+    assert bv.fit(CONFIG, folder, False).report == whole.report
+
+
+@pytest.mark.long
 def test_a_stopped_run_that_lost_its_evaluation_is_evaluated_and_not_trained(tmp_path, steps):
     folder = tmp_path / "run"
     first = bv.fit(CONFIG, folder, False, [Asks("on_evaluation", 1)])

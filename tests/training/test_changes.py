@@ -212,6 +212,19 @@ def test_steps_that_are_taken_again_are_recorded(runs, tmp_path):
 
 
 @pytest.mark.long
+def test_numbers_of_steps_that_are_taken_otherwise_are_not_those_of_the_run(runs, tmp_path):
+    """The last checkpoint is lost, and the run goes on at another learning rate to a step that was evaluated before."""
+    folder = shutil.copytree(runs[4].workdir, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "12")
+    result = bv.fit(with_optimizer(LONG, learning_rate=0.05), folder, progress=False)
+    found = bv.evaluate(bv.restore(folder), result.images).report["test"]
+    for name in ("objective", "calibrated_elbo"):
+        assert result.report["test"][name].value == pytest.approx(found[name].value, rel=1e-5)
+        assert abs(found[name].value - runs[4].report["test"][name].value) > 1.0
+    assert read_evaluation(folder).report == result.report
+
+
+@pytest.mark.long
 def test_another_experiment_is_refused_before_anything_is_written(runs, tmp_path):
     folder = shutil.copytree(runs[2].workdir, tmp_path / "run")
     before = files_of(folder)

@@ -74,7 +74,7 @@ ROW = {"step": 3, "epoch": 1, "split": "train", "rate": 2.0, "mse": None}
 LINES = [b"3", b"[]", b"\xff", b"[" * 100_000, b"{"]
 LINES += [
     json.dumps(ROW | change).encode()
-    for change in ({"step": "3"}, {"step": 0}, {"rate": "x"}, {"split": 1}, {"epoch": []}, {"steps": None})
+    for change in ({"step": "3"}, {"step": -1}, {"rate": "x"}, {"split": 1}, {"epoch": []}, {"steps": None})
 ]
 LINES += [
     json.dumps({name: value for name, value in ROW.items() if name != left}).encode() for left in ("step", "epoch", "split")

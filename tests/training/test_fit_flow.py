@@ -231,6 +231,8 @@ def test_the_two_stages(tmp_path, capsys, monkeypatch):
     assert not (folder / fit_flow.FOLDER).exists()
     with pytest.raises(UserError, match="holds another prior"):
         fit_prior(folder, "flow_matching", steps=100, width=16, depth=1)
+    with pytest.raises(UserError, match=r"holds another prior \(flow_matching of 100 steps"):
+        fit_prior(folder, "flow_matching", steps=200, width=32, depth=1)
     restored = restore(folder, prior="fitted")
     assert restored.config.prior == StandardNormal()
     assert restored.model.apply(restored.variables, jax.random.key(0), 3, method="sample").shape == (3, 8, 8, 1)

@@ -334,6 +334,17 @@ def test_the_commands(run, capsys, tmp_path):
     assert "fitted_rate" in json.loads((run / "evaluation.json").read_text())["splits"]["test"]
 
 
+@pytest.mark.long
+def test_a_run_that_was_stopped_early_has_come_to_its_end_and_an_exported_one_too(tmp_path):
+    config = Config(network=MLP((8,)), latent_size=2, epochs=4, batch_size=500, devices=1)
+    folder = fit(config, tmp_path / "run", False, [bv.EarlyStopping(1, min_improvement=1e6)]).workdir
+    fitted = fit_prior(folder, "gaussian")
+    assert fitted.step == restore(folder).step == 6
+    out = bv.export_hub(folder, tmp_path / "exported")
+    assert fit_prior(out, "gaussian").held_out == fitted.held_out
+    assert restore(out, prior="fitted").config.prior == config.prior
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("options", "sentence"),

@@ -1,5 +1,6 @@
 """A folder for a model hub: read as a stranger does, by PyYAML, by the lines of its card, and by the commands."""
 
+import dataclasses
 import json
 import re
 
@@ -95,6 +96,17 @@ def test_commands_take_it_as_a_run(exported, tmp_path, capsys):
     assert document["splits"] == json.loads(capsys.readouterr().out)["splits"]
     (summary,) = bv.list_runs(out)
     assert (summary.state, summary.step) == ("exported", 2)
+
+
+@pytest.mark.long
+def test_it_is_not_trained_but_another_run_begins_with_it(exported, tmp_path):
+    run, out = exported
+    config, before = bv.restore(run).config, sorted(path.name for path in out.iterdir())
+    with pytest.raises(UserError, match=r"vae-dots was exported: it has no checkpoint to go on from.*--start-from"):
+        bv.fit(dataclasses.replace(config, epochs=2), out, progress=False)
+    assert sorted(path.name for path in out.iterdir()) == before
+    begun = bv.fit(config, tmp_path / "begun", progress=False, start_from=out)
+    assert json.loads((begun.workdir / "config.json").read_text())["started_from"]["step"] == 2
 
 
 def test_what_is_wrong_is_said(exported, tmp_path, capsys):

@@ -30,6 +30,16 @@ SMALL = Config(
 pytestmark = pytest.mark.long
 
 
+def test_without_a_checkpoint_of_the_target_there_is_no_best(tmp_path):
+    """A target that a few steps do not come to; the latest is not passed off as the best."""
+    config = dataclasses.replace(SMALL, beta_schedule=bv.TargetRate(1e-4), epochs=1)
+    folder = fit(config, tmp_path / "run", progress=False).workdir
+    assert rows(folder, "test")[-1]["rate"] > 1e-3
+    with pytest.raises(UserError, match=r"has no best checkpoint: .* none has a rate that the schedule of beta asks for"):
+        restore(folder, "best")
+    assert restore(folder).step == 3
+
+
 def rows(folder, split):
     return [row for row in read_metrics(folder) if (row["split"] == "train") == (split == "train")]
 
