@@ -39,6 +39,11 @@ def check_key(key: Any, batch: int | None = None) -> None:
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         given = f"{key.dtype} of shape {key.shape}" if isinstance(key, jax.Array) else repr(key)
         raise UserError(f"key must be made by jax.random.key (jax.random.PRNGKey makes plain numbers), got {given}.")
+    if str(jax.random.key_impl(key)) != IMPLEMENTATION:
+        raise UserError(
+            f"key must be of {IMPLEMENTATION}, whose numbers for an example do not depend on the others of its batch: "
+            f"jax.random.key(seed, impl={IMPLEMENTATION!r}); got one of {jax.random.key_impl(key)}."
+        )
     if key.shape not in ((), *(() if batch is None else ((batch,),))):
         wanted = "one key" if batch is None else f"one key, or one for each of the {batch} images,"
         raise UserError(f"key must be {wanted} got keys of shape {key.shape}.")

@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -19,6 +20,7 @@ def prepare(
     test_split: str = "test",
     holdout: float = 0.1,
     holdout_seed: int = 0,
+    validation: float | Literal["own"] | None = None,
     data_dir: str | None = None,
     manual_dir: str | None = None,
     skip_corrupt: bool = False,
@@ -40,6 +42,8 @@ def prepare(
       test_split: Split of the TFDS set that is held out.
       holdout: Share of a folder's images held out, where it has no folder test.
       holdout_seed: Seed of the held-out split.
+      validation: As --data.validation of the training: a share of the training images, or own for the set's own; the default of
+        the data set if not given.
       data_dir: TFDS data directory; its default if not given.
       manual_dir: Folder with the published files of a set, where they cannot be downloaded.
       skip_corrupt: Leave out images that cannot be decoded, and list them.
@@ -47,22 +51,26 @@ def prepare(
     from bsvae_jax.config import TFDS, Folder
     from bsvae_jax.data import sources
     from bsvae_jax.data.cache import load_prepared
+    from bsvae_jax.data.datasets import check_validation
 
     chosen: Folder | TFDS
+    given: dict[str, Any] = {} if validation is None else {"validation": validation}
     if Path(source).exists():
         kind = "folder"
-        chosen = Folder(source, holdout, holdout_seed, crop, size, channels)
+        chosen = Folder(source, holdout, holdout_seed, crop, size, channels, **given)
     else:
         kind = "tfds"
         if re.search(r"(\.zip|\.t[a-z]{1,2}|\.tar\.\w+|/)$|^[./]", source, re.IGNORECASE):
             raise UserError(f"There is no folder or archive {source!r}.")
-        chosen = TFDS(source, data_dir, manual_dir, train_split, test_split, crop, size, channels)
+        chosen = TFDS(source, data_dir, manual_dir, train_split, test_split, crop, size, channels, **given)
+    check_validation(chosen)
+    if isinstance(chosen, TFDS):
         sources.prepare_tfds(chosen)
     recipe = chosen.recipe()
     images = load_prepared(recipe, skip_corrupt)
     print(f"{images.sizes()}: {recipe.folder()}")
     options = [
-        f"--data.{field.name.replace('_', '-')} {getattr(chosen, field.name)}"
+        f"--data.{field.name.replace('_', '-')} {shlex.quote(str(getattr(chosen, field.name)))}"
         for field in dataclasses.fields(chosen)
         if getattr(chosen, field.name) != field.default
     ]

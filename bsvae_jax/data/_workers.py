@@ -87,7 +87,7 @@ class Decoders:
         Raises:
           UserError: the worker died, of lack of memory for instance.
         """
-        if not self._processes:
+        if not self._processes or not files:
             return decode_all(files, preprocessing)
         process = self._idle.get()
         assert process.stdin is not None
@@ -95,11 +95,12 @@ class Decoders:
         try:
             pickle.dump((files, tuple(preprocessing)), process.stdin, protocol=5)
             process.stdin.flush()
-            found: list[Noted | UserError] = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
+            return pickle.load(process.stdout)
+        except Exception as error:  # a broken pipe, or lack of memory here
+            process.kill()  # one that is only out of step decodes nothing more either
             raise UserError(
-                f"A process that decodes images died (status {process.poll()}), perhaps of lack of memory, at one of "
+                f"A process that decodes images died (status {process.wait()}), perhaps of lack of memory, at one of "
                 f"{files[0][0]} and the {len(files) - 1} images after it. Give the command again; it continues."
             ) from error
-        self._idle.put(process)
-        return found
+        finally:
+            self._idle.put(process)  # a dead one too: it fails at once, where nobody would wait for it in vain

@@ -308,7 +308,9 @@ class _Preparation:
 
     @staticmethod
     def _refusal(error: CorruptImageError) -> UserError:
-        return UserError(f"{error} `bsvae prepare --skip-corrupt` leaves such images out, and lists them.")
+        return UserError(
+            f"{error} `bsvae prepare --skip-corrupt`, with the same options, leaves such images out, and lists them."
+        )
 
     def _check_room(self, shape: tuple[int, int, int]) -> None:
         needed = self.count * math.prod(shape) + MARGIN

@@ -19,6 +19,7 @@ from bsvae_jax.data.holdout import hold_out_validation
 from bsvae_jax.data.image_set import DataShape, ImageSet
 from bsvae_jax.errors import UserError, as_number, check_count, check_kind, check_number, check_path, shown
 from bsvae_jax.objective import Kind, check_kind_of
+from bsvae_jax.objective.kind import plain
 
 if TYPE_CHECKING:
     from bsvae_jax.data.recipe import Recipe
@@ -202,7 +203,7 @@ class TFDS(Dataset):
         """What is to be decoded."""
         from bsvae_jax.data import sources
 
-        return sources.tfds_recipe(self)
+        return sources.tfds_recipe(plain(self))
 
     def load(self, progress: bool = True) -> ImageSet:
         """The prepared images; they are prepared at the first use."""
@@ -256,7 +257,7 @@ class Folder(Dataset):
         """What is to be decoded."""
         from bsvae_jax.data import sources
 
-        return sources.folder_recipe(self)
+        return sources.folder_recipe(plain(self))
 
     def load(self, progress: bool = True) -> ImageSet:
         """The prepared images; they are prepared at the first use."""
@@ -305,6 +306,7 @@ def load(source: Dataset, progress: bool = True) -> ImageSet:
     """
     check_kind_of("source", source, Dataset)
     check_validation(source)
+    source = plain(source)
     loads: Any = source.load
     with messages_shown(progress):
         images = loads(progress) if "progress" in inspect.signature(loads).parameters else loads()
@@ -359,6 +361,7 @@ def shape_of(source: Dataset, image_shape: tuple[int, ...] | None = None, images
         return DataShape(image_shape, 256, np.dtype(np.uint8), 60_000 if images is None else images, 0)
     if images is not None:
         raise UserError("A number of images is for an image shape; give --image-shape HEIGHT WIDTH CHANNELS as well.")
+    source = plain(source)
     shape = source.shape()
     if isinstance(source.validation, float) and not shape.validation:
         held_out = max(1, round(source.validation * shape.train))

@@ -23,6 +23,9 @@ BACKGROUND = (255, 255, 255, 255)
 MAX_PIXELS, MAX_TEXT = "BSVAE_MAX_PIXELS", "BSVAE_MAX_TEXT"
 """Environment variables that raise Pillow's limits: pixels of an image, and bytes of text in a PNG."""
 
+ENLARGED = 2**26
+"""Pixels to which an image is enlarged before its center is cut out; what would be more is too thin."""
+
 _TRANSPOSED = {5, 6, 7, 8}
 """Orientations of EXIF that exchange width and height."""
 _ORIENTATION = 0x0112
@@ -84,13 +87,14 @@ def decode_noted(content: bytes, preprocessing: Preprocessing, what: str) -> tup
       what: name of the image, for messages.
 
     Raises:
-      CorruptImageError: not an image, or a truncated or damaged one.
+      CorruptImageError: not an image, or a truncated or damaged one, or one so thin that enlarging it takes too much memory.
       UserError: an image smaller than the crop, or of more than 8 bits in gray.
     """
-    crop, size, channels = preprocessing
+    crop, size, wanted = preprocessing
     notes = []
     with _opened(content, what) as image:
-        channels = channels or _channels(image, what)
+        own = _channels(image, what)  # whatever is wanted: it refuses deep gray images, which Pillow would make white
+        channels = wanted or own
         try:
             if image.format in _FILMS and getattr(image, "is_animated", False):
                 notes.append("have several frames, of which the first is taken")
@@ -109,6 +113,11 @@ def decode_noted(content: bytes, preprocessing: Preprocessing, what: str) -> tup
         if size is not None:
             shorter = min(image.size)
             width, height = (max(size, round(side * size / shorter)) for side in image.size)
+            if size > shorter and width * height > ENLARGED:
+                raise CorruptImageError(
+                    f"{what} is {image.height} x {image.width} pixels, too thin for a size of {size}: enlarged to {height:,} x "
+                    f"{width:,} it would have more than {ENLARGED:,} pixels. Crop the image, or give a smaller size."
+                )
             if shorter != size:
                 image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
             image = _center(image, size, what)

@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -38,6 +38,9 @@ _SPLIT = re.compile(
 
 _WORDS = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
 """What parts the words of a name: trainA, DIV2K_train_HR."""
+
+RULES = 2
+"""Version of how the images of a folder are divided, labeled and decoded: what was prepared by others is prepared again."""
 
 _NO_DATA = {
     "__macosx",
@@ -160,7 +163,7 @@ def find_images(path: Path, own_validation: bool = False) -> Found:
     if not names:
         others = f"; it holds {len(entries)} other files, {sorted(entries)[0]!r} first" if entries else ""
         raise UserError(f"{path} holds no images (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp){others}.")
-    lines = "\n".join(f"{name} {entries[name]}" for name in names)
+    lines = "\n".join([str(RULES), *(f"{name} {entries[name]}" for name in names)])
     stamp = hashlib.sha256(lines.encode(errors="surrogatepass")).hexdigest()  # names need not be UTF-8
     divided, left_out = _divide(names, path, own_validation)
     if links and (again := _seen_twice([name for split in divided.values() for name in split], links, path.resolve())):
@@ -170,7 +173,8 @@ def find_images(path: Path, own_validation: bool = False) -> Found:
             raise UserError(f"{path} has links by which training images and test images are the same; give others for testing.")
     train, held_out = divided["train"], {split: names for split, names in divided.items() if split != "train"}
     notes = []
-    folders = _folders(train.values())
+    shared = _shared(train.values())
+    folders = _folders(train.values(), len(shared))
     counts = collections.Counter(folders)
     stray = counts.pop("", 0)
     labeled = len(counts) > 1 and stray <= max(1, counts.total() // 10)
@@ -191,7 +195,11 @@ def find_images(path: Path, own_validation: bool = False) -> Found:
     labels = [numbers[folder] for folder in folders] if labeled else None
     held_out_labels: dict[str, list[int]] = {}
     for split, chosen in held_out.items() if labeled else ():
-        held_out_labels[split] = [numbers.get(folder, -1) for folder in _folders(chosen.values())]
+        own = _shared(chosen.values())
+        first = len(_shared([own, shared]))  # all images may share the folder of their class, but not one of all classes
+        depths = [_folders(chosen.values(), depth) for depth in range(first, len(own) + 1)]
+        found = next((folders for folders in depths if not numbers.keys().isdisjoint(folders)), depths[0])
+        held_out_labels[split] = [numbers.get(folder, -1) for folder in found]
         if without := held_out_labels[split].count(-1):
             count = "all" if without == len(chosen) else f"{without:,}"
             notes.append(f"{count} {split} images lie in no class folder of training")
@@ -297,12 +305,15 @@ def _divide(names: list[str], path: Path, own_validation: bool) -> tuple[dict[st
     return {role: splits[kind] for kind, role in used.items() if kind in splits}, left_out
 
 
-def _folders(rests: Iterable[tuple[str, ...]]) -> list[str]:
-    """The first folder of every image, after those that all share; '' where there is none."""
-    rests = list(rests)
+def _shared(rests: Collection[tuple[str, ...]]) -> tuple[str, ...]:
+    """The first folders, which all images share."""
     ends = zip(min(rests), max(rests), strict=False)
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
-    return [rest[shared] if len(rest) > shared else "" for rest in rests]
+    return tuple(folder for folder, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+
+
+def _folders(rests: Iterable[tuple[str, ...]], depth: int) -> list[str]:
+    """The folder of every image at a depth; '' where there is none."""
+    return [rest[depth] if len(rest) > depth else "" for rest in rests]
 
 
 def _is_data(name: str) -> bool:

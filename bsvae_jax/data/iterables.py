@@ -73,7 +73,7 @@ def prepare(
     Raises:
       UserError: images of several shapes or depths, not in range, or without channels last; an iterable that ends before
         `count`, or its own `len`, raises, or gives other images than in the call that is continued; no room; a folder of
-        something else. What was written until then stays.
+        something else. What was written until then stays; a finished set to which nothing was added stays finished.
     """
     folder = as_path(folder, "folder")
     check_flag("batched", batched)
@@ -92,7 +92,6 @@ def prepare(
     if there - set(splits) or (is_used(folder) and not there):
         raise UserError(f"{folder} is not empty, and holds something else than images of this call; choose another folder.")
     with messages_shown(progress), take_folder(folder, "writing images", "folder"), contextlib.ExitStack() as stack:
-        (folder / "manifest.json").unlink(missing_ok=True)
         files = {split: stack.enter_context(Files(folder, split)) for split in splits}
         for split, source in sources.items():
             for rows, labels in _taken(source, split, folder, convert, batched, count if split == "train" else None, progress):
@@ -155,7 +154,7 @@ def _taken(
                 raise UserError(f"{what} could not be had ({type(error).__name__}: {error}). {stays}") from error
             if item is _END:
                 break
-            image, label = _parts(item, what)
+            image, label = _parts(item, batched, what)
             if image.dtype.kind not in "buif":
                 raise UserError(f"{what} is no array of numbers, but of type {image.dtype}.")
             if image.ndim not in ((3, 4) if batched else (2, 3)):
@@ -181,7 +180,7 @@ def _taken(
 _END = object()
 
 
-def _parts(item: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _parts(item: Any, batched: bool, what: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Image, or batch, and class, or classes, of an item."""
     label = None
     if isinstance(item, Mapping):
@@ -189,7 +188,7 @@ def _parts(item: Any, what: str) -> tuple[np.ndarray, np.ndarray | None]:
         label = next((item[name] for name in _LABEL_KEYS if name in item), None)
         if image is None:
             raise UserError(f"{what} has no {_IMAGE_KEYS[0]!r}, but {', '.join(map(repr, item))}; give the images alone.")
-    elif isinstance(item, tuple | list) and len(item) in (1, 2) and (hasattr(item[0], "__array__") or _is_pil(item[0])):
+    elif isinstance(item, tuple | list) and len(item) in (1, 2) and _is_image(item[0], batched):
         image, label = (*item, None)[:2]
     else:
         image = item
@@ -203,8 +202,19 @@ def _is_pil(image: Any) -> bool:
     return isinstance(image, PIL.Image.Image)
 
 
+def _are_pil(images: Any) -> bool:
+    return isinstance(images, tuple | list) and bool(images) and _is_pil(images[0])
+
+
+def _is_image(item: Any, batched: bool) -> bool:
+    """Whether it is an array, or an image of Pillow, or a batch of these."""
+    return hasattr(item, "__array__") or (_are_pil(item) if batched else _is_pil(item))
+
+
 def _array(image: Any) -> np.ndarray:
-    """An image of Pillow on white, without palette; or whatever becomes an array."""
+    """An image of Pillow, or several, on white, without palette; or whatever becomes an array."""
+    if _are_pil(image):
+        return np.stack([_array(one) for one in image])
     if _is_pil(image) and image.mode in CHANNELS:
         return np.asarray(flattened(image, CHANNELS[image.mode])[0])
     return np.asarray(image)

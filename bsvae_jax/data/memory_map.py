@@ -55,6 +55,8 @@ class Growing:
                 self._write_header()
                 self._file.seek(len(self._before) * rows[0].nbytes, os.SEEK_CUR)
                 self._file.truncate()  # a kill may leave rows that the header does not count
+            if self.rows <= len(self._before) < self.rows + len(rows):  # the first that are new: the set is whole no more
+                (self.path.parent / "manifest.json").unlink(missing_ok=True)
             self._file.write(np.ascontiguousarray(rows[len(known) :]).data)
             self.rows += len(rows)
             self._unsettled += rows.nbytes

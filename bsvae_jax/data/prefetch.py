@@ -63,10 +63,12 @@ class HostImages:
     def __init__(self, images: np.ndarray):
         """`images` [N, H, W, C], or labels [N]."""
         self.images, self._read = images, 0
+        mode: str | None = None
         base: Any = images
         while isinstance(base, np.ndarray):
-            base = base.base
-        self._map = base if isinstance(base, mmap.mmap) else None
+            mode, base = getattr(base, "mode", mode), base.base  # of the memory map itself in the end
+        # Not of a copy on write: pages that it gave back would be read from the file again, without its changes.
+        self._map = base if isinstance(base, mmap.mmap) and mode in ("r", "r+", "w+") else None
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """The images at `indices`, of any shape."""

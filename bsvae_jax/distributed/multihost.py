@@ -8,6 +8,7 @@ a stack trace, in which nobody is asked; a shell that outlives the process says 
 """
 
 import atexit
+import collections
 import contextlib
 import hashlib
 import json
@@ -94,6 +95,11 @@ def join(
             f"Process {process} could not reach {where} within {timeout} s ({_first_line(error)}). Are all processes running, "
             "and is the port open between the machines?"
         ) from error
+    devices = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(devices.values())) > 1:
+        _say_last_word()
+        counts = ", ".join(f"process {process} has {devices[process]}" for process in sorted(devices))
+        raise UserError(f"All processes need the same number of devices; {counts}. Let each have as many.")
 
 
 # --- Before JAX is asked: it ends a process with the stack of its C++ where another was not started, or the port is taken ---
@@ -227,7 +233,7 @@ def ends_together() -> Iterator[None]:
     except BaseException as error:
         if not is_only():
             atexit.register(_leave_soon)  # before JAX's own, which was registered earlier
-            if isinstance(error, jax.errors.JaxRuntimeError) and _LOST_CONNECTION.search(str(error)):
+            if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _LOST_CONNECTION.search(str(error)):
                 raise UserError(
                     "The connection to another process is closed: another process has ended. Its message says why; start all "
                     "of them again, they continue from the last checkpoint."

@@ -251,8 +251,9 @@ class BatchNorm(nn.Module):
         axis_name = None if initializing else self.axis_name
         y, batch_mean, batch_variance = normalize(x, scale, bias, axis_name, self.dtype, self.leaky)
         if not initializing:
-            mean.value = MOMENTUM * mean.value + (1.0 - MOMENTUM) * (batch_mean + bias_before)
-            variance.value = MOMENTUM * variance.value + (1.0 - MOMENTUM) * batch_variance
+            new_mean = MOMENTUM * mean.value + (1.0 - MOMENTUM) * (batch_mean + bias_before)
+            new_variance = MOMENTUM * variance.value + (1.0 - MOMENTUM) * batch_variance
+            mean.value, variance.value = new_mean.astype(mean.value.dtype), new_variance.astype(variance.value.dtype)
         return y
 
 
@@ -302,5 +303,7 @@ def add_class(
     if labels is None:
         raise UserError(f"A conditional network needs labels, the class of each example, 0 ... {classes - 1}.")
     start = nn.initializers.normal(deviation)
-    vectors = nn.Embed(classes, x.shape[-1], embedding_init=start, name="class_embedding")(jnp.asarray(labels))
+    labels = jnp.asarray(labels)
+    labels = jnp.where(labels < 0, classes, labels)  # a negative index would count from the end
+    vectors = nn.Embed(classes, x.shape[-1], embedding_init=start, name="class_embedding")(labels)
     return (as_float32(x) + vectors.reshape(-1, *(1,) * (x.ndim - 2), x.shape[-1])).astype(x.dtype)

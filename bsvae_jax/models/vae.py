@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 from bsvae_jax import objective
 from bsvae_jax.errors import UserError, check_count, check_kind
 from bsvae_jax.models import priors
-from bsvae_jax.models.layers import Labels, float32_products
+from bsvae_jax.models.layers import Labels, as_float32, float32_products
 from bsvae_jax.models.network import Network, build_modules, output_shape
 from bsvae_jax.objective import DecoderVariance, ElboTerms, check_kind_of
 from bsvae_jax.random import check_key, example_keys, example_positions, normal_per_example
@@ -100,7 +100,8 @@ class VAE(nn.Module):
     """
 
     encoder: nn.Module
-    """`encoder(x, train)` maps data [B, ...] to mean and log-variance of q(z|x), [B, L] each."""
+    """`encoder(x, train)` maps data [B, ...] to mean and log-variance of q(z|x), [B, L] each. Dropout, here and in the decoder,
+    draws from the rng `dropout` in training, which a training step gives."""
     decoder: nn.Module
     """`decoder(z, train)` maps latents [B, L] to the mean of p(x|z), in the shape of the data; for a decoder variance that is
     predicted, the mean and then the log-variance along the last axis."""
@@ -200,7 +201,7 @@ class VAE(nn.Module):
                 raise UserError(
                     f"The {what} that the encoder {name} returns must have shape {expected}, got {jnp.shape(output)}."
                 )
-        return Posterior(*outputs)
+        return Posterior(*map(as_float32, outputs))
 
     def decode(self, z: Latents, train: bool = False, labels: Labels | None = None) -> Decoded:
         """Latents [B, L], and of a conditional model labels [B], to p(x|z)."""
@@ -229,13 +230,15 @@ class VAE(nn.Module):
 
     def log_prior(self, z: Latents) -> Float[Array, " batch"]:
         """`log p(z)` of latents [B, L], nats, [B]."""
-        return self.prior_model.log_prob(z)
+        with float32_products(self.tensorfloat32):
+            return priors.checked_density(self.prior_model, self.prior_model.log_prob(z), z)
 
     def sample_latents(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
         """`count` samples of the prior, [count, L]."""
         check_key(key)
         check_count("count", count)
-        return self.prior_model.sample(key, count)
+        with float32_products(self.tensorfloat32):
+            return self.prior_model.sample(key, count)
 
     def sample(self, key: Key[Array, ""], count: int, labels: Labels | None = None) -> Float[Array, "count *shape"]:
         """Decoder means of `count` samples of the prior, [count, ...], without pixel noise; `labels` as for `decode`."""
@@ -251,13 +254,15 @@ class VAE(nn.Module):
           labels: the class of each example, [B], of a conditional model.
         """
         # Before the batch is encoded: in training that updates running statistics, which a VampPrior uses.
-        density = self.prior_model.density()
+        with float32_products(self.tensorfloat32):
+            density = self.prior_model.density()
         posterior = self.encode(x, train, labels)
         check_key(key, x.shape[0])
         keys = example_keys(key, example_positions(x.shape[0], self.axis_name)) if key.ndim == 0 else key
         noise = normal_per_example(keys, posterior.mean.shape[1:])
         z = posterior.mean + jnp.exp(0.5 * posterior.log_variance) * noise.astype(posterior.mean.dtype)
-        rate = self.prior_model.rate(*posterior, z, density)
+        with float32_products(self.tensorfloat32):
+            rate = self.prior_model.rate(*posterior, z, density)
         return VAEOutput(posterior, z, self.decode(z, train, labels), rate)
 
     def elbo_terms(self, x: Data, key: Key[Array, "*batch"], train: bool = False, labels: Labels | None = None) -> ElboTerms:

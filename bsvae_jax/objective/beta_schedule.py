@@ -299,9 +299,13 @@ class TargetRate(BetaSchedule):
     def check(self, beta: float, steps: int, least: float, most: float) -> None:
         """The rate is given, and can be had."""
         super().check(beta, steps, least, most)
+        self.check_target()
+        _check_target(self.nats, least, most)
+
+    def check_target(self) -> None:
+        """The rate is given."""
         if not self.nats > 0:
             raise UserError("A target rate must be given: beta_schedule.nats, nats per example, as in TargetRate(20.0).")
-        _check_target(self.nats, least, most)
 
 
 def _keep_float(schedule: Capacity | TargetRate) -> None:

@@ -212,7 +212,8 @@ def mean_objective(terms: ElboTerms, beta: float | Float[Array, ""], axis_name: 
         shapes = f"{distortion.shape} and {rate.shape}"
         raise UserError(f"distortion and rate must have a value for each image, got shapes {shapes}.")
     check_positive("beta", beta, allow_zero=True)
-    return mean_over_devices(jnp.mean(distortion + beta * rate), axis_name)
+    dtype = jnp.promote_types(jnp.result_type(distortion, rate), jnp.float32)
+    return mean_over_devices(jnp.mean(distortion.astype(dtype) + beta * rate.astype(dtype)), axis_name)
 
 
 Values = float | Float[Array, "..."] | Float[np.ndarray, "..."]

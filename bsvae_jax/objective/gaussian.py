@@ -177,7 +177,7 @@ def nll_from_log_variance(
         raise UserError(f"A variance of shape {log_variance.shape} does not broadcast against images of shape {shape}.")
     log_variance = log_variance.reshape(padded)
     if mask is not None:
-        log_variance = jnp.broadcast_to(log_variance, shape)
+        log_variance = jnp.where(mask, log_variance, 0.0)  # before the exponential, for gradients as of x and mean
         terms = log_variance + LOG_2PI + (residual_squared + floor) * jnp.exp(-log_variance)
         return 0.5 * sum_pixels(jnp.where(mask, terms, 0.0))
     pixels, distinct = float(np.prod(shape[1:])), float(np.prod(log_variance.shape[1:]))
@@ -285,6 +285,9 @@ def distortion_at_optimum(
 ) -> Array:
     """Distortion, nats, [B], at the `variance` of `optimal_variance_of`."""
     if over == "example":  # SSE + D v0 = D v*, exactly
-        pixels = float(np.prod(residual_squared.shape[1:])) if mask is None else sum_pixels(mask.astype(variance.dtype))
+        pixels: Any = float(np.prod(residual_squared.shape[1:]))
+        if mask is not None:
+            pixels = sum_pixels(mask.astype(variance.dtype))
+            variance = jnp.where(pixels.reshape(variance.shape) > 0, variance, 1.0)  # of an example with nothing observed
         return 0.5 * pixels * (sum_pixels(jnp.log(variance)) + LOG_2PI + 1.0)
     return nll_from_log_variance(residual_squared, jnp.log(variance), floor, mask)

@@ -21,7 +21,15 @@ from bsvae_jax.distributed.hardware import activations
 from bsvae_jax.errors import UserError
 from bsvae_jax.models.vae import VAE, build_vae
 from bsvae_jax.random import make_key
-from bsvae_jax.training.step import LOG_EVERY, PRIOR, Hyperparameters, TrainState, data_shape_of, initial_multiplier
+from bsvae_jax.training.step import (
+    LOG_EVERY,
+    PRIOR,
+    Hyperparameters,
+    TrainState,
+    check_collections,
+    data_shape_of,
+    initial_multiplier,
+)
 
 
 def learning_rate_schedule(optimizer: configs.Optimizer, steps: int) -> optax.Schedule:
@@ -99,7 +107,8 @@ def build_hyperparameters(config: Config) -> Hyperparameters:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _initial_arrays(model: VAE, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> tuple[Any, Any, Any]:
     """Compiled once for all the members of a sweep whose variances have no parameters."""
-    variables = model.init(key, jnp.zeros((2, *data_shape_of(model))), key)
+    variables = model.init({"params": key, "dropout": key}, jnp.zeros((2, *data_shape_of(model))), key)
+    check_collections(variables)
     return variables["params"], variables.get("batch_stats", {}), optimizer.init(variables["params"])
 
 

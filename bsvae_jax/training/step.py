@@ -18,10 +18,12 @@ from bsvae_jax import objective
 from bsvae_jax.data import ImageSet, ShuffledOrder, augment
 from bsvae_jax.data.image_set import Examples
 from bsvae_jax.data.prefetch import rows_at
-from bsvae_jax.errors import check_kind
+from bsvae_jax.errors import UserError, check_kind
 from bsvae_jax.models.layers import Labels
-from bsvae_jax.models.vae import VAE, Decoded, Posterior
+from bsvae_jax.models.priors import StandardNormal
+from bsvae_jax.models.vae import VAE
 from bsvae_jax.random import check_key, example_keys, example_positions, wrap_key
+from bsvae_jax.training.forward import terms_of_batch
 from bsvae_jax.training.packed import AS_GIVEN, Form, as_given, in_form, in_types_of, unpack
 
 LOG_EVERY = 50
@@ -90,7 +92,8 @@ class TrainState(struct.PyTreeNode):
 
         Args:
           model: the VAE.
-          optimizer: any of optax, with its own learning rate.
+          optimizer: of optax, with its own learning rate; its update is given the gradient, the parameters and, as `value`, the
+            objective. A line search would need more.
           key: decides the initial parameters, and all randomness of the run.
           example: a batch of the data, [B, ...]; only its shape and type are looked at.
           beta_schedule: how beta changes over the steps; None: it does not.
@@ -104,16 +107,24 @@ class TrainState(struct.PyTreeNode):
         1
 
         Raises:
-          UserError: something that is no VAE, no optimizer, no schedule or no key, or modules that do not fit the example.
+          UserError: something that is no VAE, no optimizer, no schedule or no key, modules that do not fit the example or keep
+            variables of another kind than parameters and batch statistics, or free bits or a target that do not fit the model.
         """
         check_kind("model", model, VAE, "bsvae_jax.VAE(encoder, decoder, prior)")
-        check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-3), say")
+        hint = "optax.adamw(1e-3), say; of optax.MultiSteps its gradient_transformation()"
+        check_kind("optimizer", optimizer, optax.GradientTransformation, hint)
         check_key(key)
         beta_schedule = objective.ConstantBeta() if beta_schedule is None else beta_schedule
         objective.check_kind_of("beta_schedule", beta_schedule, objective.BetaSchedule)
         check_kind("free_bits", free_bits, (objective.FreeBits, type(None)))
+        free_bits = free_bits or objective.FreeBits()
+        free_bits.check(model.latent_size, splits=isinstance(model.prior, StandardNormal))
+        if isinstance(beta_schedule, objective.TargetRate):
+            beta_schedule.check_target()
         init_key, run_key = jax.random.split(key)
-        variables = jax.jit(model.clone(axis_name=None).init)(init_key, jnp.zeros(jnp.shape(example), example.dtype), init_key)
+        rngs, zeros = {"params": init_key, "dropout": init_key}, jnp.zeros(jnp.shape(example), example.dtype)
+        variables = jax.jit(model.clone(axis_name=None).init)(rngs, zeros, init_key)
+        check_collections(variables)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return cls(
             jnp.zeros((), jnp.int32),
@@ -126,7 +137,7 @@ class TrainState(struct.PyTreeNode):
             model,
             optimizer,
             beta_schedule=beta_schedule,
-            free_bits=free_bits or objective.FreeBits(),
+            free_bits=free_bits,
             multiplier=initial_multiplier(beta_schedule),
         )
 
@@ -160,6 +171,16 @@ class TrainState(struct.PyTreeNode):
         rest = {name: arrays[name] for name in ("step", "params", "batch_stats", "optimizer_state")}
         multiplier = None if self.multiplier is None else arrays["multiplier"]
         return self.replace(**rest, ema_params=ema, key=wrap_key(arrays["key"]), multiplier=multiplier)
+
+
+def check_collections(variables: Mapping[str, Any]) -> None:
+    """Raise a UserError where modules keep what a state does not hold: variables beside parameters and `batch_stats`."""
+    others = sorted(variables.keys() - {"params", "batch_stats"})
+    if others:
+        raise UserError(
+            f"The modules keep variables of the collection {others[0]!r}, which a TrainState does not hold: it has parameters "
+            "and batch_stats. Keep statistics of the batch in batch_stats."
+        )
 
 
 def initial_multiplier(schedule: objective.BetaSchedule) -> Float[Array, ""] | None:
@@ -246,7 +267,7 @@ def train_step(
 
     def loss(params: Any) -> tuple[Float[Array, ""], tuple[objective.ElboTerms, Any, Any, Any]]:
         variables = {"params": unpack(params), "batch_stats": state.batch_stats}
-        terms, posterior, batch_stats = _terms(model, variables, images, key, labels, state.parts)
+        terms, posterior, batch_stats = terms_of_batch(model, variables, images, key, labels, state.parts)
         rate = objective.mean_over_devices(jnp.mean(jax.lax.stop_gradient(terms.rate)), axis_name)
         weight = beta_schedule.weight(beta, state.step, rate, state.multiplier)
         weighed = state.free_bits.penalized(terms, *posterior, axis_name)
@@ -259,7 +280,8 @@ def train_step(
     gradient = in_types_of(gradient, state.params)
     means = {name: jnp.mean(term) for name, term in terms._asdict().items()} | {"objective": value}
     gradient, means = objective.mean_over_devices((gradient, means), axis_name)
-    updates, optimizer_state = state.optimizer.update(gradient, state.optimizer_state, state.params)
+    optimizer = optax.with_extra_args_support(state.optimizer)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params, value=means["objective"])
     updates = jax.tree.map(lambda update: state.learning_rate * update, updates)
     if "log_variance" in updates:
         updates = {**updates, "log_variance": LOG_VARIANCE_RATE * updates["log_variance"]}
@@ -268,13 +290,16 @@ def train_step(
     if ema_params is not None and state.ema_decay is not None:
         ema_params = averaged(ema_params, params, state.step, state.ema_decay)
     gradient_norm = optax.tree.norm(gradient)
+    multiplier = state.multiplier
+    if multiplier is not None:
+        multiplier = beta_schedule.next_multiplier(multiplier, rate).astype(multiplier.dtype)
     after = state.replace(
         step=state.step + 1,
         params=params,
         batch_stats=batch_stats,
         optimizer_state=optimizer_state,
         ema_params=ema_params,
-        multiplier=None if state.multiplier is None else beta_schedule.next_multiplier(state.multiplier, rate),
+        multiplier=multiplier,
         rounded=None if state.rounded is None else in_types_of(params, state.rounded),
     )
     if state.skip_nonfinite:
@@ -282,51 +307,6 @@ def train_step(
         before = state.replace(step=state.step + 1)
         after = jax.tree.map(lambda new, old: new if new is old else jax.lax.select(finite, new, old), after, before)
     return after, StepMetrics(**means, gradient_norm=gradient_norm, beta=jnp.asarray(weight, jnp.float32))
-
-
-def _terms(
-    model: VAE, variables: Mapping[str, Any], images: Array, key: Key[Array, ""], labels: Labels | None, parts: int
-) -> tuple[objective.ElboTerms, Posterior, Any]:
-    """ELBO terms and posteriors of the whole batch, and the batch statistics after it."""
-    if parts > 1:
-        return _terms_in_parts(model, variables, images, key, labels, parts)
-    output, updates = model.apply(variables, images, key, train=True, labels=labels, mutable=["batch_stats"])
-    return _elbo_terms(model, images, output.decoded, output.rate), output.posterior, updates.get("batch_stats", {})
-
-
-def _elbo_terms(model: VAE, images: Array, decoded: Decoded, rate: Array) -> objective.ElboTerms:
-    mean, log_variance = decoded
-    options: Any = {"log_variance": log_variance, "axis_name": model.axis_name}
-    return objective.elbo_terms(images, mean, rate, model.decoder_variance, **options)
-
-
-def _terms_in_parts(
-    model: VAE, variables: Mapping[str, Any], images: Array, key: Key[Array, ""], labels: Labels | None, parts: int
-) -> tuple[objective.ElboTerms, Posterior, Any]:
-    """What `_terms` gives, with the activations of one part in memory at a time.
-
-    Each part is computed again in the backward pass, when the terms of all are known: a variance that is shared over the batch
-    is that of the whole batch, not of a part, and so are its gradients.
-    """
-
-    @jax.checkpoint
-    def forward(batch_stats: Any, part: tuple[Array, Array, Labels | None]) -> tuple[Any, Any]:
-        own = {"params": variables["params"], "batch_stats": batch_stats}
-        x, keys, labels = part
-        output, updates = model.apply(own, x, keys, train=True, labels=labels, mutable=["batch_stats"])
-        return updates.get("batch_stats", {}), (output.decoded, output.rate, output.posterior)
-
-    def split(values: Array) -> Array:
-        return values.reshape(parts, len(images) // parts, *values.shape[1:])
-
-    keys = example_keys(key, example_positions(len(images), model.axis_name, parts))
-    inputs = jax.tree.map(split, (images, keys, labels))
-    batch_stats, (decoded, rate, posterior) = jax.lax.scan(forward, variables["batch_stats"], inputs)
-    mean, log_variance = decoded
-    if log_variance is not None:  # one number, the same of every part; or one per pixel
-        log_variance = jnp.mean(log_variance) if log_variance.ndim == 1 else log_variance.reshape(images.shape)
-    terms = _elbo_terms(model, images, Decoded(mean.reshape(images.shape), log_variance), rate.reshape(-1))
-    return terms, Posterior(*(part.reshape(len(images), -1) for part in posterior)), batch_stats
 
 
 def averaged(average: Any, params: Any, step: Array, decay: float) -> Any:

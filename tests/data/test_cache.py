@@ -133,11 +133,24 @@ def test_bad_images_are_named():
     for content in (b"", b"hello", good[: len(good) // 2], good[:10], png(pixels(9, 9, 3))[:-30]):
         with pytest.raises(CorruptImageError, match=r"photo\.jpg is"):
             decode(content, Preprocessing(), "photo.jpg")
-    sixteen = png(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
-    with pytest.raises(UserError, match=r"photo has pixels of kind 'I;16'; images of 8 bits.*bsvae_jax.prepare\(map\(PIL"):
-        decode(sixteen, Preprocessing(), "photo")
+    ramp = np.arange(64).reshape(8, 8) * 1000
+    for kind, depth in (("I;16", np.uint16), ("I", np.int32), ("F", np.float32)):
+        deep = png(ramp.astype(depth), "tiff")
+        said = rf"photo has pixels of kind '{kind}'; images of 8 bits.*bsvae_jax.prepare\(map\(PIL"
+        for channels in (None, 1, 3):
+            with pytest.raises(UserError, match=said):
+                decode(deep, Preprocessing(size=8, channels=channels), "photo")
     with pytest.raises(UserError, match="photo is 40 x 40 pixels, too small for a center crop of 41"):
         decode(good, Preprocessing(crop=41), "photo")
+
+
+def test_an_image_too_thin_to_be_enlarged_is_left_out_when_asked(tmp_path):
+    write_images(tmp_path / "photos", 5)
+    (tmp_path / "photos" / "thin.png").write_bytes(png(np.zeros((1, 30_000, 3), np.uint8)))
+    with pytest.raises(UserError, match=r"thin\.png is 1 x 30000 pixels, too thin for a size of 64: .*--skip-corrupt"):
+        load(tmp_path / "photos", size=64)
+    assert len(load_prepared(of(tmp_path / "photos", size=64), skip_corrupt=True, progress=False).train) == 4
+    assert decode(png(np.zeros((30_000, 200, 3), np.uint8)), Preprocessing(size=64), "long").shape == (64, 64, 3)
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -406,7 +419,7 @@ def bad_folder(kind: str, folder: Path) -> Path:
         ("one image", "holds 1 images: too few to keep 1 for testing"),
         ("sizes differ", r"photos holds images of 2 sizes \(6 x 5: 3, 9 x 9: 1\); --size N"),
         ("channels differ", r"holds gray images and color images \(color: 3, gray: 1\); --channels 3"),
-        ("corrupt", "0001.png is not an image that can be read .*`bsvae prepare --skip-corrupt` leaves such images out"),
+        ("corrupt", "0001.png is not an image .*`bsvae prepare --skip-corrupt`, with the same options, leaves"),
         ("truncated", "0001.png is truncated or damaged .*--skip-corrupt"),
         ("train alone", "has a folder 'train' beside more, but no 'test'"),
         ("folder linked out of it", "photos/x is a symbolic link to /, in which it lies itself; delete it"),
@@ -672,6 +685,31 @@ def test_how_images_are_divided(tmp_path, layout, packed):
             assert encoded.label == (classes.index(own[-1]) if own else -1)
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "expected"),
+    [
+        ("cat dog", "dog", "dog"),
+        ("cat dog red", "cat/red cat/blue", "cat cat"),
+        ("cat dog red", "eel/blue cat/red", "None cat"),
+        ("images/cat images/dog", "dog", "dog"),
+        ("images/cat images/dog", "images/dog", "dog"),
+        ("images/cat images/dog", "pictures/dog", "dog"),
+        ("cat dog", "images/cat images/dog", "cat dog"),
+        ("images/cat images/images", "images/cat", "cat"),
+        ("cat dog", "images/eel", "None"),
+    ],
+)
+def test_the_class_of_a_held_out_image_is_one_of_training(tmp_path, train, test, expected):
+    folders = [*(f"train/{folder}" for folder in train.split()), *(f"test/{folder}" for folder in test.split())]
+    found = find_images(lay_out(tmp_path, of_split(" ".join(folders), 1), ""))
+    held_out = found.splits["test"]
+    labels = {
+        name: "None" if label < 0 else found.classes[label] for name, label in zip(held_out.names, held_out.labels, strict=True)
+    }
+    wanted = zip(test.split(), expected.split(), strict=True)
+    assert labels == {f"test/{folder}/0.png": label for folder, label in wanted}
+
+
 @pytest.mark.parametrize("packed", ["", "zip", "tar.gz"], ids=["folder", "zip", "tar.gz"])
 @pytest.mark.parametrize(
     ("names", "said"),
@@ -894,6 +932,15 @@ def test_the_key_covers_what_changes_a_pixel(tmp_path, monkeypatch):
     monkeypatch.undo()
     shutil.copytree(folder, tmp_path / "elsewhere" / "photos", copy_function=shutil.copy2)
     assert of(tmp_path / "elsewhere" / "photos").key() == of(folder).key(), "where it lies changes nothing"
+
+
+def test_numbers_of_numpy_are_as_good_as_those_of_python(tmp_path, unchecked):
+    write_images(tmp_path / "photos", 9)
+    ours = {"size": 4, "holdout": 0.5, "validation": 0.25}
+    theirs = {"size": np.int64(4), "holdout": np.float32(0.5), "validation": np.float32(0.25)}
+    assert of(tmp_path / "photos", **theirs).key() == of(tmp_path / "photos", **ours).key()
+    assert load(tmp_path / "photos", **theirs).splits == ("train", "test", "validation")
+    assert data.shape_of(config.Folder(str(tmp_path / "photos"), **theirs)).validation == 1
 
 
 def test_a_finished_set_is_not_decoded_again(tmp_path, monkeypatch):
@@ -1267,13 +1314,14 @@ def test_a_worker_imports_neither_jax_nor_the_package():
 
 def test_a_worker_that_dies_is_an_error_with_a_name():
     with Decoders(1) as decoders:
-        (process,) = decoders._processes
-        process.kill()
-        process.wait()
-        with pytest.raises(
-            UserError, match=r"died \(status -9\), perhaps of lack of memory, at one of a\.png and the 0 images"
-        ):
-            decoders.decode([("a.png", png(pixels(4, 4, 3)))], Preprocessing())
+        decoders._processes[0].kill()
+        for _ in range(2):
+            with pytest.raises(
+                UserError, match=r"died \(status -9\), perhaps of lack of memory, at one of a\.png and the 0 images"
+            ):
+                decoders.decode([("a.png", png(pixels(4, 4, 3)))], Preprocessing())
+            assert not decoders._idle.empty(), "who decodes next would wait for ever"
+        assert decoders.decode([], Preprocessing()) == []
 
 
 def test_workers_end_with_their_process(tmp_path):

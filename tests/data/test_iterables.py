@@ -125,6 +125,18 @@ def test_pictures_of_16_bits_palettes_and_transparency(tmp_path):
     np.testing.assert_array_equal(written.train[:, 0, 0], [[255] * 3, [255] * 3, [0] * 3])
 
 
+@pytest.mark.parametrize("form", ["dictionaries", "lists", "pairs"])
+@pytest.mark.parametrize("mode", ["P", "RGBA", "1", "CMYK"])
+def test_batches_of_pictures(mode, form, tmp_path):
+    pictures = [Image.fromarray(image).convert("L" if mode == "1" else "RGB").convert(mode) for image in X[:9]]
+    batches = [pictures[:3], pictures[3:6], pictures[6:8], pictures[8:]]
+    forms = {"dictionaries": [{"image": batch} for batch in batches], "pairs": [(of, [0] * len(of)) for of in batches]}
+    given = forms.get(form, batches)
+    one = prepare(pictures, tmp_path / "one", test=pictures[8:])
+    many = prepare(given, tmp_path / "many", test=given[3:], batched=True)
+    assert many.fingerprint() == one.fingerprint()
+
+
 def test_the_draw_is_by_content(tmp_path):
     x = random(np.uint8, 2000, 3, 3, 1)
     doubled = np.concatenate([x, x])
@@ -279,6 +291,29 @@ def test_folders_of_something_else(tmp_path):
         with pytest.raises(UserError, match=said):
             prepare(images, tmp_path / "set", **options)
     assert prepare(X, tmp_path / "set", validation=0.3).shape.train
+
+
+def test_a_refused_call_leaves_a_finished_set(tmp_path):
+    written = prepare(X, tmp_path / "set", test=X[:3])
+    files = {path: path.read_bytes() for path in (tmp_path / "set").iterdir()}
+    for images, options, said in (
+        ([X[0] + 1j], {}, "no array of numbers"),
+        (ends_in(OSError("gone"), X, 5), {}, "could not be had"),
+        (ends_in(OSError("gone"), X, 40), {}, "could not be had"),
+        (X[:20], {}, "40 rows of a call before, and 20 are given now"),
+        (random(seed=1), {}, "other rows"),
+        (X, {"count": 50}, "ended after 40 images"),
+        (X, {"test": None}, "other rows|rows of a call"),
+        (X[:1], {"validation": 0.1}, "rows of a call before|no image was drawn"),
+    ):
+        with pytest.raises(UserError, match=said):
+            prepare(images, tmp_path / "set", **{"test": X[:3]} | options)
+        assert {path: path.read_bytes() for path in (tmp_path / "set").iterdir()} == files
+    assert bv.data.load(Arrays(str(tmp_path / "set")), progress=False).fingerprint() == written.fingerprint()
+    with pytest.raises(UserError, match="could not be had"):  # what is added makes another set of it
+        prepare(ends_in(OSError("gone"), random(np.uint8, 60, 6, 5, 3), 50), tmp_path / "set", test=X[:3])
+    with pytest.raises(UserError, match="holds no images that"):
+        bv.data.load(Arrays(str(tmp_path / "set")), progress=False)
 
 
 def test_no_room(tmp_path, monkeypatch):

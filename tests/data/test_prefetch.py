@@ -240,6 +240,12 @@ def test_gathering_is_indexing(tmp_path, monkeypatch):
     there = HostImages(mapped(tmp_path, images)[100:])
     for _ in range(2):  # what was given back is still there
         np.testing.assert_array_equal(there.gather(np.array([5, 7, 5])), images[[105, 107, 105]])
+    for mode in ("c", "r+"):  # in which the images can be changed; by "c" in memory alone
+        changed = np.load(tmp_path / "images.npy", mmap_mode=mode)
+        changed[:] = 7
+        there = HostImages(changed[100:].reshape(900, -1))
+        for _ in range(2):
+            np.testing.assert_array_equal(there.gather(np.arange(900)), 7)
 
 
 # --- Two processes ----------------------------------------------------------------------------------------------------

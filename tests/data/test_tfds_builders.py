@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -506,6 +507,24 @@ def test_prepare_skips_what_it_is_told_to(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "17 training and 2 test images (6, 5, 3)" in captured.out
     assert "1 corrupt images were left out" in captured.err
+
+
+def test_prepare_prepares_what_training_with_validation_reads(tmp_path, capsys):
+    for split in ("train", "test", "val"):
+        (tmp_path / "my photos" / split).mkdir(parents=True)
+        for number in range(10):
+            Image.fromarray(pixels(6, 5, 3) // (number + 1)).save(tmp_path / "my photos" / split / f"{number}.png")
+    for given, said in (("0.2", "8 training, 2 validation and 10 test"), ("own", "10 training, 10 validation and 10 test")):
+        prepare(tmp_path / "my photos", "--validation", given)
+        first, second = capsys.readouterr().out.strip().splitlines()
+        assert first.startswith(f"{said} images (6, 5, 3): ")
+        options = ["folder", "--data.validation", given, "--data.path", f"{tmp_path}/my photos"]
+        assert shlex.split(second) == ["bsvae", "train", "CONFIG", "--data", *options]
+        source = config.Folder(f"{tmp_path}/my photos", validation="own" if given == "own" else float(given))
+        assert source.recipe().folder() == Path(first.split(": ")[1])
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / "my photos", "--validation", 2)
+    assert "data.validation must be a share of the training images above 0 and up to 0.9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

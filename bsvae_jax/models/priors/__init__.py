@@ -14,6 +14,16 @@ says what it is instead. `fit_prior` fits a density when training is over; `note
 from bsvae_jax.models.priors.flow import Flow
 from bsvae_jax.models.priors.flow_prior import FlowMatching
 from bsvae_jax.models.priors.mixtures import Mixture, VampPrior
-from bsvae_jax.models.priors.prior import Prior, PriorModule, StandardNormal, gaussian_log_prob
+from bsvae_jax.models.priors.prior import Prior, PriorModule, StandardNormal, checked_density, gaussian_log_prob
 
-__all__ = ["Flow", "FlowMatching", "Mixture", "Prior", "PriorModule", "StandardNormal", "VampPrior", "gaussian_log_prob"]
+__all__ = [
+    "Flow",
+    "FlowMatching",
+    "Mixture",
+    "Prior",
+    "PriorModule",
+    "StandardNormal",
+    "VampPrior",
+    "checked_density",
+    "gaussian_log_prob",
+]

@@ -54,6 +54,8 @@ class FlowMatching(Prior):
         self, latent_size: int, encoder: nn.Module | None = None, data_shape: tuple[int, ...] | None = None
     ) -> PriorModule:
         """A velocity field."""
+        if latent_size % (self.rows * self.columns):
+            raise UserError(f"{latent_size} latents do not divide into the {self.rows} x {self.columns} positions of the map.")
         return FlowMatchingModule(latent_size, self)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from bsvae_jax.errors import check_count
+from bsvae_jax.errors import UserError, check_count
 from bsvae_jax.objective import LOG_2PI, Kind, kl_to_standard_normal
 
 if TYPE_CHECKING:
@@ -56,7 +56,18 @@ class PriorModule(nn.Module):
 
         Here the unbiased one-sample estimate `log q(z|x) - log p(z)`. `density`: of this prior, where the caller has it.
         """
-        return gaussian_log_prob(z, mean, log_variance) - (density or self.density())(z)
+        log_prior = checked_density(self, (density or self.density())(z), z)
+        return gaussian_log_prob(z, mean, log_variance) - log_prior
+
+
+def checked_density(prior: PriorModule, values: Float[Array, " batch"], z: Latents) -> Float[Array, " batch"]:
+    """`log p(z)`, as it is; raises a UserError where it is not one value for each latent vector."""
+    if jnp.shape(values) != z.shape[:1]:
+        raise UserError(
+            f"log_prob of {type(prior).__name__} must return a value in nats for each latent vector, shape {z.shape[:1]}, got "
+            f"{jnp.shape(values)}; sum over the latents, not over the batch."
+        )
+    return values
 
 
 @dataclass(frozen=True)
