@@ -41,8 +41,8 @@ def bench(
     config = experiment.config
     if against is not None:
         benchmark.check_torch(config)
-    images = benchmark.random_images(shape_of(config.data), config.classes) if noise else load(config.data)
     with document(json) as found:
+        images = benchmark.random_images(shape_of(config.data), config.classes) if noise else load(config.data)
         speed, peers = benchmark.measure(config, images, repeats, seconds), []
         if against is not None:
             peers = benchmark.measure_torch(config, images, repeats, seconds)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from bsvae_jax.cli.document import document
+from bsvae_jax.cli.environment import numbers_without_figures
 from bsvae_jax.errors import UserError
 
 
@@ -39,16 +40,18 @@ def compare(
         raise UserError(f"--figure must end in .png, got {figure}.")
     if figure is not None and figure.exists() and not overwrite:
         raise UserError(f"{figure} exists; give another --figure, or --overwrite to replace it.")
-    if config is not None:
-        from bsvae_jax.config import load_module
-
-        load_module(config)
     with document(json) as found:
+        if config is not None:
+            from bsvae_jax.config import load_module
+
+            load_module(config)
         comparison = compare_runs(runs, split)
-        found |= {**comparison._asdict(), "figure": figure}
+        found |= {**comparison._asdict(), "figure": None}
         print("\n".join([comparison.as_text(), *comparison.notes]))
         if figure is not None:
             from bsvae_jax.evaluation.plots import save
 
-            save(comparison.figure(), figure)
-            print(f"figure: {figure}")
+            with numbers_without_figures():
+                save(comparison.figure(), figure)
+                found["figure"] = figure
+                print(f"figure: {figure}")

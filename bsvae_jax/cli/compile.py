@@ -67,12 +67,12 @@ def compile(
     for name in topology:  # before anything is compiled, and before JAX looks for a GPU and finds none
         aot.machine(name, config.devices)
     check_platform()
-    shape = shape_of(config.data, image_shape, images)
-    config = for_data(config, shape.image_shape)
-    check_against_shape(config, shape)
     check_count("--members", members)
     check_count("--top", top, low=0)
     with document(json) as found:
+        shape = shape_of(config.data, image_shape, images)
+        config = for_data(config, shape.image_shape)
+        check_against_shape(config, shape)
         if scaling is None:
             found["machines"] = [_describe(config, shape, name, members, full, limit, top) for name in topology]
             return

@@ -32,5 +32,7 @@ def completion(shell: Annotated[Positional[Literal["bash", "zsh", "fish"]], tyro
     except SystemExit as stop:  # which is how tyro ends, with a script or without
         if stop.code:
             raise
-    # Where the script has nothing to say, bash's own completion names files.
-    print(script.getvalue().replace("complete -F ", "complete -o default -F "))
+    # The script takes every line for a completion, and descriptions have several.
+    said = script.getvalue().replace("print(completion)", "print(completion.replace(chr(10), chr(32)))")
+    # Where it has nothing to say, bash's own completion names files.
+    print(said.replace("complete -F ", "complete -o default -F "))

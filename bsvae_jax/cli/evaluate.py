@@ -42,7 +42,8 @@ def evaluate(
     interrupted.
 
     With --json: {"workdir", "step", "checkpoint", "splits": {split: {name: {"value", "standard_error", "unit", "meaning"}}},
-    "figures": folder or null}; of a sweep what bsvae report --json prints, with all numbers of its members.
+    "figures": folder or null}; of a sweep what bsvae report --json prints, with all numbers of its members; of a sweep's best
+    checkpoints, of which there is no report, {"workdir", "checkpoint": "best", "members": {name: as of a run}}.
 
     Args:
       run: A trained run or a sweep.
@@ -86,7 +87,6 @@ def evaluate(
         options = Fid(fid, protocol=protocol, network=fid_network)
         if inception_weights is not None:
             options = dataclasses.replace(options, weights=load_weights(inception_weights))
-    run.load_classes()
 
     @functools.cache  # members of a sweep share their data
     def load_once(source: "Dataset") -> "ImageSet":
@@ -97,15 +97,20 @@ def evaluate(
     )
     evaluate_in = functools.partial(_evaluate_run, run, load_once, split, numbers, prior)
     with document(json) as found:
+        run.load_classes()
         if not (run.workdir / "sweep.json").is_file():
             found |= evaluate_in(run.workdir, figures)
             return
         from bsvae_jax.sweeps.results import read_results
 
+        members = {}
         for member in read_results(run.workdir).members:
             print(f"\n{member.name}")
-            evaluate_in(run.workdir / "members" / member.name, False)
-        found |= print_report(run.workdir)
+            members[member.name] = evaluate_in(run.workdir / "members" / member.name, False)
+        if run.checkpoint == "latest":
+            found |= print_report(run.workdir)
+        else:  # the report is of the latest
+            found |= {"workdir": run.workdir, "checkpoint": run.checkpoint, "members": members}
 
 
 def _evaluate_run(
@@ -121,6 +126,7 @@ def _evaluate_run(
     from bsvae_jax.evaluation import evaluate as evaluation
     from bsvae_jax.training.evaluated import write_evaluation
     from bsvae_jax.training.fitted_prior import read_fitted
+    from bsvae_jax.training.hub import CONDITIONAL
     from bsvae_jax.training.per_image import write_per_image
     from bsvae_jax.training.workdir import check_same_data, read_info
 
@@ -142,7 +148,7 @@ def _evaluate_run(
         write_per_image(folder, restored.step, metrics.calibrated_elbo(test.scores, evaluated.calibration))
     print(metrics.as_table(report))
     if restored.config.classes is not None:
-        print("Conditional on the class y: these are likelihoods of p(x|y), which no p(x) is to be compared with.")
+        print(CONDITIONAL)
     if (sentence := metrics.left_out(images)) is not None:
         print(sentence)
     print("".join(f"{sentence}\n" for sentence in info.provenance()), end="")

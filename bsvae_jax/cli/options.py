@@ -42,7 +42,11 @@ def command_of(name: str, arguments: list[str]) -> Callable[..., Callable[[], No
 
 def read_options(name: str, arguments: list[str]) -> Callable[[], None]:
     """The call of a command that its arguments amount to, which is still to be made."""
-    return parse(command_of(name, arguments), prog=f"bsvae {name}", args=arguments)
+    # A config file may print while it is run, and with --json standard output is for the document.
+    said = contextlib.redirect_stdout(sys.stderr) if "--json" in arguments else contextlib.nullcontext()
+    with said:
+        command = command_of(name, arguments)
+    return parse(command, prog=f"bsvae {name}", args=arguments)
 
 
 def parse(target: Any, **options: Any) -> Any:

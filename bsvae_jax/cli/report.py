@@ -22,15 +22,15 @@ def report(folder: Merged[Workdir], json: bool = False) -> None:
       folder: Folder that bsvae sweep wrote.
       json: Print one JSON document on standard output.
     """
-    folder.load_classes()
     with document(json) as found:
+        folder.load_classes()
         found |= print_report(folder.workdir)
 
 
 def print_report(folder: Path) -> dict[str, Any]:
     """Write the report of a sweep, and print its table and what it says; the same as plain values."""
     from bsvae_jax.evaluation.metrics import as_json
-    from bsvae_jax.sweeps.report import best_beta, differences, findings, status, write_report
+    from bsvae_jax.sweeps.report import sentences, status, write_report
     from bsvae_jax.sweeps.results import read_results
     from bsvae_jax.sweeps.table import as_json as table_as_json
     from bsvae_jax.sweeps.table import as_text, display_rows, error_bars
@@ -39,10 +39,10 @@ def print_report(folder: Path) -> dict[str, Any]:
     with numbers_without_figures():
         files = write_report(folder)
     results = read_results(folder)
-    sentences = [*best_beta(results), *differences(results), *findings(results)]
+    said = sentences(results)
     bars = error_bars(display_rows(results, "test")[0])
     print(f"{status(results)} Test set. {bars}\n\n{as_text(results)}\n")
-    print("\n".join(sentences))
+    print("\n".join(said))
     if files:
         print(f"\nreport: {files[-1]}")
     return {
@@ -52,6 +52,6 @@ def print_report(folder: Path) -> dict[str, Any]:
         "members": {member.name: as_json(member.report) for member in results.members},
         "failures": results.failures,
         "unfinished": results.unfinished,
-        "sentences": sentences,
+        "sentences": said,
         "files": files,
     }

@@ -230,14 +230,14 @@ class VAE(nn.Module):
 
     def log_prior(self, z: Latents) -> Float[Array, " batch"]:
         """`log p(z)` of latents [B, L], nats, [B]."""
-        with float32_products(self.tensorfloat32):
+        with float32_products(rounded=False):
             return priors.checked_density(self.prior_model, self.prior_model.log_prob(z), z)
 
     def sample_latents(self, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
         """`count` samples of the prior, [count, L]."""
         check_key(key)
         check_count("count", count)
-        with float32_products(self.tensorfloat32):
+        with float32_products(rounded=False):
             return self.prior_model.sample(key, count)
 
     def sample(self, key: Key[Array, ""], count: int, labels: Labels | None = None) -> Float[Array, "count *shape"]:
@@ -254,14 +254,14 @@ class VAE(nn.Module):
           labels: the class of each example, [B], of a conditional model.
         """
         # Before the batch is encoded: in training that updates running statistics, which a VampPrior uses.
-        with float32_products(self.tensorfloat32):
+        with float32_products(rounded=False):
             density = self.prior_model.density()
         posterior = self.encode(x, train, labels)
         check_key(key, x.shape[0])
         keys = example_keys(key, example_positions(x.shape[0], self.axis_name)) if key.ndim == 0 else key
         noise = normal_per_example(keys, posterior.mean.shape[1:])
         z = posterior.mean + jnp.exp(0.5 * posterior.log_variance) * noise.astype(posterior.mean.dtype)
-        with float32_products(self.tensorfloat32):
+        with float32_products(rounded=False):
             rate = self.prior_model.rate(*posterior, z, density)
         return VAEOutput(posterior, z, self.decode(z, train, labels), rate)
 

@@ -55,13 +55,16 @@ class Comparison(NamedTuple):
         Raises:
           UserError: no run is evaluated.
         """
-
+        from bsvae_jax.evaluation.plots import literal
         from bsvae_jax.sweeps.plots import Curve, rate_distortion
+
+        def label(name: str) -> str:
+            return literal(f"./{name}" if name.startswith("_") else name)  # legends leave out what begins with _
 
         def curves(quantity: str) -> "list[Curve]":
             pairs = zip(self.runs, self.quantities["rate"], self.quantities[quantity], strict=True)
             return [
-                Curve(name, np.array([rate.value]), np.array([y.value]), _error(rate), _error(y))
+                Curve(label(name), np.array([rate.value]), np.array([y.value]), _error(rate), _error(y))
                 for name, rate, y in pairs
                 if rate is not None and y is not None
             ]

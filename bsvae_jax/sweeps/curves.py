@@ -8,12 +8,13 @@ import numpy as np
 
 from bsvae_jax import theory
 from bsvae_jax.config import Linear, Prior, StandardNormal
-from bsvae_jax.objective import Constant, Optimal, quantization_variance
+from bsvae_jax.objective import Capacity, Constant, Optimal, quantization_variance
 from bsvae_jax.sweeps.plots import Curve
 from bsvae_jax.sweeps.results import (
     Family,
     MemberResult,
     SweepResults,
+    best_setting,
     collapse_constants,
     families,
     mean_and_deviation,
@@ -51,7 +52,19 @@ def prior_panels(found: Sequence[Family]) -> dict[Prior, str]:
 def against_rate(family: Family, quantity: str, split: str, panel: str) -> Curve:
     """A quantity of a family against its rate; where there is a panel, that names the prior."""
     points = [(member_values(own, "rate", split), member_values(own, quantity, split)) for own in family.members]
-    return as_curve(family.model if panel else family.label, points, beta_names(family.betas.tolist()), panel)
+    curve = as_curve(family.model if panel else family.label, points, beta_names(family.betas.tolist()), panel)
+    return _told(curve, "β", points_of(family))
+
+
+def _told(curve: Curve, name: str, cells: Sequence[tuple[float, list[MemberResult]]]) -> Curve:
+    """The curve with the value of each point, called `name`, as its hint, and the collapsed ones marked."""
+    hints, gone = [f"{name} = {value:g}" for value, _ in cells], [collapsed(own) for _, own in cells]
+    return curve._replace(hints=hints, collapsed=gone)
+
+
+def collapsed(members: Sequence[MemberResult]) -> bool:
+    """Whether no seed of a setting has an active latent."""
+    return all("posterior collapse" in member.findings for member in members)
 
 
 def readings(results: SweepResults, split: str) -> list[Curve]:
@@ -60,31 +73,31 @@ def readings(results: SweepResults, split: str) -> list[Curve]:
     A constant variance v with weight beta trains SSE + b * KL with b = 2 v beta, which says nothing of sigma^2. Read with
     sigma^2 = 1/2 its distortion is `D/2 log(pi) + S`, with sigma^2 = b/2 `D/2 log(pi b) + S/b`, with the optimal sigma^2 of
     each image the closed form, where `S = SSE + D v0`: all are of images with the noise of their quantization. BS-VAE is read
-    as trained. Several priors have a panel each, one after the other.
+    as trained. Several priors have a panel each, one after the other; schedules and learning rates have curves of their own.
     """
     found = families(results)
-    panels = prior_panels(found)
     pixels = math.prod(results.info.image_shape)
     floor = quantization_variance(results.info.bin_width)
     curves = []
-    for prior, panel in panels.items():
+    for prior, panel in prior_panels(found).items():
         own = [family for family in found if family.prior == prior]
         read_as_trained = [family for family in own if not isinstance(family.decoder_variance, Constant)]
         curves += [against_rate(family, "distortion", split, panel) for family in read_as_trained]
-        constants = collapse_constants(own)
-        if not constants:
-            continue
-        rates = [member_values(own, "rate", split) for _, own in constants]
-        errors = [pixels * (member_values(own, "mse", split) + floor) for _, own in constants]
-        optimal = [member_values(own, "profile_distortion", split) for _, own in constants]
-        curves.append(as_curve("β-VAE read with optimal σ² per image", list(zip(rates, optimal, strict=True)), panel=panel))
-        half = [0.5 * pixels * math.log(math.pi) + error for error in errors]
-        curves.append(as_curve("β-VAE read with σ² = 1/2", list(zip(rates, half, strict=True)), panel=panel))
-        positive = [index for index, (b, _) in enumerate(constants) if b > 0]
-        scaled = [(b, error) for (b, _), error in zip(constants, errors, strict=True)]
-        by_beta = [(rates[i], 0.5 * pixels * math.log(math.pi * scaled[i][0]) + scaled[i][1] / scaled[i][0]) for i in positive]
-        if by_beta:
-            curves.append(as_curve("β-VAE read with σ² = β/2", by_beta, panel=panel))
+        for rest in dict.fromkeys(family.rest for family in own):  # each schedule and learning rate has readings of its own
+            alike = [family for family in own if family.rest == rest]
+            constants = collapse_constants(alike)
+            half, by_beta, optimal = [], [], []
+            for b, members in constants.items():
+                rates, errors = member_values(members, "rate", split), pixels * (member_values(members, "mse", split) + floor)
+                optimal.append((rates, member_values(members, "profile_distortion", split)))
+                half.append((rates, 0.5 * pixels * math.log(math.pi) + errors))
+                # With a capacity, b is the weight of what the rate is beyond it.
+                if b > 0 and not isinstance(alike[0].beta_schedule, Capacity):
+                    by_beta.append((rates, 0.5 * pixels * math.log(math.pi * b) + errors / b))
+            for reading, points in (("optimal σ² per image", optimal), ("σ² = 1/2", half), ("σ² = β/2", by_beta)):
+                if points:
+                    curve = as_curve(f"β-VAE read with {reading}{rest}", points, panel=panel)
+                    curves.append(_told(curve, "2σ²β", list(constants.items())[-len(points) :]))
     return curves
 
 
@@ -109,18 +122,23 @@ def points_of(family: Family) -> list[tuple[float, list[MemberResult]]]:
     return list(zip(family.betas.tolist(), family.members, strict=True))
 
 
-def families_of_one_prior(results: SweepResults) -> list[Family]:
-    """The families with the first of the sweep's priors, standard normal if that is among them, and its first schedule."""
+def families_alike(results: SweepResults) -> list[Family]:
+    """The families that differ in nothing but the decoder variance: those with the first prior of the sweep, standard normal if
+    that is among them, its first schedule, and the learning rate of the best setting.
+
+    There are none where training finds beta.
+    """
     found = families(results)
-    first = found[0].prior, found[0].beta_schedule
-    return [family for family in found if (family.prior, family.beta_schedule) == first]
+    first = found[0].prior, found[0].beta_schedule, best_setting(results).learning_rate
+    alike = [family for family in found if (family.prior, family.beta_schedule, family.learning_rate) == first]
+    return [] if found[0].beta_schedule.has_multiplier else alike
 
 
 def constant_grid(results: SweepResults, quantity: str) -> tuple[list[float], list[float], np.ndarray]:
     """`(betas, variances, values [variances, betas])` of the constant model, test set, means over seeds, NaN if absent."""
     found = [
         (float(family.decoder_variance.variance), family)
-        for family in families_of_one_prior(results)
+        for family in families_alike(results)
         if isinstance(family.decoder_variance, Constant)
     ]
     variances = [variance for variance, _ in found]
@@ -167,6 +185,7 @@ def compare_with_theory(results: SweepResults) -> LinearComparison | None:
         for family in families(results)
         if isinstance(family.decoder_variance, Optimal)
         and isinstance(family.prior, StandardNormal)
+        and not isinstance(family.beta_schedule, Capacity)  # whose beta is not the weight of the rate
         and family.decoder_variance.over == "batch"
         and family.decoder_variance.floor in (None, floor)
     ]

@@ -69,7 +69,8 @@ def page(results: SweepResults, sentences: Sequence[str], pictures: Mapping[str,
     Links lead to the tables, the figures and the members' folders, as they lie beside the page.
     """
     info = results.info
-    title = html.escape(f"{info.data_name}: {len(results.members)} models over β")
+    count = len(results.members)
+    title = html.escape(f"{info.data_name}: {'1 model' if count == 1 else f'{count} models over β'}")
     parts = [f"<h1>{title}</h1>", *(f"<p>{html.escape(sentence)}</p>" for sentence in sentences)]
     tables = ", ".join(_link(name, name) for name in ("table.csv", "table.md", "members.csv"))
     made = f"Report of {datetime.now(UTC):%Y-%m-%d} by bsvae_jax {bsvae_jax.__version__}; the numbers: {tables}."

@@ -3,7 +3,7 @@
 They have no titles: what a figure shows is for its caption to say.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -202,7 +202,7 @@ def rate_distortion(
     """
     above, below = by_panel(readings), by_panel(squared_errors)
     several = len(above) > 1
-    figure = new_figure(1.0 + 3.5 * len(above), 8.5) if several else new_figure(11.0, 5.6)
+    figure = new_figure(1.0 + 3.5 * len(above), 8.1) if several else new_figure(11.0, 5.6)
     grid = figure.subplots(2, len(above), sharex=True, sharey="row") if several else figure.subplots(1, 2)[:, None]
     for panels, lines, own in ((above, nats, grid[0]), (below, errors, grid[1])):
         for axes, curves in zip(own, panels, strict=True):
@@ -215,8 +215,7 @@ def rate_distortion(
     if several:
         for axes, curves in zip(grid[0], above, strict=True):
             axes.set_title(curves[0].panel, fontsize=10)
-        found = {name: handle for axes in grid.flat for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(4, len(above)), fontsize=8)
+        _legend_below(figure, grid.flat)
     else:
         for axes in grid[:, 0]:
             names = axes.get_legend_handles_labels()[1]
@@ -227,6 +226,15 @@ def rate_distortion(
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, fontsize=8)
     _name_points(figure, [*above, *below])
     return figure
+
+
+def _legend_below(figure: Figure, panels: Iterable[Any]) -> None:
+    """One legend of these panels below them all; the figure grows by what it takes."""
+    found = {name: handle for axes in panels for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    abreast = int(15 * figure.get_figwidth() / (max(map(len, found)) + 8))  # characters across the figure, and of an entry
+    columns = max(1, min(4, len(found), abreast))
+    figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(found) // columns))
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def places(figure: Figure, panels: Sequence[Sequence[Curve]]) -> list[tuple[float, float, str]]:
@@ -276,6 +284,8 @@ def _value_axis(axes: Any, label: str, curves: Sequence[Curve]) -> None:
     usual = np.quantile(sizes, 0.8, method="lower")
     if values.min() > 0 and ("intensity²" in label or sizes.max() > 2 * usual):
         log_scale(axes, "y")
+        if np.ptp(values) < 1e-6 * usual:  # equal but for rounding, over which no axis can reach
+            axes.set_ylim(usual / 2, usual * 2)
         return
     axes.ticklabel_format(axis="y", useOffset=False)
     if np.all(values == values.round()):  # no half of a latent
@@ -287,10 +297,9 @@ def _value_axis(axes: Any, label: str, curves: Sequence[Curve]) -> None:
 
 def metrics_against_beta(panels: Mapping[str, Sequence[Curve]]) -> Figure:
     """One panel per metric, its label the key; a curve per model and split."""
-    columns = 3
-    rows = -(-len(panels) // columns)
-    figure = new_figure(11.0, 0.6 + 2.7 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    rows = -(-len(panels) // 3)
+    figure = new_figure(11.0, 0.3 + 2.7 * rows)
+    grid = figure.subplots(rows, 3, squeeze=False, sharex=True)
     betas = np.concatenate([curve.x for curves in panels.values() for curve in curves])
     for axes, (label, curves) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, curves)
@@ -300,9 +309,7 @@ def metrics_against_beta(panels: Mapping[str, Sequence[Curve]]) -> Figure:
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     figure.align_ylabels()
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    abreast = 165 // (max(map(len, labels)) + 8)  # characters of this size across the figure, and of an entry
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(4, len(labels), abreast)), fontsize=8)
+    _legend_below(figure, grid.flat[:1])
     return figure
 
 
@@ -386,8 +393,10 @@ def beta_variance_grid(
       others: model to label to [betas].
       collapse: rate against beta * variance.
     """
-    figure = new_figure(5.0 * (len(values) + 1), 1.6 + 0.55 * (len(variances) + len(others)) + 1.4)
-    panels = figure.subplots(1, len(values) + 1)
+    width = min(max(5.0, 2.2 + 0.2 * len(betas)), 9.0)
+    figure = new_figure(width * len(values) + 5.0, 2.8 + 0.55 * (len(variances) + len(others)))
+    panels = figure.subplots(1, len(values) + 1, width_ratios=[*(width for _ in values), 5.0])
+    apart, turned = -(-len(betas) // 40), 90 if len(betas) > 5 else 0  # columns from one number to the next
     for axes, (label, grid) in zip(panels, values.items(), strict=False):
         rows = np.vstack([grid, *(other[label][None] for other in others.values())])
         shown = np.ma.masked_invalid(rows)
@@ -395,27 +404,19 @@ def beta_variance_grid(
         image = axes.imshow(shown, cmap="cividis", aspect="auto", norm=LogNorm() if positive else None)
         figure.colorbar(image, ax=axes, label=label, shrink=0.9)
         for (row, column), value in np.ndenumerate(rows):
-            if np.isfinite(value):
-                bright = image.norm(value) > 0.6
-                axes.text(
-                    column,
-                    row,
-                    f"{value:.3g}" if abs(value) >= 0.01 else f"{value:.1g}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="black" if bright else "white",
-                )
-        axes.set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas])
+            if np.isfinite(value) and apart == 1:
+                text, color = f"{value:.{3 if abs(value) >= 0.01 else 1}g}", "black" if image.norm(value) > 0.6 else "white"
+                axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color, rotation=turned)
+        axes.set_xticks(range(0, len(betas), apart), [f"{beta:g}" for beta in betas[::apart]], rotation=turned)
         axes.set_yticks(range(len(rows)), [*(f"{variance:g}" for variance in variances), *others])
         axes.axhline(len(variances) - 0.5, color="white", linewidth=3)
         axes.set_xlabel("β")
         axes.set_ylabel("constant decoder variance σ²")
     _draw(panels[-1], collapse, joined=False)
     log_scale(panels[-1], "x")
-    panels[-1].set_xlabel("β · σ² (σ² of training for the optimal variance)")
+    panels[-1].set_xlabel("β · σ²\n(σ² of training where it is not constant)")
     panels[-1].set_ylabel("rate [nats per image]")
-    panels[-1].legend(fontsize=8)
+    _legend_below(figure, panels[-1:])
     return figure
 
 

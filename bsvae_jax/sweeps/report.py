@@ -1,7 +1,7 @@
 """The report of a sweep: table, figures and one self-contained page, from the files in its folder alone."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,16 @@ from bsvae_jax._io.files import as_path, write_atomically
 from bsvae_jax.config import StandardNormal
 from bsvae_jax.data.image_set import SPLIT_NAMES
 from bsvae_jax.evaluation.plots import drawn_as_lines, save_all
-from bsvae_jax.objective import Constant, quantization_variance
+from bsvae_jax.objective import Constant, Optimal, quantization_variance
 from bsvae_jax.sweeps import plots
 from bsvae_jax.sweeps.curves import (
     against_rate,
     as_curve,
     beta_names,
+    collapsed,
     compare_with_theory,
     constant_grid,
-    families_of_one_prior,
+    families_alike,
     largest_disagreement,
     member_values,
     points_of,
@@ -31,10 +32,8 @@ from bsvae_jax.sweeps.page import Picture, page
 from bsvae_jax.sweeps.plots import Curve, Line
 from bsvae_jax.sweeps.results import (
     Family,
-    MemberResult,
     SweepResults,
     best_setting,
-    collapse_constants,
     differences_to,
     families,
     mean_and_deviation,
@@ -42,6 +41,7 @@ from bsvae_jax.sweeps.results import (
     setting_of,
 )
 from bsvae_jax.sweeps.table import HEADINGS, as_csv, as_markdown, display, members_csv, tabled_quantities
+from bsvae_jax.training.hub import CONDITIONAL
 
 
 def write_report(folder: str | Path) -> list[Path]:
@@ -75,8 +75,7 @@ def write_report(folder: str | Path) -> list[Path]:
     files = save_all({name: picture.figure for name, picture in pictures.items()}, folder / "figures")
     images = {file.stem: file.read_bytes() for file in files}
     paths += [*files, folder / "report.html"]
-    sentences = [status(results), *best_beta(results), *differences(results), *findings(results)]
-    write_atomically(paths[-1], page(results, sentences, pictures, images).encode())
+    write_atomically(paths[-1], page(results, [status(results), *sentences(results)], pictures, images).encode())
     return paths
 
 
@@ -94,9 +93,15 @@ def status(results: SweepResults) -> str:
     return text + "."
 
 
+def sentences(results: SweepResults) -> list[str]:
+    """What the report says beside the table, in sentences."""
+    conditional = [] if results.info.config.classes is None else [CONDITIONAL]
+    return [*best_beta(results), *differences(results), *findings(results), *conditional]
+
+
 def best_beta(results: SweepResults) -> list[str]:
     """A sentence per model of several betas: which has the best calibrated likelihood, on which split it was chosen."""
-    sentences, split = [], results.choosing_split
+    found, split = [], results.choosing_split
     if split == "test":
         chosen = "on the test set, {} nats (chosen on that set; a finer grid may have a better one)"
     else:
@@ -107,10 +112,10 @@ def best_beta(results: SweepResults) -> list[str]:
         best = _best(family, split)
         value = display(*mean_and_deviation(family.members[best], "calibrated_elbo", "test"))
         where = chosen.format(value)
-        sentences.append(
+        found.append(
             f"{family.label}: of {len(family.betas)} values, β = {family.betas[best]:g} has the best calibrated ELBO {where}."
         )
-    return sentences
+    return found
 
 
 def _best(family: Family, split: str) -> int:
@@ -138,7 +143,7 @@ def differences(results: SweepResults) -> list[str]:
 
 def findings(results: SweepResults) -> list[str]:
     """A sentence per ailment: how many members have it, and at which beta of which model."""
-    sentences = []
+    found = []
     for name in dict.fromkeys(name for member in results.members for name in member.findings):
         models, total = [], 0
         for family in families(results):
@@ -150,13 +155,8 @@ def findings(results: SweepResults) -> list[str]:
                     betas.append(f"{beta:g}" + (f" ({count} of {len(own)} seeds)" if count < len(own) else ""))
             if betas:
                 models.append(f"{family.label} at β = {' and '.join(filter(None, [', '.join(betas[:-1]), betas[-1]]))}")
-        sentences.append(f"{name.capitalize()} in {total} of {len(results.members)} members: {'; '.join(models)}.")
-    return sentences
-
-
-def _collapsed(members: Sequence[MemberResult]) -> bool:
-    """Whether no seed of a setting has an active latent."""
-    return all("posterior collapse" in member.findings for member in members)
+        found.append(f"{name.capitalize()} in {total} of {len(results.members)} members: {'; '.join(models)}.")
+    return found
 
 
 # --- Curves -----------------------------------------------------------------------------------------------------------
@@ -165,18 +165,9 @@ def _collapsed(members: Sequence[MemberResult]) -> bool:
 def _rate_distortion(results: SweepResults) -> Picture:
     split, found = "test", families(results)
     panels = prior_panels(found)
-    # What `readings` draws: every model as it is, and the constant ones as SSE + beta * KL. Their rates tell them apart.
-    cells = [cell for family in found if not isinstance(family.decoder_variance, Constant) for cell in points_of(family)]
-    for prior in panels:
-        cells += collapse_constants([family for family in found if family.prior == prior])
-    at_rate = {float(member_values(own, "rate", split).mean()): (beta, _collapsed(own)) for beta, own in cells}
-    curves = [_hinted(curve, "distortion", [at_rate[x] for x in curve.x.tolist()]) for curve in readings(results, split)]
+    curves = [_hinted(curve, "distortion") for curve in readings(results, split)]
     errors = [
-        _hinted(
-            against_rate(family, "mse", split, panel),
-            "mean squared error",
-            [(beta, _collapsed(own)) for beta, own in points_of(family)],
-        )
+        _hinted(against_rate(family, "mse", split, panel), "mean squared error")
         for prior, panel in panels.items()
         for family in found
         if family.prior == prior
@@ -209,14 +200,14 @@ def _rate_distortion(results: SweepResults) -> Picture:
     return Picture(figure, alt, caption, plots.places(figure, [*plots.by_panel(curves), *plots.by_panel(errors)]))
 
 
-def _hinted(curve: Curve, quantity: str, points: Sequence[tuple[float, bool]]) -> Curve:
-    """The curve with what a page says of its points, and the collapsed ones marked; `points`: beta, and whether it is one."""
+def _hinted(curve: Curve, quantity: str) -> Curve:
+    """The curve with what a page says of its points, which have their beta as a hint."""
     hints, name = [], f"{curve.label}, {curve.panel}" if curve.panel else curve.label
-    for index, (beta, collapsed) in enumerate(points):
+    for index, (beta, gone) in enumerate(zip(curve.hints, curve.collapsed, strict=True)):
         rate = display(curve.x[index], curve.x_deviation[index] or math.nan)
         other = display(curve.y[index], curve.y_deviation[index] or math.nan)
-        hints.append(f"{name}, β = {beta:g}: rate {rate}, {quantity} {other}" + (", collapsed" if collapsed else ""))
-    return curve._replace(hints=hints, collapsed=[collapsed for _, collapsed in points])
+        hints.append(f"{name}, {beta}: rate {rate}, {quantity} {other}" + (", collapsed" if gone else ""))
+    return curve._replace(hints=hints)
 
 
 def _metrics(results: SweepResults) -> Picture:
@@ -233,7 +224,7 @@ def _metrics(results: SweepResults) -> Picture:
                 family=models.index(family.model),
                 marker=priors.index(family.prior) if len(priors) > 1 else None,
                 dashed=split == "train",
-                collapsed=[_collapsed(own) for own in family.members],
+                collapsed=[collapsed(own) for own in family.members],
             )
             for family in found
             for split in ("test", "train")
@@ -266,6 +257,8 @@ def _galleries(results: SweepResults) -> dict[str, Picture]:
             for name in ("originals", "reconstructions", "samples")
         }
         labels = [f"β = {beta:g}" for beta in family.betas]
+        if family.beta_schedule.has_multiplier:  # of the seed whose pictures these are
+            labels = [f"β = {member.value('final_beta', 'test'):.4g}" for member in first]
         figure = plots.pictures_by_beta(pictures["originals"][0], pictures["reconstructions"], pictures["samples"], labels)
         alt = f"{family.label}: originals, and a row of reconstructions and samples for each of {len(labels)} β."
         caption = (
@@ -283,7 +276,7 @@ def _latent_rates(results: SweepResults) -> Picture:
         sorted_rates = [
             np.mean([np.sort(member.pictures["latent_rate"])[::-1] for member in own], axis=0) for own in family.members
         ]
-        rates[family.label] = (family.betas, np.stack(sorted_rates), [_collapsed(own) for own in family.members])
+        rates[family.label] = (family.betas, np.stack(sorted_rates), [collapsed(own) for own in family.members])
     caption = (
         f"Rate of each latent on the test set of {results.info.data_name}, sorted within a model and averaged over seeds: how "
         "many latents β leaves active."
@@ -309,7 +302,8 @@ def _beta_variance(results: SweepResults) -> dict[str, Picture]:
     values = {label: constant_grid(results, quantity)[2] for quantity, label in quantities.items()}
     others: dict[str, Mapping[str, np.ndarray]] = {}
     collapse = []
-    for family in families_of_one_prior(results):
+    alike = families_alike(results)
+    for family in alike:
         positive = [(beta, own) for beta, own in points_of(family) if beta > 0]
         if isinstance(family.decoder_variance, Constant):
             products = [np.full(len(own), beta * family.decoder_variance.variance) for beta, own in positive]
@@ -318,21 +312,21 @@ def _beta_variance(results: SweepResults) -> dict[str, Picture]:
             products = [beta * member_values(own, "variance", "train") for beta, own in positive]
             label = family.decoder_variance.label
             by_beta = dict(points_of(family))
-            others[family.label.replace(", ", ",\n")] = {
+            others[label.replace(", ", ",\n")] = {
                 name: np.array([mean_and_deviation(by_beta.get(beta, []), quantity, "test")[0] for beta in betas])
                 for quantity, name in quantities.items()
             }
         rates_of = [member_values(own, "rate", "test") for _, own in positive]
         curve = as_curve(label, list(zip(products, rates_of, strict=True)))
-        collapse.append(curve._replace(collapsed=[_collapsed(own) for _, own in positive]))
+        collapse.append(curve._replace(collapsed=[collapsed(own) for _, own in positive]))
     worst, count = largest_disagreement(betas, variances, rates)
-    caption = (
-        f"β against σ² on the test set of {results.info.data_name}. A constant σ² and β act through their product alone: cells "
-        "of equal β·σ² agree along the diagonals. "
-    )
+    what = alike[0].label.removeprefix(alike[0].decoder_variance.label)  # prior, schedule and learning rate
+    caption = f"β against σ² on the test set of {results.info.data_name}{what}. "
+    caption += "A constant σ² and β act through their product alone. "
     if count:
-        caption += f"In the {count} groups of equal β·σ² the rates differ by at most {100 * worst:.2g}%. "
-    caption += "The optimal variance has no such trade: β alone decides, and σ² follows the data."
+        caption += f"Along the diagonals, where β·σ² is equal, the rates differ by at most {100 * worst:.2g}%. "
+    if any(isinstance(family.decoder_variance, Optimal) for family in alike):
+        caption += "The optimal variance has no such trade: β alone decides, and σ² follows the data."
     figure = plots.beta_variance_grid(betas, variances, values, others, collapse)
     alt = f"Tables of rate and error over {len(betas)} β and {len(variances)} constant σ², and the rate against β·σ²."
     return {"beta_variance": Picture(figure, alt, caption)}

@@ -215,10 +215,13 @@ class Family(NamedTuple):
     label: str
     model: str
     """The label without the prior."""
+    rest: str
+    """What the label says beyond the decoder variance and the prior: the schedule and the learning rate, if worth a word."""
     decoder_variance: DecoderVariance
     prior: Prior
     beta_schedule: BetaSchedule
     """Target rates are of one family, with the first of them here."""
+    learning_rate: float
     betas: np.ndarray
     """Of target rates, those that training came to, means over seeds."""
     members: list[list[MemberResult]]
@@ -250,11 +253,11 @@ def families(results: SweepResults) -> list[Family]:
         name += f"_rate{rate:g}" if several else ""
         label = variance.label + (f", prior: {prior.label}" if priors or not usual else "") + rest
         betas, own = np.array([beta for beta, _, _ in points]), [members for _, _, members in points]
-        found.append(Family(name, label, variance.label + rest, variance, prior, schedule, betas, own))
+        found.append(Family(name, label, variance.label + rest, rest, variance, prior, schedule, rate, betas, own))
     return found
 
 
-def collapse_constants(found: Sequence[Family]) -> list[tuple[float, list[MemberResult]]]:
+def collapse_constants(found: Sequence[Family]) -> dict[float, list[MemberResult]]:
     """Members with a constant variance by `2 sigma^2 beta`, the beta of the equivalent objective SSE + beta * KL; ascending."""
     points: dict[float, list[MemberResult]] = {}
     for family in found:
@@ -262,4 +265,4 @@ def collapse_constants(found: Sequence[Family]) -> list[tuple[float, list[Member
             for beta, members in zip(family.betas, family.members, strict=True):
                 key = float(f"{2 * family.decoder_variance.variance * beta:.9g}")
                 points.setdefault(key, []).extend(members)
-    return sorted(points.items())
+    return dict(sorted(points.items()))

@@ -22,7 +22,9 @@ from bsvae_jax.training.identity import EDITED, write_run_arrays
 from bsvae_jax.training.restore import WEIGHTS, restore
 
 TASK = "unconditional-image-generation"
-"""What the hub calls the task of a generative model of images."""
+"""What the hub calls the task of a generative model of images; it has no name for that of one conditional on a class."""
+CONDITIONAL = "Conditional on the class y: these are likelihoods of p(x|y), which no p(x) is to be compared with."
+"""What has to be known of the numbers of a model with classes."""
 
 CARD = """# {name}
 
@@ -123,7 +125,11 @@ def export_hub(
         report: Report = {}
         evaluation = read_evaluation(workdir, checkpoint)
         if evaluation is not None and evaluation.step == run.step:
-            report = evaluation.report
+            # Of the model's own prior, which is the one that the folder has.
+            report = {
+                split: {name: quantity for name, quantity in own.items() if not name.startswith("fitted_")}
+                for split, own in evaluation.report.items()
+            }
             write_evaluation(out, run.step, report, findings=evaluation.findings)
         card = model_card(run, out.resolve().name, description["data"], report, license)
         write_atomically(out / "README.md", card.encode())
@@ -149,9 +155,10 @@ def model_card(run: Restored, name: str, data: dict[str, Any], report: Report, l
       license: short name of one, or None.
     """
     splits = {split: own for split, own in report.items() if split != "train"}
+    task = TASK if run.holds_images and run.config.classes is None else "other"
     results = [
         {
-            "task": {"type": TASK},
+            "task": {"type": task},
             "dataset": {"name": data["name"], "type": data["name"], "split": split},
             "metrics": [
                 {"type": quantity, "name": f"{quantity} [{own.unit}]", "value": own.value}
@@ -164,7 +171,7 @@ def model_card(run: Restored, name: str, data: dict[str, Any], report: Report, l
     front = {
         **({} if license is None else {"license": license}),
         "library_name": "bsvae_jax",
-        **({"pipeline_tag": TASK} if run.holds_images else {}),
+        **({"pipeline_tag": task} if task == TASK else {}),
         "tags": ["jax", "flax", "variational-autoencoder", "arxiv:2409.09361"],
         "datasets": [data["name"]],
         **({"model-index": [{"name": name, "results": results}]} if results else {}),
@@ -184,7 +191,7 @@ def model_card(run: Restored, name: str, data: dict[str, Any], report: Report, l
         prior=config.prior.label,
         network=config.network.label,
         latents=config.latent_size,
-        numbers=_numbers(report),
+        numbers=_numbers(report, conditional=config.classes is not None),
         place=json.dumps("."),
         classes=', config="FILE.py"' if own_classes else "",
         shape=run.image_shape,
@@ -194,7 +201,7 @@ def model_card(run: Restored, name: str, data: dict[str, Any], report: Report, l
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{text}"
 
 
-def _numbers(report: Report) -> str:
+def _numbers(report: Report, conditional: bool) -> str:
     """A Markdown table with standard errors, and what has to be known of it."""
     if not report:
         return "This checkpoint has not been evaluated; `bsvae evaluate FOLDER` does it."
@@ -204,10 +211,11 @@ def _numbers(report: Report) -> str:
         found = [quantities.get(name) for quantities in report.values()]
         known = next(quantity for quantity in found if quantity is not None)
         cells = ["n/a" if quantity is None else quantity.cell() for quantity in found]
-        lines.append([name, *cells, known.unit, known.meaning.replace("|", "\\|")])
+        meaning = known.meaning.replace("p(x)", "p(x|y)") if conditional else known.meaning
+        lines.append([name, *cells, known.unit, meaning.replace("|", "\\|")])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         f"{table}\n\n± is the standard error of the mean over the examples of a split. The *profile* ELBO gives every "
         "example its own optimal variance\nand is no density; the *calibrated* one freezes that of the training set, and is "
-        "one. Never compare the two."
+        "one. Never compare the two." + (f"\n\n{CONDITIONAL}" if conditional else "")
     )

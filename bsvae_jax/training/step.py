@@ -259,6 +259,7 @@ def train_step(
         is out of range and not traced.
     """
     check_kind("state", state, TrainState)
+    check_key(key)
     axis_name = state.model.axis_name
     model, beta_schedule = state.model, objective.with_fields(state.beta_schedule, schedule or {})
     if variance is not None:

@@ -39,12 +39,16 @@ def test_bash_completes_commands_options_and_choices(tmp_path, capsys):
     assert typed("export", "runs/digits", "--format", "") >= {"safetensors", "stablehlo", "hub"}
     assert typed("runs", "--memb") >= {"--members"}
     assert typed("report", "runs/x", "--js") >= {"--json"}
+    # Descriptions of several lines are no words to complete.
+    assert typed("train", "configs/digits.py", "--prec") == {"--precision"}
+    assert all(word.startswith("-") for word in typed("train", "configs/digits.py", "--"))
 
 
 @pytest.mark.long
 def test_compile_prints_one_document(tmp_path, capsys):
     (tmp_path / "small.py").write_text(
         "import bsvae_jax as bv\n"
+        "print('hello')\n"  # no part of the document
         "def get_config():\n"
         "    return bv.Config(network=bv.config.MLP((8,)), latent_size=2, batch_size=64, devices=1)\n"
     )

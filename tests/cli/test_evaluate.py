@@ -313,6 +313,15 @@ def test_evaluating_a_sweep_fills_its_table(tmp_path, weights, cheap_features, c
     assert "fid_mean" in header
     assert "FID" in (tmp_path / "sweep" / "report.html").read_text()
     assert "FID" in capsys.readouterr().out
+    # Of the best checkpoints there is no report: their own numbers, by member.
+    main("evaluate", tmp_path / "sweep", "--split", "test", "--checkpoint", "best", "--json")
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert sorted(found) == ["checkpoint", "members", "workdir"]
+    assert found["checkpoint"] == "best"
+    assert sorted(found["members"]) == ["optimal_beta1_seed0", "optimal_beta4_seed0"]
+    for name, own in found["members"].items():
+        best = json.loads((tmp_path / "sweep" / "members" / name / "evaluation_best.json").read_text())
+        assert (own["checkpoint"], own["step"], own["splits"]) == ("best", best["step"], best["splits"])
 
 
 # --- Samples ----------------------------------------------------------------------------------------------------------

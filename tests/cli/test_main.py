@@ -76,6 +76,12 @@ def test_options_reach_the_config(config_file, tmp_path):
 
 
 @pytest.mark.long
+def test_numbers_of_a_conditional_run_are_said_to_be_of_p_of_x_given_y(config_file, tmp_path, capsys):
+    main.main(["train", str(config_file), "--workdir", str(tmp_path / "run"), "--classes", "10"])
+    assert "these are likelihoods of p(x|y), which no p(x) is to be compared with" in capsys.readouterr().out
+
+
+@pytest.mark.long
 def test_evaluate_prints_units_and_standard_errors(trained, capsys):
     before = json.loads((trained / "evaluation.json").read_text())["splits"]
     main.main(["evaluate", str(trained), "--split", "test"])

@@ -75,6 +75,11 @@ def test_the_page_needs_no_network_and_fits_a_phone():
     assert all(found.tags[index - 1] == ("div", {"class": "scroll"}) for index in tables)
 
 
+def test_one_model_is_over_nothing():
+    one = [member(Optimal(), 1, 0)._replace(report={"test": {}, "train": {}})]
+    assert "<h1>&lt;b&gt;set&lt;/b&gt;: 1 model</h1>" in page(SweepResults(INFO, one, {}, [], {}), [], {}, {})
+
+
 def test_tables_have_every_split_and_no_heading_twice():
     reports = {
         split: {"variance": Quantity(v, None, "", ""), "rate": Quantity(2 * v, None, "", "")} for split, v in VALUES.items()
@@ -118,6 +123,13 @@ def test_a_finding_is_one_sentence_of_models_and_betas():
         "Dead decoder in 1 of 13 members: β-VAE, constant σ² = 0.1 at β = 1.",
     ]
     assert report.findings(SweepResults(INFO, members[:4], {}, [], {})) == []
+
+
+def test_numbers_of_conditional_members_are_said_to_be():
+    members = [member(Optimal(), 1, 0)._replace(report={"test": {}, "train": {}})]
+    assert report.sentences(SweepResults(INFO, members, {}, [], {})) == []
+    (said,) = report.sentences(SweepResults(INFO._replace(config=Config(classes=10)), members, {}, [], {}))
+    assert "these are likelihoods of p(x|y)" in said
 
 
 def test_a_sweep_notes_how_its_members_were_begun(tmp_path):

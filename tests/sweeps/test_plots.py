@@ -212,6 +212,50 @@ def test_many_names_leave_room_for_the_points():
         assert box.y1 < axes.xaxis.label.get_window_extent().y0
 
 
+def test_values_equal_but_for_rounding_are_drawn():
+    """A constant variance, of which the mean over images may be the next lower number."""
+    x, none = np.array([1.0, 10.0]), np.zeros(2)
+    curve = Curve("model", x, np.array([0.5, 0.5 * (1 - 4e-16)]), none, none)
+    figure = plots.metrics_against_beta({"decoder variance [intensity²]": [curve]})
+    assert figure.axes[0].get_ylim() == pytest.approx((0.25, 1.0))
+
+
+def test_many_families_leave_their_panels_their_height():
+    one = curves(DISTORTIONS, 0)[0]
+    named = [one._replace(label=f"β-VAE, constant σ² = 0.5, learning rate {index}, training set") for index in range(36)]
+    figure = plots.metrics_against_beta({f"quantity {index}": named for index in range(6)})
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    for axes in figure.axes:
+        assert axes.get_window_extent().height > 1.7 * figure.dpi
+        assert box.y1 < axes.xaxis.label.get_window_extent().y0
+
+
+@pytest.mark.parametrize("count", [2, 5, 6, 17, 40, 60])
+def test_the_numbers_of_a_grid_have_room(count):
+    betas, variances = [float(f"{beta:.3g}") for beta in np.geomspace(1.234e-4, 1234.0, count)], [0.01, 0.123, 1.0]
+    values = {name: np.random.default_rng(0).uniform(-1e5, -1e3, (3, count)) for name in ("rate", "error")}
+    others = {f"model {i},\nper image": {name: own[0] for name, own in values.items()} for i in range(2)}
+    x, none = np.geomspace(1e-5, 1e3, 5), np.zeros(5)
+    collapse = [Curve(f"σ² = {i}", x, x, none, none) for i in range(9)]
+    figure = plots.beta_variance_grid(betas, variances, values, others, collapse)
+    figure.canvas.draw()
+    *maps, right = figure.axes[:3]
+    for axes in maps:
+        ticks = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert len(ticks) >= min(count, 30)
+        assert all(one.x1 < other.x0 for one, other in itertools.pairwise(ticks))
+        numbers = [text.get_window_extent() for text in axes.texts]
+        assert len(numbers) == (5 * count if count <= 40 else 0)
+        assert not any(box.count_overlaps(numbers[:index]) for index, box in enumerate(numbers))
+    legend, label = figure.legends[0].get_window_extent(), right.xaxis.label.get_window_extent()
+    assert 0 <= legend.y0 < legend.y1 < min(label.y0, maps[0].xaxis.label.get_window_extent().y0)
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+    assert label.x1 <= figure.bbox.x1
+
+
 def test_many_models_are_drawn_in_rows_of_four():
     rates = (np.array(BETAS[:3]), np.array([[5.0, 4.0], [2.0, 0.3], [0.3, 0.1]]), [False] * 3)
     figure = plots.latent_rates({f"model {index}": rates for index in range(6)})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from helpers import main, refused
@@ -184,6 +185,38 @@ def test_a_comparison_warns_of_what_cannot_be_compared(pair, tmp_path):
     assert [quantity and quantity.value for quantity in comparison.quantities["rate"]] == [2.0, 1.0, None, 3.0]
     with pytest.raises(UserError, match="No run is evaluated"):
         compare_runs([tmp_path / "new", begun(tmp_path / "newer")]).figure()
+
+
+@pytest.mark.parametrize("names", [("_a", "_b"), ("a$x^{2$", "b")])
+def test_any_name_of_a_folder_is_drawn(names, tmp_path, monkeypatch):
+    """Matplotlib leaves names that begin with _ out of legends, and takes what is between two $ for a formula."""
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        evaluated(trained(Path(name), 9))
+    figure = compare_runs(names).figure()
+    figure.canvas.draw()
+    said = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert said == [name.replace("$", r"\$") if "$" in name else f"./{name}" if name[0] == "_" else name for name in names]
+
+
+def test_the_command_prints_its_numbers_where_the_figure_fails(pair, tmp_path, capsys, monkeypatch):
+    def fail(*values, **options):
+        raise ValueError("no such glyph")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    main("compare", *pair, "--figure", tmp_path / "pair.png", "--json")
+    said = capsys.readouterr()
+    assert json.loads(said.out)["figure"] is None
+    assert "Figures could not be drawn (ValueError: no such glyph)" in said.err
+    assert "calibrated_elbo" in said.err
+
+
+def test_a_config_file_that_prints_leaves_the_document_alone(pair, tmp_path, capsys):
+    (tmp_path / "own.py").write_text("print('hello')")
+    main("compare", *pair, "--config", tmp_path / "own.py", "--json")
+    said = capsys.readouterr()
+    assert json.loads(said.out)["runs"] == list(map(str, pair))
+    assert said.err.startswith("hello\n")
 
 
 def test_a_conditional_run_beside_one_that_is_not(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from helpers import main, refused
 import bsvae_jax as bv
 from bsvae_jax.config import MLP, Arrays, Config
 from bsvae_jax.errors import UserError
+from bsvae_jax.training.evaluated import read_evaluation, write_evaluation
+from bsvae_jax.training.hub import model_card
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,31 @@ def test_the_card_has_the_fields_of_the_hub_and_the_numbers_of_the_run(exported)
     error = numbers["calibrated_elbo"]["standard_error"]
     assert f"{numbers['calibrated_elbo']['value']:.5g} ± {error:.2g}" in text
     assert "2409.09361" in text
+
+
+def test_numbers_of_a_fitted_prior_stay_with_the_run(exported, tmp_path):
+    """The folder has the model's own prior, and nobody could repeat them."""
+    shutil.copytree(exported[0], tmp_path / "run")
+    step, report, _ = read_evaluation(tmp_path / "run")
+    write_evaluation(tmp_path / "run", step, {"test": {"fitted_rate": report["test"]["rate"]}})
+    out = bv.export_hub(tmp_path / "run", tmp_path / "out")
+    for name in ("README.md", "evaluation.json"):
+        assert "fitted_" not in (out / name).read_text()
+    assert read_evaluation(out).report == report
+
+
+def test_a_conditional_model_is_not_called_unconditional(exported):
+    run, report = bv.restore(exported[0]), read_evaluation(exported[0]).report
+    conditional = run._replace(config=dataclasses.replace(run.config, classes=3))
+    card = model_card(conditional, "vae-dots", {"name": "dots"}, report)
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert "pipeline_tag" not in front
+    assert front["model-index"][0]["results"][0]["task"] == {"type": "other"}
+    assert "unconditional" not in card
+    assert "these are likelihoods of p(x|y), which no p(x) is to be compared with" in card
+    assert "lower bound of log p(x\\|y), a density" in card
+    assert "log p(x)" not in card
+    assert "p(x|y)" not in model_card(run, "vae-dots", {"name": "dots"}, report)
 
 
 def test_the_lines_of_the_card_load_the_model(exported, monkeypatch):
