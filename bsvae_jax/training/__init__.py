@@ -1,8 +1,8 @@
 """Training: from a config to a run in a folder, and back from the folder to a model.
 
-Begin with `step`, the pure function that is compiled; `program` lays it and the data on the devices; `trainer` has the loop,
-`fit` the whole run, `callbacks` what is done beside it. `checkpoints` and `workdir` keep what a run leaves; `restore` reads
-it. `start` has what a run takes from another that it begins from. `fit_prior` fits a density to the latents of a trained run,
+Begin with `step`, the pure function that is compiled, and `forward`, its loss; `program` lays it and the data on the devices;
+`trainer` has the loop, `fit` the whole run, `callbacks` what is done beside it. `checkpoints` and `workdir` keep what a run leaves;
+`restore` reads it. `start` has what a run takes from another that it begins from. `fit_prior` fits a density to its latents,
 `import_torch` and `export` carry weights in and out.
 
 Any run may be interrupted and repeated. It ends with the numbers, files and figures of one never interrupted, to the bit on

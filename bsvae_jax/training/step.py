@@ -234,7 +234,8 @@ def train_step(
     Args:
       state: donated by the trainer, so not to be used again there.
       images: [B, ...], [B, H, W, C] in [0, 1] of images.
-      key: for the posterior samples; each example takes its own by its position in the global batch.
+      key: for the posterior samples; each example takes its own by its position in the global batch. Dropout in modules of
+        your own draws from it too, of each device's share as a whole.
       beta: weight of the rate, which the state's schedule changes; may be traced.
       variance: fields of the decoder variance by name, in place of the model's own, may be traced; one number is the field
         `variance`, which `Constant` has. None: the model's own.
