@@ -1,7 +1,7 @@
 """Training: from a config to a run in a folder, and back from the folder to a model.
 
 Begin with `step`, the pure function that is compiled, and `forward`, its loss; `program` lays it and the data on the devices;
-`trainer` has the loop, `fit` the whole run, `callbacks` what is done beside it. `checkpoints` and `workdir` keep what a run leaves;
+`trainer` has the loop, `fit` the whole run, `callbacks` what is done beside it. `checkpoints` and `workdir` keep what is left;
 `restore` reads it. `start` has what a run takes from another that it begins from. `fit_prior` fits a density to its latents,
 `import_torch` and `export` carry weights in and out.
 
