@@ -84,6 +84,7 @@ def test_a_collapsed_run_says_so_in_its_log_and_its_evaluation(tmp_path, caplog)
         data=Digits(validation=None),
         network=MLP((16,)),
         latent_size=4,
+        decoder_variance=Optimal("batch"),
         beta=1000.0,
         epochs=40,
         evaluate_every=20,
