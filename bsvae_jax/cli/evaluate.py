@@ -126,7 +126,6 @@ def _evaluate_run(
     from bsvae_jax.evaluation import evaluate as evaluation
     from bsvae_jax.training.evaluated import write_evaluation
     from bsvae_jax.training.fitted_prior import read_fitted
-    from bsvae_jax.training.hub import CONDITIONAL
     from bsvae_jax.training.per_image import write_per_image
     from bsvae_jax.training.workdir import check_same_data, read_info
 
@@ -148,7 +147,7 @@ def _evaluate_run(
         write_per_image(folder, restored.step, metrics.calibrated_elbo(test.scores, evaluated.calibration))
     print(metrics.as_table(report))
     if restored.config.classes is not None:
-        print(CONDITIONAL)
+        print(metrics.CONDITIONAL)
     if (sentence := metrics.left_out(images)) is not None:
         print(sentence)
     print("".join(f"{sentence}\n" for sentence in info.provenance()), end="")

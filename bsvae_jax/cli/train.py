@@ -39,7 +39,6 @@ def train(
     from bsvae_jax.distributed import multihost
     from bsvae_jax.evaluation import figures, metrics
     from bsvae_jax.training.fit import fit
-    from bsvae_jax.training.hub import CONDITIONAL
     from bsvae_jax.training.restore import restore
     from bsvae_jax.training.workdir import read_info
 
@@ -51,7 +50,7 @@ def train(
         return
     print(metrics.as_table(result.report))
     if experiment.config.classes is not None:
-        print(CONDITIONAL)
+        print(metrics.CONDITIONAL)
     if (sentence := metrics.left_out(result.images)) is not None:
         print(sentence)
     print("".join(f"{sentence}\n" for sentence in read_info(folder, experiment.config).provenance()), end="")

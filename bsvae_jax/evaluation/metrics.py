@@ -163,6 +163,10 @@ def beside(before: Report, after: Report, fitted: str) -> Report:
     return report
 
 
+CONDITIONAL = "Conditional on the class y: these are likelihoods of p(x|y), which no p(x) is to be compared with."
+"""What has to be known of the numbers of a model with classes."""
+
+
 def left_out(images: ImageSet) -> str | None:
     """A sentence that says which numbers an evaluation of these data has not, and why; None where it has them all."""
     if images.holds_images:

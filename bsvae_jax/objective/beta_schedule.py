@@ -74,6 +74,9 @@ class BetaSchedule(Kind, abc.ABC):
         """What the best checkpoint has least of, nats, from held-out terms; None: this one cannot be the best."""
         return objective
 
+    def check_target(self) -> None:
+        """Raise a UserError where a target has no usual value and is not given; by default there is none."""
+
     def finding(self, beta: float, rate: float) -> str | None:
         """What is wrong with the rate of a split, nats, at this beta, for `diagnose`; None: nothing."""
         return None

@@ -10,6 +10,7 @@ from bsvae_jax import theory
 from bsvae_jax._io.files import as_path, write_atomically
 from bsvae_jax.config import StandardNormal
 from bsvae_jax.data.image_set import SPLIT_NAMES
+from bsvae_jax.evaluation.metrics import CONDITIONAL
 from bsvae_jax.evaluation.plots import drawn_as_lines, save_all
 from bsvae_jax.objective import Constant, Optimal, quantization_variance
 from bsvae_jax.sweeps import plots
@@ -41,7 +42,6 @@ from bsvae_jax.sweeps.results import (
     setting_of,
 )
 from bsvae_jax.sweeps.table import HEADINGS, as_csv, as_markdown, display, members_csv, tabled_quantities
-from bsvae_jax.training.hub import CONDITIONAL
 
 
 def write_report(folder: str | Path) -> list[Path]:

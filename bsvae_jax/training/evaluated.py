@@ -81,14 +81,18 @@ def _write(folder: Path, checkpoint: str, evaluation: Evaluation) -> None:
     write_json(_file(folder, checkpoint), values)
 
 
+def without(report: Report, prefix: str) -> Report:
+    """The report but for the quantities whose names begin with `prefix`."""
+    return {split: {name: q for name, q in own.items() if not name.startswith(prefix)} for split, own in report.items()}
+
+
 def forget_quantities(folder: Path, prefix: str) -> None:
     """Leave out of what `write_evaluation` has written the quantities whose names begin with `prefix`."""
     for checkpoint in ("latest", "best"):
         known = read_evaluation(folder, checkpoint)
         if known is None or not any(name.startswith(prefix) for quantities in known.report.values() for name in quantities):
             continue
-        kept = {s: {name: q for name, q in own.items() if not name.startswith(prefix)} for s, own in known.report.items()}
-        _write(folder, checkpoint, known._replace(report=kept))
+        _write(folder, checkpoint, known._replace(report=without(known.report, prefix)))
 
 
 def forget_later(folder: Path, step: int) -> None:

@@ -14,17 +14,15 @@ from bsvae_jax import config as configs
 from bsvae_jax._io.files import as_path, read_json, sha256_of, write_atomically, write_json
 from bsvae_jax.config import is_builtin
 from bsvae_jax.errors import UserError, check_kind
-from bsvae_jax.evaluation.metrics import Report
+from bsvae_jax.evaluation.metrics import CONDITIONAL, Report
 from bsvae_jax.evaluation.trained import Restored
-from bsvae_jax.training.evaluated import read_evaluation, write_evaluation
+from bsvae_jax.training.evaluated import read_evaluation, without, write_evaluation
 from bsvae_jax.training.export import write_weights
 from bsvae_jax.training.identity import EDITED, write_run_arrays
 from bsvae_jax.training.restore import WEIGHTS, restore
 
 TASK = "unconditional-image-generation"
 """What the hub calls the task of a generative model of images; it has no name for that of one conditional on a class."""
-CONDITIONAL = "Conditional on the class y: these are likelihoods of p(x|y), which no p(x) is to be compared with."
-"""What has to be known of the numbers of a model with classes."""
 
 CARD = """# {name}
 
@@ -125,11 +123,7 @@ def export_hub(
         report: Report = {}
         evaluation = read_evaluation(workdir, checkpoint)
         if evaluation is not None and evaluation.step == run.step:
-            # Of the model's own prior, which is the one that the folder has.
-            report = {
-                split: {name: quantity for name, quantity in own.items() if not name.startswith("fitted_")}
-                for split, own in evaluation.report.items()
-            }
+            report = without(evaluation.report, "fitted_")  # of the model's own prior, which is the one that the folder has
             write_evaluation(out, run.step, report, findings=evaluation.findings)
         card = model_card(run, out.resolve().name, description["data"], report, license)
         write_atomically(out / "README.md", card.encode())

@@ -119,8 +119,7 @@ class TrainState(struct.PyTreeNode):
         check_kind("free_bits", free_bits, (objective.FreeBits, type(None)))
         free_bits = free_bits or objective.FreeBits()
         free_bits.check(model.latent_size, splits=isinstance(model.prior, StandardNormal))
-        if isinstance(beta_schedule, objective.TargetRate):
-            beta_schedule.check_target()
+        beta_schedule.check_target()
         init_key, run_key = jax.random.split(key)
         rngs, zeros = {"params": init_key, "dropout": init_key}, jnp.zeros(jnp.shape(example), example.dtype)
         variables = jax.jit(model.clone(axis_name=None).init)(rngs, zeros, init_key)
